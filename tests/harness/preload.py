@@ -1,0 +1,19 @@
+"""Imported once by the fork server: everything that is slow to import, so that a rank starts in milliseconds."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also keeps the server free of threads, which fork would lose
+
+from tests.harness.runtime import activate_runtime
+
+activate_runtime()
+
+import torch
+
+torch.set_num_threads(1)
+
+import megatron.core  # noqa: E402
+import megatron.core.parallel_state
+import megatron.training  # noqa: F401
+
+import dsv3_megatron.train  # noqa: F401

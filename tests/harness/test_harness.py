@@ -1,0 +1,51 @@
+"""The harness itself: values come back in order, and each way to fail is reported."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.harness import DistributedFailure, run_distributed
+
+
+def total(rank: int, world_size: int, start: int) -> int:
+    value = torch.tensor(start + rank)
+    dist.all_reduce(value)
+    return int(value)
+
+
+def fail_on_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("rank one is broken")
+    dist.barrier()
+
+
+def die_on_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os._exit(7)
+
+
+def hang(rank: int, world_size: int) -> None:
+    time.sleep(60)
+
+
+def test_values_in_rank_order_and_collectives() -> None:
+    assert run_distributed(total, world_size=3, start=10) == [33, 33, 33]
+
+
+@pytest.mark.parametrize(
+    "fn, timeout, expected",
+    [(fail_on_one, 30, "rank one is broken"), (die_on_one, 30, "died without"), (hang, 1, "hung")],
+)
+def test_failures_are_reported(fn, timeout, expected) -> None:
+    with pytest.raises(DistributedFailure, match=expected):
+        run_distributed(fn, world_size=2, timeout=timeout)
+
+
+def test_ranks_start_in_well_under_a_second() -> None:
+    run_distributed(total, world_size=2, start=0)
+    start = time.monotonic()
+    run_distributed(total, world_size=2, start=0)
+    assert time.monotonic() - start < 3  # importing Megatron alone takes longer
