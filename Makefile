@@ -1,0 +1,45 @@
+# Every target makes .venv when it is missing. `make help` lists the targets.
+VENV := .venv
+PY := $(VENV)/bin/python
+# Re-made when the install files change, or when .venv is gone.
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-all test-te test-gpu lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create .venv and install the package, editable, with what the tests need
+
+$(STAMP): setup.py pyproject.toml scripts/find_python.sh
+	@python=$$(bash scripts/find_python.sh) || exit 1; \
+	test -x $(PY) || { echo "creating $(VENV) with $$python"; "$$python" -m venv $(VENV); }
+	$(PY) -m pip install --upgrade pip
+	$(PY) -m pip install -e '.[test,dev]'
+	@touch $@
+
+demo: setup  ## train a small DeepSeek-V3 on real text in four processes (resumes when run again)
+	$(PY) -m dsv3_megatron.demo
+
+test: setup  ## the default tests, under 20 minutes on two cores
+	$(PY) -m pytest tests
+
+test-all: setup  ## the slow tests too
+	$(PY) -m pytest tests -m 'not gpu and not te'
+
+test-te: setup  ## Transformer Engine's real modules, constructed on CPU (builds TE's extension the first time: ~12 minutes)
+	bash scripts/install_te.sh $(PY)
+	DSV3_TEST_TE=1 $(PY) -m pytest tests -m te
+
+test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a report in runs/gpu_report
+	$(PY) -m tests.gpu.run
+
+lint: setup  ## ruff and mypy, as pre-commit and CI run them
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove what runs and tests left behind (not .venv)
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

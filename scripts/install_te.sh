@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Install Transformer Engine into the environment of the given Python, building its torch extension against the CUDA
+# headers and libraries that the nvidia-* wheels of torch brought along: no CUDA toolkit and no GPU needed.
+set -euo pipefail
+python=$1
+
+if "$python" -c 'import importlib.metadata as m; m.version("transformer-engine-torch")' 2>/dev/null; then
+    exit 0
+fi
+site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+includes=$(find "$site/nvidia" -type d -name include | paste -sd:)
+libs=$(find "$site/nvidia" -type d -name lib | paste -sd:)
+cuda_home=$(dirname "$(find "$site/nvidia" -path '*/include/cuda_runtime.h' | head -1)")/..
+echo "building Transformer Engine's torch extension (about 12 minutes on two cores; pip keeps the wheel)"
+export CPLUS_INCLUDE_PATH="$includes" LIBRARY_PATH="$libs" LD_LIBRARY_PATH="$libs:${LD_LIBRARY_PATH:-}"
+export CUDA_HOME="${CUDA_HOME:-$cuda_home}" NVTE_FRAMEWORK=pytorch MAX_JOBS="${MAX_JOBS:-2}"
+"$python" -m pip install ninja pybind11
+"$python" -m pip install --no-build-isolation 'transformer-engine[pytorch]>=2.8'
