@@ -1,0 +1,75 @@
+"""Run unmodified Megatron-core and `megatron.training.pretrain` on CPU with gloo.
+
+    torchrun --nproc-per-node 4 -m dsv3_megatron.cpu pretrain_gpt.py <Megatron arguments>
+
+or `dsv3_megatron.cpu.activate()` before Megatron is imported. Nothing happens on import of this package, and
+activation is refused in a process that sees a GPU. `replacements.TABLE` lists
+every replacement with its reason.
+"""
+
+import os
+import sys
+
+# Megatron turns fused kernels on by default; none of them exists on CPU.
+CPU_FLAGS: tuple[str, ...] = (
+    "--transformer-impl",
+    "local",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-gradient-accumulation-fusion",
+)
+
+_active = False
+
+
+def activate(allow_te: bool = False) -> None:
+    """Replace what Megatron takes from CUDA and NCCL by CPU and gloo stand-ins, in this process, for good.
+
+    Idempotent. Call it before Megatron is imported. With `allow_te`, an installed Transformer Engine stays
+    importable (its modules can be constructed; no TE kernel runs); otherwise importing it raises
+    `ModuleNotFoundError`, as on a machine without it.
+
+    Raises:
+        RuntimeError: a GPU is visible, or Megatron was imported before.
+        ReplacementError: something to be replaced does not exist in the installed version.
+    """
+    global _active
+    if _active:
+        return
+    # torch.compile asks Triton about the GPU; the variable is read when torch._dynamo is first imported.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import torch
+
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "dsv3_megatron.cpu.activate(): a GPU is visible, and the CPU stand-ins are never used with one. "
+            "Run without `-m dsv3_megatron.cpu` / `--device cpu`, or hide the GPU: CUDA_VISIBLE_DEVICES=''."
+        )
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "dsv3_megatron.cpu.activate() was called after Megatron had been imported, which bound names of "
+            "torch.cuda already. Call it first."
+        )
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+    from dsv3_megatron.cpu import replacements
+
+    replacements.install(allow_te=allow_te)
+    _active = True
+
+
+def is_active() -> bool:
+    """Whether `activate()` has been called in this process."""
+    return _active
+
+
+def reset() -> None:
+    """Forget what the stand-ins keep between runs: current streams and the generator's state."""
+    if _active:
+        from dsv3_megatron.cpu import streams
+
+        streams.reset()

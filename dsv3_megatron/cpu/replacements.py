@@ -1,0 +1,237 @@
+"""The table of everything the CPU runtime replaces, and its installation.
+
+A target inside Megatron is replaced right after its module has been executed, so that modules that import it by
+name get the stand-in. A target that does not exist is an error, not a skip.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.utils._device import _device_constructors
+
+from dsv3_megatron.cpu import devices, distributed, megatron, streams
+
+
+class ReplacementError(RuntimeError):
+    """A symbol to be replaced is missing from the installed torch or Megatron."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`make(original)` gives the stand-in of each symbol `owner.name`, `name` in `names`."""
+
+    owner: str
+    names: tuple[str, ...]
+    make: Callable[[Any], Any]
+    why: str
+
+
+def _is(value: Any) -> Callable[[Any], Any]:
+    return lambda _original: value
+
+
+# Functions such as torch.empty and torch.tensor, as torch itself lists them. torch caches the list, with the
+# original functions, on this first call: `with torch.device("meta")` keeps recognising them.
+FACTORIES = tuple(sorted(f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f))
+
+TABLE: tuple[Replacement, ...] = (
+    Replacement("torch", FACTORIES, devices.redirect_keyword, "`device='cuda'` means the CPU"),
+    Replacement("torch", ("Generator",), devices.redirect_generator, "`device='cuda'` means the CPU"),
+    Replacement(
+        "torch.Tensor",
+        ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"),
+        devices.redirect_keyword,
+        "`device='cuda'` means the CPU",
+    ),
+    Replacement("torch.Tensor", ("to",), devices.redirect_first, "`.to('cuda')` means the CPU"),
+    Replacement("torch.nn.Module", ("to",), devices.redirect_first, "`.to('cuda')` means the CPU"),
+    Replacement(
+        "torch.Tensor", ("cuda", "pin_memory"), devices.returns_self, "there is one memory; nothing to move"
+    ),
+    Replacement("torch.nn.Module", ("cuda",), devices.returns_self, "there is one memory; nothing to move"),
+    Replacement(
+        "torch.Tensor",
+        ("record_stream",),
+        devices.returns(None),
+        "memory is not reused behind a stream's back",
+    ),
+    Replacement(
+        "torch.Tensor",
+        ("type",),
+        devices.cuda_type_name,
+        "optimizers compare it with 'torch.cuda.FloatTensor'",
+    ),
+    Replacement(
+        "torch.cuda", ("is_available", "is_initialized"), devices.returns(True), "Megatron asserts it"
+    ),
+    Replacement(
+        "torch.accelerator",
+        ("is_available",),
+        devices.returns(False),
+        "torch's own loaders and optimizers ask here: no pinning threads, no graph-capture checks",
+    ),
+    Replacement(
+        "torch.cuda",
+        ("device_count",),
+        devices.device_count,
+        "with 0, Megatron skips groups and seeds silently",
+    ),
+    Replacement(
+        "torch.cuda", ("current_device",), devices.returns(0), "redirected to the CPU where it is used"
+    ),
+    Replacement(
+        "torch.cuda",
+        ("set_device", "_lazy_init", "init", "empty_cache", "ipc_collect", "reset_peak_memory_stats"),
+        devices.returns(None),
+        "there is no device to set, start or free",
+    ),
+    Replacement("torch.cuda", ("_lazy_call",), devices.run_now, "there is no device to wait for"),
+    Replacement("torch.cuda", ("device",), devices.device_context, "there is no device to set"),
+    Replacement(
+        "torch.cuda", ("get_device_properties",), devices.device_properties, "asked by argument validation"
+    ),
+    Replacement(
+        "torch.cuda", ("get_device_capability",), devices.returns((9, 0)), "asked by argument validation"
+    ),
+    Replacement("torch.cuda", ("get_device_name",), devices.returns("cpu"), "logged"),
+    Replacement("torch.cuda", ("memory_stats",), devices.memory_stats, "logged; no device memory is used"),
+    Replacement(
+        "torch.cuda",
+        (
+            "memory_allocated",
+            "max_memory_allocated",
+            "memory_reserved",
+            "max_memory_reserved",
+            "device_memory_used",
+        ),
+        devices.returns(0),
+        "logged; no device memory is used",
+    ),
+    Replacement(
+        "torch.cuda", ("default_generators",), devices.default_generators, "the CPU generator serves"
+    ),
+    Replacement(
+        "torch.cuda", ("get_rng_state",), devices.get_rng_state, "the CPU generator serves as the CUDA one"
+    ),
+    Replacement(
+        "torch.cuda", ("set_rng_state",), devices.set_rng_state, "the CPU generator serves as the CUDA one"
+    ),
+    Replacement(
+        "torch.cuda.random",
+        ("get_rng_state",),
+        devices.get_rng_state,
+        "the CPU generator serves as the CUDA one",
+    ),
+    Replacement(
+        "torch.cuda.random",
+        ("set_rng_state",),
+        devices.set_rng_state,
+        "the CPU generator serves as the CUDA one",
+    ),
+    Replacement(
+        "torch.cuda",
+        ("manual_seed", "manual_seed_all"),
+        devices.manual_seed,
+        "the CPU generator serves as the CUDA one",
+    ),
+    Replacement("torch.cuda", ("Stream",), _is(streams.Stream), "streams run at once, in issue order"),
+    Replacement("torch.cuda", ("Event",), _is(streams.Event), "events keep wall time"),
+    Replacement("torch.cuda", ("stream", "StreamContext"), _is(streams.stream), "stand-in streams"),
+    Replacement("torch.cuda", ("current_stream",), _is(streams.current_stream), "stand-in streams"),
+    Replacement("torch.cuda", ("default_stream",), _is(streams.default_stream), "stand-in streams"),
+    Replacement("torch.cuda", ("set_stream",), _is(streams.set_stream), "stand-in streams"),
+    Replacement("torch.cuda", ("synchronize",), _is(streams.synchronize), "stand-in streams"),
+    Replacement(
+        "torch.cuda", ("is_current_stream_capturing",), devices.returns(False), "nothing is captured"
+    ),
+    Replacement("torch.cuda.nvtx", ("range_push", "range_pop", "mark"), devices.returns(0), "no profiler"),
+    Replacement(
+        "torch.cuda",
+        ("CUDAGraph", "MemPool", "ExternalStream"),
+        devices.refused("a CUDA graph, memory pool or external stream"),
+        "no counterpart on CPU: refused",
+    ),
+    Replacement("torch.distributed", ("init_process_group",), distributed.init_process_group, "nccl -> gloo"),
+    Replacement("torch.distributed", ("new_group",), distributed.new_group, "nccl -> gloo"),
+    Replacement(
+        "megatron.core.datasets.utils",
+        ("compile_helpers",),
+        megatron.compile_helpers,
+        "runs `make` in a wheel without Makefile, though the compiled helper ships",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random",
+        ("CudaRNGStatesTracker",),
+        megatron.quiet_rng_tracker,
+        "warns that the CPU generator moved, which here is the CUDA one",
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.moe_utils",
+        ("maybe_move_tensor_to_cpu",),
+        megatron.maybe_move_tensor_to_cpu,
+        "converts split sizes for `all_to_all_single` only when they are on a GPU",
+    ),
+)
+
+
+def _resolve(path: str) -> Any:
+    """A module, or a class in one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+def _apply(replacement: Replacement, owner: Any) -> None:
+    for name in replacement.names:
+        if not hasattr(owner, name):
+            raise ReplacementError(
+                f"dsv3_megatron.cpu replaces {replacement.owner}.{name}, which torch {torch.__version__} / the installed "
+                "Megatron does not have. Supported: megatron-core 0.19; see dsv3_megatron/cpu/replacements.py."
+            )
+        setattr(owner, name, replacement.make(getattr(owner, name)))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Applies the replacements of a Megatron module right after the module has been executed."""
+
+    def __init__(self, pending: dict[str, list[Replacement]]) -> None:
+        self.pending = pending
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
+        if fullname not in self.pending:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_replace(module: ModuleType) -> None:
+            execute(module)
+            for replacement in self.pending.pop(fullname, []):
+                _apply(replacement, module)
+
+        spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
+        return spec
+
+
+def install(allow_te: bool = False) -> None:
+    if not allow_te:
+        # `import transformer_engine` then raises ModuleNotFoundError, installed or not.
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    pending: dict[str, list[Replacement]] = {}
+    for replacement in TABLE:
+        if replacement.owner.startswith("megatron."):
+            pending.setdefault(replacement.owner, []).append(replacement)
+        else:
+            _apply(replacement, _resolve(replacement.owner))
+    sys.meta_path.insert(0, _AfterImport(pending))
