@@ -1,0 +1,94 @@
+"""Draw a schedule: `python -m dsv3_megatron.pipeline.show dualpipe --ranks 8 --microbatches 20`.
+
+Prints the timeline and its figures, and writes the picture (SVG, PNG) and a Chrome/Perfetto trace (JSON).
+With `--trace FILE` it draws the timelines of a file instead, such as one that was measured.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .build import SCHEDULES, build_schedule
+from .picture import draw, text
+from .simulate import Costs, simulate
+from .trace import read_trace, write_trace
+from .validate import validate
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_megatron.pipeline.show", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("schedule", choices=SCHEDULES, nargs="?", help="schedule to build and simulate")
+    parser.add_argument("--ranks", type=int, default=8, help="pipeline ranks (default 8)")
+    parser.add_argument(
+        "--microbatches", type=int, default=20, help="microbatches, all directions (default 20)"
+    )
+    parser.add_argument("--model-chunks", type=int, help="chunks per rank, interleaved only (default 2)")
+    for name, meaning in (
+        ("f", "forward"),
+        ("b", "full backward"),
+        ("w", "weight gradients"),
+        ("fb", "overlapped pair"),
+        ("p2p", "message between ranks"),
+    ):
+        default = getattr(Costs(), name)
+        parser.add_argument(f"--{name}", type=float, default=default, help=f"{meaning} (default {default})")
+    parser.add_argument("--trace", type=Path, help="draw the timelines of this trace file instead")
+    parser.add_argument("--output-dir", type=Path, default=Path("."), help="folder for the files (default .)")
+    parser.add_argument("--text-only", action="store_true", help="write no files")
+    args = parser.parse_args(argv)
+    if (args.schedule is None) == (args.trace is None):
+        parser.error("give either a schedule or --trace FILE")
+    try:
+        _show_trace(args) if args.trace else _show_schedule(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _show_schedule(args: argparse.Namespace) -> None:
+    schedule = build_schedule(
+        args.schedule, args.ranks, args.microbatches, num_model_chunks=args.model_chunks
+    )
+    validate(schedule)
+    simulation = simulate(schedule, Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p))
+    print(text(simulation.events, colour=_use_colour()))
+    title = f"{schedule.name}: {args.ranks} ranks, {schedule.num_stages} stages, "
+    title += f"{args.microbatches} microbatches"
+    worst = max(simulation.bubble)
+    print(
+        f"{title}; makespan {simulation.makespan:g}, bubble {min(simulation.bubble):g} to {worst:g} "
+        f"({worst / simulation.makespan:.1%}), peak in flight {max(simulation.peak_in_flight)}"
+    )
+    if not args.text_only:
+        name = f"{schedule.name}_{args.ranks}x{args.microbatches}"
+        _write(args.output_dir, name, {title: simulation.events}, "units of one forward", 1000)
+
+
+def _show_trace(args: argparse.Namespace) -> None:
+    for name, events in read_trace(args.trace).items():
+        print(f"{name}\n{text(events, colour=_use_colour())}")
+        if not args.text_only:
+            stem = f"{args.trace.stem}_{name.replace(' ', '_')}"
+            _write(args.output_dir, stem, {name: events}, "seconds", None)
+
+
+def _write(folder: Path, name: str, timelines: dict, unit: str, microseconds: float | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}{suffix}" for suffix in (".svg", ".png")]
+    for title, events in timelines.items():
+        draw(events, title, paths, unit)
+    if microseconds is not None:
+        paths.append(folder / f"{name}.json")
+        write_trace(paths[-1], timelines, microseconds)
+    print("wrote " + ", ".join(str(path) for path in paths))
+
+
+def _use_colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+if __name__ == "__main__":
+    main()
