@@ -1,0 +1,12 @@
+"""`--spec dsv3`: DeepSeek-V3's layers as Megatron specs (MLA, MoE, MTP) over two backends.
+
+`dsv3` is the decoder's spec function, `mtp_spec` that of multi-token prediction. Importing this package installs the
+patch `mtp_block_spec`, since Megatron takes the MTP block from elsewhere.
+"""
+
+from dsv3_megatron.patching import install
+from dsv3_megatron.specs.block import dsv3, mtp_spec
+
+__all__ = ["dsv3", "mtp_spec"]
+
+install(["mtp_block_spec"])

@@ -1,0 +1,81 @@
+"""The model builder of `--spec dsv3`: our specs, initial weights by name, and which chunk has embedding and head."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from dsv3_megatron.specs.block import dsv3
+from dsv3_megatron.specs.init import initialize
+
+__all__ = ["DSV3ModelBuilder", "DSV3ModelConfig"]
+
+
+@dataclass(kw_only=True)
+class DSV3ModelConfig(GPTModelConfig):
+    """Megatron's GPT model configuration, built by `DSV3ModelBuilder`.
+
+    Attributes:
+        transformer_layer_spec: `dsv3` unless replaced.
+        seed: seed of the initial weights (`--seed`).
+    """
+
+    builder: ClassVar[str] = "dsv3_megatron.specs.builder.DSV3ModelBuilder"
+    transformer_layer_spec: Any = dsv3
+    seed: int = 1234
+
+
+class DSV3ModelBuilder(GPTModelBuilder):
+    """Builds GPTModel chunks from `dsv3` and fills them by global name.
+
+    Decoder and MTP both come from our specs (through the patch `mtp_block_spec`, which importing them installs).
+    """
+
+    def is_first_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
+        """Does this chunk hold the embedding? A bidirectional layout overrides this."""
+        vp_size = self._model_config.virtual_pipeline_model_parallel_size
+        return is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
+
+    def is_last_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
+        """Does this chunk hold the output head and compute the loss? A bidirectional layout overrides this."""
+        vp_size = self._model_config.virtual_pipeline_model_parallel_size
+        return is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build one chunk of the model.
+
+        Args:
+            pg_collection: process groups.
+            pre_process, post_process: whether the chunk has embedding and head; `is_first_stage` and `is_last_stage`
+                decide, whatever the caller says, since Megatron's callers know only its own placement.
+            vp_stage: index of the chunk on this rank, None without virtual pipelining.
+        """
+        config = self._model_config.transformer
+        perform_initialization = config.perform_initialization
+        config.perform_initialization = False  # Megatron's own draws would be overwritten
+        try:
+            model = super().build_model(
+                pg_collection,
+                pre_process=self.is_first_stage(pg_collection, vp_stage),
+                post_process=self.is_last_stage(pg_collection, vp_stage),
+                vp_stage=vp_stage,
+            )
+        finally:
+            config.perform_initialization = perform_initialization
+        if perform_initialization:
+            initialize(model, self._model_config.seed)
+        return model

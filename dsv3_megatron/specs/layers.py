@@ -1,0 +1,150 @@
+"""The layers of DeepSeek-V3 as Megatron ModuleSpecs, the same for every backend and every pipeline stage."""
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+    get_mtp_num_layers_to_build,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MlpBuilder,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from dsv3_megatron.specs.backend import Backend, select_backend
+from dsv3_megatron.specs.router import DSV3Router
+
+__all__ = ["decoder_block", "layer_spec", "moe_layer_pattern", "mtp_block"]
+
+
+def moe_layer_pattern(config: MLATransformerConfig) -> list[bool]:
+    """For every layer of the whole model, in order: is it MoE? From num_moe_experts and moe_layer_freq.
+
+    DeepSeek-V3: `--moe-layer-freq ([0]*3+[1]*58)`. An integer n means an MoE layer at every n-th position from 0.
+
+    Raises:
+        ValueError: the list's length is not num_layers.
+    """
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    freq = config.moe_layer_freq
+    if isinstance(freq, int):
+        return [index % freq == 0 for index in range(config.num_layers)]
+    if len(freq) != config.num_layers:
+        raise ValueError(
+            f"--moe-layer-freq has {len(freq)} entries, --num-layers is {config.num_layers}; give one 0 (dense) or 1 "
+            "(MoE) per layer, e.g. ([0]*3+[1]*58) for 61 layers"
+        )
+    return [bool(entry) for entry in freq]
+
+
+def attention_spec(config: MLATransformerConfig, backend: Backend) -> ModuleSpec:
+    """MLA (report §2.1.1): queries and keys/values compressed, normalised, expanded; rope on a separate part."""
+    fused = backend.norm_column is not None
+    up_proj = backend.norm_column or backend.column
+    norm = IdentityOp if fused else backend.norm
+    compressed_query = config.q_lora_rank is not None
+    return ModuleSpec(
+        module=backend.self_attention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=backend.column,
+            linear_q_down_proj=backend.duplicated,
+            linear_q_up_proj=up_proj,
+            q_layernorm=norm if compressed_query else IdentityOp,
+            linear_kv_down_proj=backend.duplicated,
+            linear_kv_up_proj=up_proj,
+            kv_layernorm=norm,
+            core_attention=backend.core_attention,
+            linear_proj=backend.row,
+        ),
+    )
+
+
+def dense_mlp(backend: Backend) -> MlpBuilder:
+    """SwiGLU MLP of the first layers; where the backend fuses, its first linear layer holds the norm before it."""
+    fc1 = backend.norm_column or backend.column
+    return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=backend.row))
+
+
+def moe_mlp(backend: Backend) -> MlpBuilder:
+    """DeepSeekMoE (report §2.1.2): router, dispatcher, routed experts, shared experts."""
+    shared = MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row)
+    return partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            router=DSV3Router,
+            experts=backend.routed_experts,
+            shared_experts=partial(SharedExpertMLP, submodules=shared),
+        ),
+    )
+
+
+def layer_spec(config: MLATransformerConfig, backend: Backend, moe: bool) -> ModuleSpec:
+    """One transformer layer, dense or MoE."""
+    norm_in_mlp = backend.norm_column is not None and not moe
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.norm,
+            self_attention=attention_spec(config, backend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if norm_in_mlp else backend.norm,
+            mlp=moe_mlp(backend) if moe else dense_mlp(backend),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(backend.moe_keys if moe else backend.dense_keys),
+        ),
+    )
+
+
+def decoder_block(config: MLATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline rank's chunk `vp_stage`; dense or MoE follows each layer's number in the model."""
+    backend = select_backend(config.transformer_impl)
+    if config.pipeline_model_parallel_layout is not None:
+        layer_ids = config.pipeline_model_parallel_layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage
+        )
+    else:
+        offset = get_transformer_layer_offset(config, vp_stage)
+        layer_ids = range(offset, offset + get_num_layers_to_build(config, vp_stage))
+    pattern = moe_layer_pattern(config)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config, backend, moe=pattern[index]) for index in layer_ids], layer_norm=backend.norm
+    )
+
+
+def mtp_block(config: MLATransformerConfig, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
+    """The MTP layers (report §2.2), or None where this chunk has none; each is of the kind of the model's last layer.
+
+    Megatron's MTP layer concatenates [enorm(embedding); hnorm(hidden)], as the released weights have it, takes the
+    hidden states after the main model's final norm, has its own final norm, and shares embedding and output head.
+    """
+    if not config.mtp_num_layers or get_mtp_num_layers_to_build(config, vp_stage) == 0:
+        return None
+    backend = select_backend(config.transformer_impl)
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=backend.norm,
+            hnorm=backend.norm,
+            eh_proj=backend.column,
+            mtp_model_layer=layer_spec(config, backend, moe=moe_layer_pattern(config)[-1]),
+            layer_norm=backend.norm,
+        ),
+    )
+    count = 1 if config.mtp_use_repeated_layer else config.mtp_num_layers
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * count)

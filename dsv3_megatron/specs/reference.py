@@ -1,0 +1,29 @@
+"""The reference backend: plain PyTorch and Megatron's local modules; runs anywhere."""
+
+from dsv3_megatron.specs.attention import SDPACoreAttention
+from dsv3_megatron.specs.backend import Backend
+from dsv3_megatron.specs.experts import routed_experts
+from dsv3_megatron.specs.linear import ColumnLinear, DuplicatedLinear, RowLinear
+from dsv3_megatron.specs.mla import ReferenceSelfAttention
+from dsv3_megatron.specs.norm import RMSNorm
+
+__all__ = ["BACKEND"]
+
+# Transformer Engine fuses these norms into the linear layers after them; the reference saves under the same keys.
+_ATTENTION_KEYS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+BACKEND = Backend(
+    norm=RMSNorm,
+    self_attention=ReferenceSelfAttention,
+    core_attention=SDPACoreAttention,
+    column=ColumnLinear,
+    row=RowLinear,
+    duplicated=DuplicatedLinear,
+    norm_column=None,
+    routed_experts=routed_experts(),
+    dense_keys={**_ATTENTION_KEYS, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    moe_keys=_ATTENTION_KEYS,
+)
