@@ -1,0 +1,98 @@
+"""From a composed configuration to the arguments of `dsv3_megatron.train`."""
+
+import argparse
+import functools
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from dsv3_megatron.conf.compose import SECTIONS, groups
+from dsv3_megatron.conf.errors import ConfigError, nearest
+
+
+@functools.cache
+def parser() -> argparse.ArgumentParser:
+    """Megatron's own parser with the arguments of dsv3_megatron.train added; it raises `RefusedArgument`."""
+    from dsv3_megatron.arguments import megatron_parser
+
+    return megatron_parser()
+
+
+@functools.cache
+def options() -> dict[str, tuple[str, argparse.Action]]:
+    """Name in the configuration (`no_rope_fusion`) to option string (`--no-rope-fusion`) and its action."""
+    return {
+        option.lstrip("-").replace("-", "_"): (option, action)
+        for action in parser()._actions
+        for option in action.option_strings
+        if not isinstance(action, argparse._HelpAction)
+    }
+
+
+def to_argv(cfg: DictConfig) -> list[str]:
+    """The argument list of `dsv3_megatron.train` for a composed configuration, checked by Megatron's own parser.
+
+    `true` gives a flag without value, `false` and `null` give nothing (or `--no-x` where Megatron has one beside
+    `--x`), a list gives several values.
+
+    Errors: ConfigError naming the unknown argument and the nearest valid one, RefusedArgument with the value that the
+    parser cannot read.
+    """
+    argv: list[str] = []
+    for name, value in cfg.items():
+        if name in SECTIONS or value is None:
+            continue
+        argv += _argument(str(name), value)
+    parser().parse_args(argv)
+    return argv
+
+
+def to_command(cfg: DictConfig) -> str:
+    """The `torchrun` line, run on each node, that starts the same training without Hydra."""
+    launch = ["torchrun", "--nnodes", str(cfg.cluster.nodes), "--nproc-per-node", str(cfg.cluster.gpus_per_node)]
+    return shlex.join([*launch, "-m", "dsv3_megatron.train", *to_argv(cfg)])
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    if name not in options():
+        raise ConfigError(f"{name}={value}: no such argument{_hint(name)}")
+    option, action = options()[name]
+    if isinstance(value, ListConfig):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, dict | DictConfig):
+        raise ConfigError(f"{name}: takes a value, not the section {OmegaConf.to_container(cfg=value)}")
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}={value}: is a flag, use {name}=true or {name}=false")
+        if value:
+            return [option]
+        return [f"--no-{option[2:]}"] if isinstance(action, argparse.BooleanOptionalAction) else []
+    values = value if isinstance(value, list) else [value]
+    if action.choices is not None:
+        for item in values:
+            if item not in action.choices:
+                choices = [str(choice) for choice in action.choices]
+                raise ConfigError(
+                    f"{name}={item}: not possible{nearest(str(item), choices)} Available: {', '.join(choices)}"
+                )
+    if len(values) > 1 and action.nargs not in ("+", "*"):
+        raise ConfigError(f"{name}={values}: takes one value")
+    texts = [str(item) for item in values]
+    # A value that begins with a hyphen would read as an option.
+    if len(texts) == 1 and texts[0].startswith("-"):
+        return [f"{option}={texts[0]}"]
+    return [option, *texts]
+
+
+def _hint(name: str) -> str:
+    for flag, action in _flags_named_otherwise():
+        if action.dest == name:
+            return f"; the command line calls it {flag}"
+    return nearest(name, [*options(), *groups()])
+
+
+def _flags_named_otherwise() -> Iterator[tuple[str, argparse.Action]]:
+    """Arguments whose attribute in Megatron's args differs from their name (`no_rope_fusion`, `apply_rope_fusion`)."""
+    return ((name, action) for name, (_, action) in options().items() if action.dest != name)

@@ -1,0 +1,129 @@
+"""From overrides (`model=tiny train_iters=50`) to one checked configuration."""
+
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dsv3_megatron.conf.check import check, model_parallel_size, positive, size, world_size
+from dsv3_megatron.conf.errors import ConfigError, nearest
+from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
+
+CONF_DIR = Path(__file__).resolve().parent
+# Keys that describe machine, placement and files; everything else at the top level is an argument.
+SECTIONS = {
+    "cluster": ("name", "gpu", "nodes", "gpus_per_node"),
+    "placement": ("last_stage_extra",),
+    "corpus": ("dir",),
+}
+
+
+def groups() -> dict[str, list[str]]:
+    """Configuration groups and their options, `{"model": ["micro", ...], ...}`, from the files."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(CONF_DIR.iterdir())
+        if folder.is_dir() and any(folder.glob("*.yaml"))
+    }
+
+
+def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
+    """The configuration that `overrides` ask for, with every `auto` resolved.
+
+    overrides: Hydra's syntax: `group=option`, `argument=value`, `cluster.nodes=8`. Any Megatron argument may be set
+        whether or not a file mentions it; `null` takes away what a file sets. Argument names are those of the command
+        line with underscores for hyphens; `to_argv` checks them against Megatron's parser.
+    processes: how many torchrun has started. None: the cluster's nodes × gpus_per_node.
+
+    Errors: ConfigError naming the override and the nearest valid one, or the sizes that do not divide.
+    """
+    parsed = _parse(overrides)
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="dsv3"):
+            cfg = hydra_compose("config", overrides=[_hydra_override(o) for o in parsed])
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    _check_sections(cfg)
+    _resolve_processes(cfg, processes)
+    _resolve_layout(cfg)
+    check(cfg)
+    return cfg
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    parsed = []
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"{text!r} is no override: write NAME=VALUE, for instance model=tiny or train_iters=50")
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(
+                f"cannot read override {text!r}: quote values with special characters, NAME='\"VALUE\"'"
+            ) from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{text!r} asks for several values; a list is written NAME=[a,b]")
+        parsed.append(override)
+    return parsed
+
+
+def _hydra_override(override: Override) -> str:
+    """The override as Hydra wants it; arguments that no file mentions are added, group options must exist."""
+    key, line = override.key_or_group, override.input_line
+    assert line is not None
+    options = groups().get(key)
+    if options is not None:
+        value = override.value()
+        if value not in options:
+            raise ConfigError(
+                f"{line}: no such {key}{nearest(str(value), options)} Available: {', '.join(options)}"
+            )
+        return line.lstrip("+")
+    section, _, entry = key.partition(".")
+    if entry and section not in SECTIONS:
+        raise ConfigError(f"{line}: no section {section!r}{nearest(section, SECTIONS)}")
+    if entry and entry not in SECTIONS[section]:
+        entries = SECTIONS[section]
+        raise ConfigError(f"{line}: no such entry{nearest(entry, entries)} Available: {', '.join(entries)}")
+    return line if override.is_delete() else "++" + line.lstrip("+")
+
+
+def _check_sections(cfg: DictConfig) -> None:
+    for section in SECTIONS:
+        if section in cfg and not isinstance(cfg[section], DictConfig):
+            raise ConfigError(f"{section}={cfg[section]}: set its entries instead, for instance {section}.NAME=VALUE")
+
+
+def _resolve_processes(cfg: DictConfig, started: int | None) -> None:
+    """Fill `cluster.gpus_per_node: auto`, and hold the cluster against what torchrun has started."""
+    cluster = cfg.cluster
+    if cluster.gpus_per_node == "auto":
+        wanted = model_parallel_size(cfg) if started is None else started
+        if wanted % positive(cluster, "nodes"):
+            raise ConfigError(f"cluster.nodes={cluster.nodes} does not divide {wanted} processes")
+        cluster.gpus_per_node = wanted // cluster.nodes
+    elif started not in (None, world_size(cfg)):
+        raise ConfigError(
+            f"cluster={cluster.name} has {cluster.nodes} × {cluster.gpus_per_node} processes, but torchrun has started"
+            f" {started}: choose another cluster, or set cluster.nodes and cluster.gpus_per_node"
+        )
+
+
+def _resolve_layout(cfg: DictConfig) -> None:
+    """Fill `pipeline_model_parallel_layout: auto`; one stage needs no layout."""
+    if cfg.get("pipeline_model_parallel_layout") != "auto":
+        return
+    virtual = cfg.get("num_virtual_stages_per_pipeline_rank") or 1
+    stages = size(cfg, "pipeline") * virtual
+    if stages == 1:
+        cfg.pipeline_model_parallel_layout = None
+        return
+    counts = layers_per_stage(cfg.num_layers, stages, cfg.placement.last_stage_extra)
+    cfg.pipeline_model_parallel_layout = layer_layout(counts, cfg.get("mtp_num_layers") or 0)
+    cfg.num_virtual_stages_per_pipeline_rank = None  # the layout says it

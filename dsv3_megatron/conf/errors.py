@@ -1,0 +1,16 @@
+"""The error of a wrong configuration, and the nearest valid name in its message."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from dsv3_megatron.arguments.errors import RefusedArgument
+
+
+class ConfigError(RefusedArgument):
+    """A configuration that cannot run; the message names the option, its value and what to use."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the valid name closest to `name`, or a full stop when none is close."""
+    match = get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else "."

@@ -1,0 +1,181 @@
+"""One process that pretends to be one rank of a large job.
+
+torch's fake process group answers every collective at once, so that Megatron's own `initialize_model_parallel` makes
+its real groups at the real world size; modules are built on the meta device, which has shapes and no memory.
+"""
+
+import contextlib
+import copy
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from omegaconf import DictConfig
+
+from dsv3_megatron.conf import ConfigError, to_argv
+from dsv3_megatron.conf.check import world_size
+from dsv3_megatron.cpu import CPU_FLAGS
+
+
+class FakeWorld:
+    """Rank `rank` of the job that `cfg` describes; a context manager that makes and destroys the fake groups.
+
+    Attributes:
+        args: Megatron's validated arguments.
+        model_config: the `DSV3ModelConfig` the trainer would build from.
+        groups: Megatron's `ProcessGroupCollection` of this rank.
+
+    The modules are those of the reference backend (`--transformer-impl local`), whose parameters have the shapes of
+    Transformer Engine's and which needs nothing installed.
+    """
+
+    def __init__(self, cfg: DictConfig, rank: int) -> None:
+        world = world_size(cfg)
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank={rank}: cluster={cfg.cluster.name} has ranks 0 to {world - 1}")
+        self.rank, self.world_size = rank, world
+        # The same job with the modules that exist everywhere; the last word wins.
+        self._argv = [*to_argv(cfg), *CPU_FLAGS]
+        self.args: Namespace
+        self.model_config: Any
+        self.groups: Any
+
+    def __enter__(self) -> "FakeWorld":
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from torch import distributed as dist
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if dist.is_initialized():
+            raise RuntimeError("a dry run needs a process of its own: torch.distributed is initialised already")
+        self.args = _megatron_args(self._argv, self.rank, self.world_size)
+        self.model_config = _model_config(self.args)
+        dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.world_size)
+        try:
+            args = self.args
+            parallel_state.initialize_model_parallel(
+                args.tensor_model_parallel_size,
+                args.pipeline_model_parallel_size,
+                args.virtual_pipeline_model_parallel_size,
+                context_parallel_size=args.context_parallel_size,
+                expert_model_parallel_size=args.expert_model_parallel_size,
+                expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+                num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+                order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+                create_gloo_process_groups=False,
+            )
+            self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from megatron.core import parallel_state
+        from torch import distributed as dist
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Position of the rank in its pipeline."""
+        return self.groups.pp.rank()
+
+    def group_sizes(self) -> dict[str, int]:
+        """Ranks in each of Megatron's own groups that this rank is a member of."""
+        groups = self.groups
+        named = {
+            "dp": groups.dp,
+            "expt_dp": groups.expt_dp,
+            "ep": groups.ep,
+            "pp": groups.pp,
+            "tp": groups.tp,
+            "cp": groups.cp,
+            "etp": groups.expt_tp,
+        }
+        return {name: group.size() for name, group in named.items()}
+
+    def build_chunks(self, pipeline_rank: int | None = None) -> list[Any]:
+        """The model chunks (one, or one per virtual stage) of a pipeline rank: of this rank when None, else of the
+        rank that is at `pipeline_rank` of the same pipeline and stands in the same expert group position."""
+        from dsv3_megatron.specs.builder import DSV3ModelBuilder
+
+        at = self.pipeline_rank if pipeline_rank is None else pipeline_rank
+        virtual = self.args.virtual_pipeline_model_parallel_size
+        with self._standing_at(at) as groups, _on_meta_device():
+            builder = DSV3ModelBuilder(self.model_config)
+            return [
+                builder.build_model(groups, vp_stage=chunk)
+                for chunk in ([None] if virtual is None else range(virtual))
+            ]
+
+    @contextlib.contextmanager
+    def _standing_at(self, pipeline_rank: int) -> Iterator[Any]:
+        """Megatron's groups as the rank at `pipeline_rank` sees them: only its place in the pipeline differs."""
+        from megatron.core import parallel_state
+        from torch import distributed as dist
+
+        own = self.groups.pp
+        if pipeline_rank == own.rank():
+            yield self.groups
+            return
+        elsewhere = dist.ProcessGroup(pipeline_rank, own.size())
+        members = dist.distributed_c10d._world.pg_group_ranks
+        members[elsewhere] = members[own]
+        groups = copy.copy(self.groups)
+        groups.pp = elsewhere
+        parallel_state.set_pipeline_model_parallel_rank(pipeline_rank)
+        try:
+            yield groups
+        finally:
+            parallel_state.set_pipeline_model_parallel_rank(None)
+            del members[elsewhere]
+
+
+def _megatron_args(argv: list[str], rank: int, world: int) -> Namespace:
+    """What Megatron's own parsing and validation make of our argument list, on that rank."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from dsv3_megatron.arguments import add_arguments, complete
+
+    env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(argv)]):
+        args = parse_args(extra_args_provider=add_arguments)
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                validate_args(args)
+            except AssertionError as error:
+                raise ConfigError(f"Megatron refuses the arguments: {error}") from error
+    return args
+
+
+def _model_config(args: Namespace) -> Any:
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from dsv3_megatron.specs.builder import DSV3ModelConfig
+
+    config = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
+    # Initial weights would be copied between pipeline stages.
+    config.transformer.init_model_with_meta_device = True
+    return config
+
+
+@contextlib.contextmanager
+def _on_meta_device() -> Iterator[None]:
+    """Every new tensor is on the meta device, also where Megatron names another one."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Meta(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if "device" in kwargs:
+                kwargs["device"] = "meta"
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), Meta():
+        yield
