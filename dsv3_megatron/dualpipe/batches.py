@@ -1,0 +1,51 @@
+"""Microbatches for a V: which chunk of which rank sees which data.
+
+A direction's microbatches enter at the first stage of one replica and leave at the last stage of its mirror (of itself
+under DualPipeV), so a rank's first chunk works on its own replica's data and its second chunk on the mirror's. Megatron
+gives every replica its own part of the global batch; mirrors swap theirs once at the start of a step.
+"""
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def chunk_iterators(iterator: Iterator | None, num_microbatches: int, mirror: int | None, group: Any) -> list:
+    """Data iterators of the two chunks for one step.
+
+    Args:
+        iterator: this rank's own data, None on ranks that read none (as Megatron gives it).
+        num_microbatches: microbatches of one direction; so many are taken from `iterator`.
+        mirror: global rank of the mirror, None under DualPipeV.
+        group: process group that holds this rank and its mirror.
+
+    Returns:
+        [chunk 0's, chunk 1's]: iterators over batches (dicts of tensors), or None twice.
+    """
+    if iterator is None:
+        return [None, None]
+    own = [next(iterator) for _ in range(num_microbatches)]
+    others = own if mirror is None else swap(own, mirror, group)
+    # Megatron's get_batch writes into the dict it is given: each chunk gets dicts of its own.
+    return [iter([dict(batch) for batch in batches]) for batches in (own, others)]
+
+
+def swap(value: Any, peer: int, group: Any) -> Any:
+    """Send a picklable value to `peer` and return what it sent; both call this at the same point of the step."""
+    device = torch.cuda.current_device()
+    payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+    length = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
+    their_length = torch.empty_like(length)
+    _swap_tensors(length, their_length, peer, group)
+    received = torch.empty(int(their_length), dtype=torch.uint8, device=device)
+    _swap_tensors(payload, received, peer, group)
+    return pickle.loads(received.cpu().numpy().tobytes())
+
+
+def _swap_tensors(send: torch.Tensor, receive: torch.Tensor, peer: int, group: Any) -> None:
+    ops = [dist.P2POp(dist.isend, send, peer, group), dist.P2POp(dist.irecv, receive, peer, group)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
