@@ -1,0 +1,5 @@
+def check(args):
+    pass
+
+
+REFUSALS = ()

@@ -1,0 +1,345 @@
+"""One table of every DeepSeek-V3 setting: the Megatron option that sets it, its value, and how firm it is.
+
+`size`     the dimensions of the 671B model, and what depends on them; filled in when not given, never contradicted.
+`fixed`    what makes the model a DeepSeek-V3 and its routing exact; another value is refused.
+`recipe`   how it was trained; another value is refused too, unless `--allow-deviation NAME` says that it is meant.
+
+Sources: R = technical report (arXiv 2412.19437v2), V3 = the released model's `config.json` and code.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["size", "fixed", "recipe"]
+
+
+class NotSet:
+    """Value of a setting that does not apply to this command line."""
+
+
+NOT_SET = NotSet()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row.
+
+    Attributes:
+        dest: Megatron's name of the argument in its namespace.
+        value: DeepSeek-V3's value, or a function from the arguments known so far to it (`NOT_SET`: leave alone).
+        flag: option that sets the value; "" where Megatron's own default is that value already.
+        kind: see the module docstring.
+        source: where the value is from.
+        also: other accepted values (later phases of the same training, an equivalent implementation).
+        config: how the model config holds it, for settings checked there: an attribute name, or "" when not there.
+    """
+
+    dest: str
+    value: Any
+    flag: str
+    kind: Kind
+    source: str
+    also: tuple[Any, ...] = ()
+    config: str = ""
+
+    def value_for(self, args: Namespace) -> Any:
+        """The value for these arguments; `args` may lack what was not given."""
+        return self.value(args) if callable(self.value) else self.value
+
+    def accepts(self, value: Any, args: Namespace) -> bool:
+        """Whether a given value agrees with DeepSeek-V3 (sizes always do)."""
+        wanted = self.value_for(args)
+        if self.kind == "size" or wanted is NOT_SET:
+            return True
+        return any(_same(value, candidate) for candidate in (wanted, *self.also))
+
+    def words(self, args: Namespace) -> list[str]:
+        """The command-line words that set the value, `[]` when there is nothing to set."""
+        value = self.value_for(args)
+        if value is NOT_SET or not self.flag:
+            return []
+        return [self.flag] if isinstance(value, bool) else [self.flag, str(value)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality that takes Megatron's one-element lists for their element."""
+    a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _from(dest: str, default: Any) -> Callable[[Namespace], Any]:
+    return lambda args: getattr(args, dest, default)
+
+
+def _moe_layers(args: Namespace) -> str:
+    """The first three layers are dense (R§4.2)."""
+    num_layers = getattr(args, "num_layers", 61)
+    return f"[0]*{min(3, num_layers)}+[1]*{max(0, num_layers - 3)}"
+
+
+def _vocab_size(args: Namespace) -> Any:
+    """A real tokenizer brings its own vocabulary size."""
+    named = getattr(args, "tokenizer_type", "NullTokenizer")
+    return 129280 if named == "NullTokenizer" and not hasattr(args, "padded_vocab_size") else NOT_SET
+
+
+def _tokenizer_type(args: Namespace) -> Any:
+    return "NullTokenizer" if getattr(args, "mock_data", False) else "HuggingFaceTokenizer"
+
+
+def _scaling_factor(args: Namespace) -> float:
+    """MLA multiplies its softmax scale by mscale² whatever the rope type: 1.0 before the long-context phases."""
+    return 40.0 if getattr(args, "rope_type", "rope") == "yarn" else 1.0
+
+
+def _unless_given(dest: str, value: Any) -> Callable[[Namespace], Any]:
+    return lambda args: NOT_SET if hasattr(args, dest) else value
+
+
+def _grouped_gemm(args: Namespace) -> Any:
+    """Transformer Engine's grouped GEMM; the reference backend has none."""
+    return NOT_SET if getattr(args, "transformer_impl", "") == "local" else True
+
+
+MODEL = "R§4.2; V3 config.json"
+ROUTING = "R§2.1.2; V3 Gate.forward"
+
+SETTINGS: tuple[Setting, ...] = (
+    # Sizes.
+    Setting("num_layers", 61, "--num-layers", "size", MODEL),
+    Setting("hidden_size", 7168, "--hidden-size", "size", MODEL),
+    Setting("ffn_hidden_size", 18432, "--ffn-hidden-size", "size", MODEL),
+    Setting("num_attention_heads", 128, "--num-attention-heads", "size", MODEL),
+    Setting("q_lora_rank", 1536, "--q-lora-rank", "size", MODEL),
+    Setting("kv_lora_rank", 512, "--kv-lora-rank", "size", MODEL),
+    Setting("qk_head_dim", 128, "--qk-head-dim", "size", MODEL),
+    Setting("qk_pos_emb_head_dim", 64, "--qk-pos-emb-head-dim", "size", MODEL),
+    Setting("v_head_dim", 128, "--v-head-dim", "size", MODEL),
+    Setting(
+        "kv_channels",
+        _from("v_head_dim", 128),
+        "--kv-channels",
+        "size",
+        "Megatron's head dim; MLA has its own",
+    ),
+    Setting("num_experts", 256, "--num-experts", "size", MODEL),
+    Setting("moe_layer_freq", _moe_layers, "--moe-layer-freq", "size", MODEL),
+    Setting("moe_ffn_hidden_size", 2048, "--moe-ffn-hidden-size", "size", MODEL),
+    Setting(
+        "moe_shared_expert_intermediate_size",
+        _from("moe_ffn_hidden_size", 2048),
+        "--moe-shared-expert-intermediate-size",
+        "size",
+        MODEL + ": one shared expert",
+    ),
+    Setting("moe_router_topk", 8, "--moe-router-topk", "size", MODEL),
+    Setting("moe_router_num_groups", 8, "--moe-router-num-groups", "size", MODEL),
+    Setting("moe_router_group_topk", 4, "--moe-router-group-topk", "size", MODEL),
+    Setting("mtp_num_layers", 1, "--mtp-num-layers", "size", "R§2.2, §4.2: depth D = 1; 0 turns MTP off"),
+    Setting("init_method_std", 0.006, "--init-method-std", "size", MODEL),
+    Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "size", "byte-level BPE (R§4.1)"),
+    Setting("vocab_size", _vocab_size, "--vocab-size", "size", MODEL),
+    Setting("seq_length", 4096, "--seq-length", "size", "R§4.2"),
+    Setting(
+        "max_position_embeddings",
+        _from("seq_length", 4096),
+        "--max-position-embeddings",
+        "size",
+        "R§4.2, the sequence length",
+    ),
+    Setting("micro_batch_size", 1, "--micro-batch-size", "size", "arXiv 2505.09343: one sequence"),
+    Setting("min_lr", _unless_given("lr", 2.2e-5), "--min-lr", "size", "R§4.2"),
+    Setting("lr", 2.2e-4, "--lr", "size", "R§4.2; the right value depends on the model's size"),
+    # Attention (R§2.1.1).
+    Setting(
+        "multi_latent_attention",
+        True,
+        "--multi-latent-attention",
+        "fixed",
+        "R§2.1.1",
+        config="multi_latent_attention",
+    ),
+    Setting(
+        "qk_layernorm",
+        True,
+        "--qk-layernorm",
+        "fixed",
+        "R§4.2: RMSNorm after the latents",
+        config="qk_layernorm",
+    ),
+    Setting("group_query_attention", False, "", "fixed", "R§2.1.1"),
+    Setting("qk_l2_norm", False, "", "fixed", "R§2.1.1", config="qk_l2_norm"),
+    Setting("attention_output_gate", False, "", "fixed", "R§2.1.1", config="attention_output_gate"),
+    Setting("softmax_type", "vanilla", "", "fixed", "R§2.1.1", config="softmax_type"),
+    Setting(
+        "experimental_attention_variant",
+        None,
+        "",
+        "fixed",
+        "R§2.1.1",
+        config="experimental_attention_variant",
+    ),
+    Setting("window_size", None, "", "fixed", "R§2.1.1", config="window_size"),
+    # Positions.
+    Setting(
+        "position_embedding_type",
+        "rope",
+        "--position-embedding-type",
+        "fixed",
+        "R§2.1.1; YaRN is chosen by --rope-type, since Megatron's MTP wants this one",
+        config="position_embedding_type",
+    ),
+    Setting(
+        "rope_type",
+        "rope",
+        "--rope-type",
+        "fixed",
+        "R§4.3: YaRN only for long context",
+        ("yarn",),
+        "rope_type",
+    ),
+    Setting(
+        "rotary_scaling_factor",
+        _scaling_factor,
+        "--rotary-scaling-factor",
+        "fixed",
+        "R§4.3: 40 with YaRN, none before",
+        config="rotary_scaling_factor",
+    ),
+    Setting("mscale", 1.0, "--mscale", "fixed", "R§4.3; V3 config.json", config="mscale"),
+    Setting(
+        "mscale_all_dim", 1.0, "--mscale-all-dim", "fixed", "R§4.3; V3 config.json", config="mscale_all_dim"
+    ),
+    Setting("rotary_base", 10000, "", "fixed", "V3 config.json", config="rotary_base"),
+    Setting("rotary_percent", 1.0, "", "fixed", "R§2.1.1", config="rotary_percent"),
+    Setting("rotary_seq_len_interpolation_factor", None, "", "fixed", "R§4.3: YaRN instead"),
+    Setting("use_rope_scaling", False, "", "fixed", "R§4.3: YaRN instead"),
+    Setting(
+        "rotary_interleaved", False, "", "fixed", "MLA interleaves by itself", config="rotary_interleaved"
+    ),
+    # Layers.
+    Setting("normalization", "RMSNorm", "--normalization", "fixed", MODEL, config="normalization"),
+    Setting(
+        "layernorm_epsilon", 1e-6, "--norm-epsilon", "fixed", "V3 config.json", config="layernorm_epsilon"
+    ),
+    Setting(
+        "layernorm_zero_centered_gamma", False, "", "fixed", MODEL, config="layernorm_zero_centered_gamma"
+    ),
+    Setting("apply_residual_connection_post_layernorm", False, "", "fixed", MODEL),
+    Setting("swiglu", True, "--swiglu", "fixed", MODEL, config="gated_linear_unit"),
+    Setting("squared_relu", False, "", "fixed", MODEL),
+    Setting("quick_geglu", False, "", "fixed", MODEL),
+    Setting("openai_gelu", False, "", "fixed", MODEL),
+    Setting("activation_func_clamp_value", None, "", "fixed", MODEL, config="activation_func_clamp_value"),
+    Setting("add_bias_linear", False, "--disable-bias-linear", "fixed", MODEL, config="add_bias_linear"),
+    Setting("add_qkv_bias", False, "", "fixed", MODEL, config="add_qkv_bias"),
+    Setting(
+        "untie_embeddings_and_output_weights", True, "--untie-embeddings-and-output-weights", "fixed", MODEL
+    ),
+    Setting("use_mup", False, "", "fixed", MODEL),
+    Setting("init_method_xavier_uniform", False, "", "fixed", "R§4.2: normal, one standard deviation"),
+    Setting("hidden_dropout", 0.0, "--hidden-dropout", "recipe", MODEL),
+    Setting("attention_dropout", 0.0, "--attention-dropout", "recipe", MODEL),
+    # Routing.
+    Setting(
+        "moe_router_score_function",
+        "sigmoid",
+        "--moe-router-score-function",
+        "fixed",
+        ROUTING,
+        config="moe_router_score_function",
+    ),
+    Setting(
+        "moe_router_enable_expert_bias",
+        True,
+        "--moe-router-enable-expert-bias",
+        "fixed",
+        ROUTING,
+        config="moe_router_enable_expert_bias",
+    ),
+    Setting("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor", "recipe", ROUTING),
+    Setting(
+        "moe_router_load_balancing_type",
+        "seq_aux_loss",
+        "--moe-router-load-balancing-type",
+        "fixed",
+        "R§2.1.2, equations 17-20",
+        config="moe_router_load_balancing_type",
+    ),
+    Setting("moe_aux_loss_coeff", 1e-4, "--moe-aux-loss-coeff", "recipe", "R§4.2: α"),
+    Setting(
+        "moe_router_bias_update_rate",
+        1e-3,
+        "--moe-router-bias-update-rate",
+        "recipe",
+        "R§4.2: γ, 0 after 14.3T tokens",
+        (0.0,),
+    ),
+    Setting(
+        "moe_router_dtype",
+        "fp32",
+        "--moe-router-dtype",
+        "fixed",
+        "R§3.3: gating stays in high precision",
+        ("fp64",),
+    ),
+    Setting("moe_router_pre_softmax", False, "", "fixed", ROUTING, config="moe_router_pre_softmax"),
+    Setting("moe_router_force_load_balancing", False, "", "recipe", ROUTING),
+    Setting("moe_router_force_biased", None, "", "recipe", ROUTING),
+    Setting(
+        "moe_expert_capacity_factor",
+        None,
+        "",
+        "fixed",
+        "R§2.1.2: no token is dropped",
+        config="moe_expert_capacity_factor",
+    ),
+    Setting("moe_pad_expert_input_to_capacity", False, "", "fixed", "R§2.1.2: no token is dropped"),
+    Setting("moe_z_loss_coeff", None, "", "fixed", ROUTING, config="moe_z_loss_coeff"),
+    Setting("moe_input_jitter_eps", None, "", "fixed", ROUTING, config="moe_input_jitter_eps"),
+    Setting("moe_latent_size", None, "", "fixed", MODEL, config="moe_latent_size"),
+    Setting("moe_shared_expert_gate", False, "", "fixed", MODEL, config="moe_shared_expert_gate"),
+    Setting("moe_apply_probs_on_input", False, "", "fixed", ROUTING, config="moe_apply_probs_on_input"),
+    Setting(
+        "moe_token_dispatcher_type",
+        "alltoall",
+        "--moe-token-dispatcher-type",
+        "fixed",
+        "R§3.2.2: all-to-all; flex is DeepEP",
+        ("flex",),
+        "moe_token_dispatcher_type",
+    ),
+    Setting(
+        "moe_grouped_gemm", _grouped_gemm, "--moe-grouped-gemm", "size", "one GEMM call for all local experts"
+    ),
+    # Multi-token prediction.
+    Setting(
+        "mtp_loss_scaling_factor",
+        0.3,
+        "--mtp-loss-scaling-factor",
+        "recipe",
+        "R§4.2: λ, 0.1 after 10T tokens",
+        (0.1,),
+    ),
+    Setting("mtp_use_repeated_layer", False, "", "fixed", "R§2.2", config="mtp_use_repeated_layer"),
+    Setting("mtp_detach_heads", False, "", "fixed", "R§2.2", config="mtp_detach_heads"),
+    # Optimizer (R§4.2).
+    Setting("optimizer", "adam", "", "fixed", "R§4.2: AdamW"),
+    Setting("adam_beta1", 0.9, "", "recipe", "R§4.2"),
+    Setting("adam_beta2", 0.95, "--adam-beta2", "recipe", "R§4.2"),
+    Setting("adam_eps", 1e-8, "", "size", "unpublished; Megatron's default is kept"),
+    Setting("weight_decay", 0.1, "--weight-decay", "recipe", "R§4.2"),
+    Setting("clip_grad", 1.0, "", "recipe", "R§4.2"),
+    # Data.
+    Setting(
+        "create_attention_mask_in_dataloader",
+        False,
+        "--no-create-attention-mask-in-dataloader",
+        "size",
+        "causal attention needs no mask tensor",
+    ),
+)
+
+BY_DEST = {setting.dest: setting for setting in SETTINGS}

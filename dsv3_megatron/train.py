@@ -1,0 +1,135 @@
+"""Train a DeepSeek-V3 through `megatron.training.pretrain`.
+
+    torchrun --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 <ordinary Megatron arguments>
+    torchrun --nproc-per-node 4 -m dsv3_megatron.train --spec dsv3 --device cpu <ordinary Megatron arguments>
+
+Every DeepSeek-V3 setting that is not given is filled in; contradictions and unsupported combinations are refused
+before anything is built (docs/support.md).
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from dsv3_megatron.arguments.errors import RefusedArgument, exits_cleanly
+
+
+@exits_cleanly
+def command() -> None:
+    """Entry point of `python -m dsv3_megatron.train`."""
+    main()
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train with these command-line words (default: those of this process).
+
+    Returns:
+        `{"iteration": last iteration, "consumed_train_samples": samples seen}`.
+
+    Raises:
+        RefusedArgument: the command line is wrong; nothing has been built then.
+    """
+    started = time.time()
+    device, words = _split_device(sys.argv[1:] if argv is None else argv)
+    words = _use_device(device, words)
+
+    from dsv3_megatron.arguments import complete
+
+    with _command_line(complete(words)):
+        return _train(started)
+
+
+def _train(started: float) -> dict[str, Any]:
+    from megatron.core.enums import ModelType
+    from megatron.training import get_args, pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from dsv3_megatron.arguments import add_arguments
+    from dsv3_megatron.specs.builder import DSV3ModelConfig
+    from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
+    from dsv3_megatron.training.step import forward_step
+
+    set_startup_timestamps(program_start=started, main_entry=time.time())
+    try:
+        args = parse_and_validate_args(extra_args_provider=add_arguments)
+        model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
+        model.seed = args.seed
+    except (AssertionError, ValueError) as error:
+        # Megatron checks arguments with assertions; what it says about them is the user's to read, not a crash.
+        raise RefusedArgument(f"Megatron refuses these arguments: {error or repr(error)}") from error
+    _install_metrics()
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )
+    args = get_args()
+    return {"iteration": args.curr_iteration, "consumed_train_samples": args.consumed_train_samples}
+
+
+def _split_device(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """`--device` is ours and must be known before Megatron, which has no such option, is imported."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda")
+    known, words = parser.parse_known_args(list(argv))
+    if known.device not in ("cuda", "cpu"):
+        raise RefusedArgument(f"--device {known.device}: use cuda (the default) or cpu")
+    return known.device, words
+
+
+def _use_device(device: str, words: list[str]) -> list[str]:
+    """Activate the CPU runtime and add the options it needs, or make sure that there is a GPU."""
+    import torch
+
+    from dsv3_megatron import cpu
+
+    if device == "cuda" and not cpu.is_active():
+        if not torch.cuda.is_available():
+            raise RefusedArgument("--device cuda (the default): no GPU is visible. Use --device cpu.")
+        return words
+    if not cpu.is_active() and torch.cuda.is_available():
+        raise RefusedArgument(
+            "--device cpu: a GPU is visible. Hide it with CUDA_VISIBLE_DEVICES='', or leave it out."
+        )
+    cpu.activate()
+    return [*_options_not_in(words, cpu.CPU_FLAGS), *words]
+
+
+def _options_not_in(words: Sequence[str], flags: Sequence[str]) -> Iterator[str]:
+    """The options of `flags`, each with its values, that `words` does not give."""
+    given = {word.split("=")[0] for word in words if word.startswith("--")}
+    keep = False
+    for flag in flags:
+        if flag.startswith("--"):
+            keep = flag not in given
+        if keep:
+            yield flag
+
+
+@contextmanager
+def _command_line(words: Sequence[str]) -> Iterator[None]:
+    """Megatron parses `sys.argv`."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _install_metrics() -> None:
+    if importlib.util.find_spec("dsv3_megatron.metrics"):
+        from dsv3_megatron import metrics
+
+        metrics.install()
+
+
+if __name__ == "__main__":
+    command()

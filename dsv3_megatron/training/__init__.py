@@ -1,0 +1,1 @@
+"""What `megatron.training.pretrain` is given: batches, the forward step with its loss, and the datasets."""

@@ -1,0 +1,117 @@
+"""One microbatch for one model chunk."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_hybrid_data_context_parallel_groups
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args
+
+KEYS = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+    "hybrid_cp_group",
+)
+
+
+def is_packed(args: Any) -> bool:
+    """Whether samples carry document boundaries: fine-tuning data, or documents masked from each other."""
+    return bool(args.sft or args.dataloader_inter_document_masking)
+
+
+def reads_tokens(model: Any) -> bool:
+    """Whether this chunk embeds tokens, computes a loss, or predicts further tokens.
+
+    Asked of the chunk itself, not of its pipeline rank: a rank may hold the first and the last stage.
+    """
+    return any(get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process", "mtp_process"))
+
+
+def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dict[str, Any]:
+    """The next microbatch, broadcast over tensor-parallel ranks and cut for this context-parallel rank.
+
+    Returns:
+        A dict with `KEYS`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is fp32 of that
+        shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1]; entries that a chunk has no use
+        for, or all of them on a middle stage, are None.
+    """
+    args = get_args()
+    packed = is_packed(args)
+    needed = reads_tokens(model)
+    if not needed and not packed:
+        return dict.fromkeys(KEYS)
+
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        assert data_iterator is not None, "no dataset was built on a rank whose stage reads tokens"
+        sample = next(data_iterator)
+        batch = {key: _to_device(sample.get(key)) for key in KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=packed,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        # "MTP here" makes Megatron broadcast every field, which is right for any stage that reads tokens.
+        mtp_on_this_rank=needed,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not needed:
+        return {key: batch[key] if key.startswith(("cu_", "max_")) else None for key in KEYS}
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        cp_group=mpu.get_context_parallel_group(),
+        hybrid_cp_group_func=get_hybrid_data_context_parallel_groups,
+        use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+    )
+
+
+def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """Document boundaries for attention, None when the batch has none."""
+    if batch["cu_seqlens"] is None:
+        return None
+    padded = batch["cu_seqlens_padded"]
+    padded = None if padded is None else padded.squeeze(0)
+    # Attention gets the padded boundaries where there are any, as Megatron's own entry point does.
+    boundaries = batch["cu_seqlens"].squeeze(0) if padded is None else padded
+    longest = int(batch["max_seqlen"].item())
+    local_cp_size = batch["local_cp_size"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        local_cp_size=None if local_cp_size is None else int(local_cp_size.item()),
+        cp_group=batch["hybrid_cp_group"],
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
+def _to_device(value: Any) -> Any:
+    return value.cuda(non_blocking=True) if isinstance(value, torch.Tensor) else value
