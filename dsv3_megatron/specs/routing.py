@@ -2,8 +2,9 @@
 
 Shape suffixes: T tokens, S positions of a sequence, B sequences, E experts, K chosen experts, G groups.
 
-One tie rule everywhere: of equal scores the lower index wins, for groups as for experts, and the chosen experts are
-returned best first. (`torch.topk` promises no order among equals, so it may differ between devices and layouts.)
+One tie rule everywhere: of equal scores the lower index wins, for groups as for experts, and the chosen
+    experts are returned best first. (`torch.topk` promises no order among equals, so it may differ between
+    devices and layouts.)
 """
 
 import torch
@@ -36,8 +37,8 @@ def check_routing(num_experts: int, topk: int, num_groups: int | None, group_top
     group_size = num_experts // num_groups
     if group_size < 2:
         raise ValueError(
-            f"moe_router_num_groups={num_groups} leaves {group_size} expert per group, but a group is scored by its "
-            f"two best experts: use at most {num_experts // 2} groups"
+            f"moe_router_num_groups={num_groups} leaves {group_size} expert per group, but a group is "
+            f"scored by its two best experts: use at most {num_experts // 2} groups"
         )
     if not 1 <= group_topk <= num_groups:
         raise ValueError(
@@ -63,7 +64,7 @@ def affinity(logits: Tensor) -> Tensor:
 
 
 def stable_topk(scores: Tensor, k: int) -> Tensor:
-    """Indices [..., k] int64 of the k best along the last dimension, best first, lower index first among equals."""
+    """Indices [..., k] int64 of the k best of the last dimension, best first; of equals the lower index."""
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -77,10 +78,10 @@ def group_limited_topk(
 ) -> tuple[Tensor, Tensor]:
     """Choose K experts per token and weigh them (R§2.1.2 eq. 13, 14, 16; `Gate.forward` of DeepSeek-V3).
 
-    The bias takes part in the choice of groups and experts only. A group's score is the sum of its two best biased
-    scores, whatever K and `group_topk` are; experts of groups not kept are masked with −inf, so that none is chosen
-    even where all biased scores are negative. The weights are the unbiased scores of the chosen, normalised to sum
-    to 1 and multiplied by `scaling`.
+    The bias takes part in the choice of groups and experts only. A group's score is the sum of its two best
+    biased scores, whatever K and `group_topk` are; experts of groups not kept are masked with −inf, so that
+    none is chosen even where all biased scores are negative. The weights are the unbiased scores of the
+    chosen, normalised to sum to 1 and multiplied by `scaling`.
 
     Args:
         scores: [T, E] fp32 or fp64 from `affinity`.
@@ -91,8 +92,8 @@ def group_limited_topk(
         scaling: routed scaling factor (2.5 in DeepSeek-V3).
 
     Returns:
-        weights [T, K] of the scores' dtype (differentiable) and expert indices [T, K] int64, in order of the biased
-        scores.
+        weights [T, K] of the scores' dtype (differentiable) and expert indices [T, K] int64, in order of the
+        biased scores.
 
     Raises:
         ValueError: from `check_routing`.
@@ -172,14 +173,14 @@ def sequence_balance_loss(
     counts: Tensor | None = None,
     num_tokens: Tensor | None = None,
 ) -> Tensor:
-    """Complementary sequence-wise balance loss, α·Σ_i f_i·P_i, averaged over the sequences (R§2.1.2 eq. 17–20).
+    """Complementary sequence-wise balance loss α·Σ_i f_i·P_i, averaged over sequences (R§2.1.2 eq. 17–20).
 
     f_i = E/(K·T)·(tokens of the sequence with expert i among their K best unbiased scores) and
-    P_i = 1/T·Σ_t s_it / Σ_j s_jt, with T the sequence's valid tokens. A sequence without valid tokens adds 0 and
-    still counts in the average. Only P_i carries a gradient.
+    P_i = 1/T·Σ_t s_it / Σ_j s_jt, with T the sequence's valid tokens. A sequence without valid tokens adds 0
+    and still counts in the average. Only P_i carries a gradient.
 
-    Where sequences are split over ranks, `counts` and `num_tokens` are `balance_counts` summed over those ranks; the
-    value is then this rank's part, and the parts add up to the loss.
+    Where sequences are split over ranks, `counts` and `num_tokens` are `balance_counts` summed over those
+    ranks; the value is then this rank's part, and the parts add up to the loss.
 
     Args:
         scores: [S, B, E] from `affinity`, this rank's part.
@@ -207,8 +208,8 @@ def sequence_balance_loss(
 def load_violation_sign(counts: Tensor) -> Tensor:
     """sign(mean load − expert load), exact for any integer count.
 
-    The mean over E experts is seldom an integer and rounds in floating point once counts pass 2^24, so the sign is
-    taken of Σ counts − E·count, in int64.
+    The mean over E experts is seldom an integer and rounds in floating point once counts pass 2^24, so the
+    sign is taken of Σ counts − E·count, in int64.
 
     Args:
         counts: [..., E] integer.
@@ -220,7 +221,9 @@ def load_violation_sign(counts: Tensor) -> Tensor:
         TypeError: the counts are not integers.
     """
     if counts.is_floating_point() or counts.dtype == torch.bool:
-        raise TypeError(f"tokens per expert must be integers to be exact, not {counts.dtype}: use torch.int64")
+        raise TypeError(
+            f"tokens per expert must be integers to be exact, not {counts.dtype}: use torch.int64"
+        )
     counts = counts.to(torch.int64)
     return torch.sign(counts.sum(dim=-1, keepdim=True) - counts.shape[-1] * counts)
 
@@ -231,7 +234,8 @@ def updated_bias(bias: Tensor, counts: Tensor, update_rate: float) -> Tensor:
     Args:
         bias: [..., E] fp32.
         counts: [..., E] integer tokens per expert of the whole global batch, padded tokens excluded.
-        update_rate: γ (0.001 in DeepSeek-V3 until 14.3T tokens, then 0, which leaves the bias as it is, bit for bit).
+        update_rate: γ (0.001 in DeepSeek-V3 until 14.3T tokens, then 0, which leaves the bias as it is, bit
+            for bit).
 
     Returns:
         [..., E] fp32, a new tensor.
@@ -240,7 +244,9 @@ def updated_bias(bias: Tensor, counts: Tensor, update_rate: float) -> Tensor:
         TypeError: the bias is not fp32, or the counts are not integers.
     """
     if bias.dtype != torch.float32:
-        raise TypeError(f"expert_bias must be torch.float32, not {bias.dtype}: γ = 0.001 is lost in fewer bits")
+        raise TypeError(
+            f"expert_bias must be torch.float32, not {bias.dtype}: γ = 0.001 is lost in fewer bits"
+        )
     sign = load_violation_sign(counts)
     if update_rate == 0:
         return bias.clone()

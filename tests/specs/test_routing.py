@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from dsv3_megatron.specs import routing
 
 
-def gate(scores: list[float], bias: list[float], topk: int, groups: int | None, group_topk: int | None) -> list[int]:
+def gate(
+    scores: list[float], bias: list[float], topk: int, groups: int | None, group_topk: int | None
+) -> list[int]:
     """Experts of one token, by loops over Python floats; ties to the lower index."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     allowed = list(range(len(scores)))
@@ -62,7 +64,7 @@ def test_choice_and_weights_match_loops(num_experts, topk, groups, group_topk, c
 
 
 def test_a_mask_of_zero_would_leak_dropped_groups() -> None:
-    """All biased scores negative: a group masked with 0.0 instead of −inf would win (V3 `1398800`, sglang #3798)."""
+    """All biased scores negative: a group masked with 0.0 instead of −inf would win (sglang #3798)."""
     scores = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.2, 0.1, 0.3, 0.2]])
     bias = torch.full((8,), -2.0)
     weights, indices = routing.group_limited_topk(scores, bias, 2, 4, 1, 1.0)
@@ -103,7 +105,9 @@ def test_any_sizes_match_loops(data) -> None:
     quarter = st.integers(1, 7).map(lambda n: n / 8)
     num_experts = groups * size
     scores = data.draw(st.lists(quarter, min_size=num_experts, max_size=num_experts))
-    bias = data.draw(st.lists(st.integers(-16, 8).map(lambda n: n / 8), min_size=num_experts, max_size=num_experts))
+    bias = data.draw(
+        st.lists(st.integers(-16, 8).map(lambda n: n / 8), min_size=num_experts, max_size=num_experts)
+    )
     weights, indices = routing.group_limited_topk(
         torch.tensor([scores]), torch.tensor(bias), topk, groups, group_topk, 2.5
     )
@@ -193,7 +197,7 @@ def test_counts_are_integers_and_skip_padding() -> None:
 
 @pytest.mark.parametrize("base", [0, 2**8, 2**16, 2**24, 2**31, 2**40])
 def test_bias_moves_by_the_exact_sign(base) -> None:
-    """One token more or less than the mean decides, at any count; the mean is not an integer in the second case."""
+    """One token more or less decides, at any count; the second mean is not an integer."""
     counts = torch.tensor([base + 1, base + 3, base + 2, base + 2])
     assert routing.updated_bias(torch.zeros(4), counts, 1.0).tolist() == [1, -1, 0, 0]
     counts = torch.tensor([base + 2, base + 2, base + 2, base + 3])
@@ -228,7 +232,7 @@ def test_rate_zero_leaves_the_bias_and_wrong_dtypes_are_refused() -> None:
 
 
 def test_bias_reaches_balance_on_a_skewed_gate() -> None:
-    """500 updates on logits that favour the first experts: maximum over mean load falls below half its start."""
+    """500 updates on logits that favour the first experts."""
     torch.manual_seed(6)
     logits = torch.randn(512, 16) + torch.linspace(1.5, -1.5, 16)
     scores, bias, violation = routing.affinity(logits), torch.zeros(16), []
