@@ -14,7 +14,7 @@ _LABELS = {
     Kind.W: "Backward for weights",
     Kind.PAIR: "Overlapped forward & backward",
 }
-# (direction 0, direction 1): the second direction is the darker shade.
+# Light and dark shade, see `_shade`.
 _FILL = {
     Kind.F: ("#f9d67a", "#e0a33c"),
     Kind.B: ("#a9d18e", "#6fa653"),
@@ -33,6 +33,11 @@ def _shares(event: Event) -> Iterator[tuple[Action, float, float]]:
     forward, backward = event.action.parts
     yield forward, event.start, length / 3
     yield backward, event.start + length / 3, length * 2 / 3
+
+
+def _shade(part: Action, num_ranks: int) -> int:
+    """0 or 1: tells the two streams of a rank apart, be they two directions or two stages of one direction."""
+    return (part.direction + part.stage // num_ranks) % 2
 
 
 def _cell(events: Sequence[Event]) -> float:
@@ -69,14 +74,14 @@ def draw(
     column = (inches - 1.0) * 72 / makespan  # points per time unit
     for event in events:
         for part, start, length in _shares(event):
-            fill = _FILL[part.kind][part.direction]
+            fill = _FILL[part.kind][_shade(part, num_ranks)]
             axes.add_patch(
                 Rectangle((start, event.rank), length, 1, facecolor=fill, edgecolor="white", lw=0.5)
             )
             number = str(part.microbatch)
             if length * column > 5 * len(number):
                 x, y = start + length / 2, event.rank + 0.53
-                ink = "white" if part.kind is Kind.W and part.direction else "black"
+                ink = "white" if part.kind is Kind.W and _shade(part, num_ranks) else "black"
                 axes.text(x, y, number, ha="center", va="center", fontsize=7.5, color=ink)
     for event in events:  # borders over the fills of the neighbours
         if event.action.kind is Kind.PAIR:
@@ -96,8 +101,11 @@ def draw(
     axes.set_title(title, loc="left", fontsize=11)
     present = {part.kind for event in events for part in event.action.parts}
     handles = [Patch(facecolor=_FILL[kind][0], label=_LABELS[kind]) for kind in _FILL if kind in present]
-    if any(part.direction for event in events for part in event.action.parts):
+    parts = [part for event in events for part in event.action.parts]
+    if any(part.direction for part in parts):
         handles.append(Patch(facecolor="#8a8a8a", label="Darker: second direction"))
+    elif any(_shade(part, num_ranks) for part in parts):
+        handles.append(Patch(facecolor="#8a8a8a", label="Darker: second stage of the rank"))
     if any(event.action.kind is Kind.PAIR for event in events):
         handles.append(Patch(facecolor="white", edgecolor="black", label=_LABELS[Kind.PAIR]))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -108,8 +116,8 @@ def draw(
 def text(events: Sequence[Event], colour: bool = False) -> str:
     """A timeline for the terminal: one line per rank, one cell for the length of the shortest action.
 
-    Without colour the letter tells the kind (F, B, I = backward for input, W), in lower case for the second
-    direction; `[` and `]` enclose an overlapped pair.
+    Without colour the letter tells the kind (F, B, I = backward for input, W), in lower case what a
+    picture shows darker (second direction, or second stage of a rank); `[` and `]` enclose an overlapped pair.
     """
     num_ranks = 1 + max(event.rank for event in events)
     cell_length = _cell(events)
@@ -125,15 +133,15 @@ def text(events: Sequence[Event], colour: bool = False) -> str:
             filled[event.rank] = last
             if colour:
                 cell = f"{part.microbatch:>{digits}}".ljust(last - first)[: last - first]
-                cell = f"\x1b[48;5;{_ANSI[part.kind][part.direction]}m\x1b[97m{cell}\x1b[0m"
+                cell = f"\x1b[48;5;{_ANSI[part.kind][_shade(part, num_ranks)]}m\x1b[97m{cell}\x1b[0m"
             else:
-                cell = _plain_cell(event.action, part, last - first)
+                cell = _plain_cell(event.action, part, last - first, bool(_shade(part, num_ranks)))
             lines[event.rank] += cell
     return "\n".join(lines)
 
 
-def _plain_cell(action: Action, part: Action, width: int) -> str:
-    letter = part.kind.value.lower() if part.direction else part.kind.value
+def _plain_cell(action: Action, part: Action, width: int, lower: bool) -> str:
+    letter = part.kind.value.lower() if lower else part.kind.value
     opening = "[" if action.kind is Kind.PAIR and part.kind is Kind.F else " "
     closing = "]" if action.kind is Kind.PAIR and part.kind is Kind.B else " "
     body = f"{letter}{part.microbatch}"

@@ -58,15 +58,14 @@ class Costs:
         values = tuple(value)
         if len(values) != num_stages:
             raise ValueError(
-                f"{name} has {len(values)} entries, but the schedule has {num_stages} stages; give one number "
-                f"or {num_stages}"
+                f"{name} has {len(values)} entries, but there are {num_stages} stages; give one number or "
+                f"{num_stages}"
             )
         return values
 
 
 class Event(NamedTuple):
-    """One executed action. The runner's measured timelines use the same format, in seconds from the step's
-    start."""
+    """One executed action; measured timelines use the same format, in seconds from the start of the step."""
 
     rank: int
     start: float
