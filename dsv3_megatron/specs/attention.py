@@ -1,5 +1,6 @@
 """Core attention in plain PyTorch: causal, packed sequences, context parallelism, head sizes of MLA."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +37,15 @@ def causal_blocks(cu_seqlens: list[int], cp_size: int = 1, cp_rank: int = 0) -> 
 
     Args:
         cu_seqlens: [0, end of sequence 0, end of sequence 1, …] over all context-parallel ranks, in tokens.
-        cp_size, cp_rank: with context parallelism each sequence is cut into 2·cp_size chunks, of which rank r holds
-            chunk r and chunk 2·cp_size−1−r (zigzag, which balances the causal work).
+        cp_size, cp_rank: with context parallelism each sequence is cut into 2·cp_size chunks, of which rank r
+            holds chunk r and chunk 2·cp_size−1−r (zigzag, which balances the causal work).
 
     Raises:
         ValueError: a sequence cannot be cut into 2·cp_size equal chunks.
     """
     blocks: list[AttentionBlock] = []
     local = 0
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in itertools.pairwise(cu_seqlens):
         if start == end:
             continue
         if cp_size == 1:
@@ -63,7 +64,7 @@ def causal_blocks(cu_seqlens: list[int], cp_size: int = 1, cp_rank: int = 0) -> 
 
 
 def zigzag_order(cu_seqlens: list[int], cp_size: int) -> Tensor:
-    """Where each token of the batch, in natural order, stands after the ranks' tokens are concatenated: int64 [tokens]."""
+    """Where each token of the batch stands after concatenating the ranks' tokens: int64 [tokens]."""
     position = torch.empty(cu_seqlens[-1], dtype=torch.int64)
     offset = 0
     for rank in range(cp_size):
@@ -77,12 +78,13 @@ def zigzag_order(cu_seqlens: list[int], cp_size: int) -> Tensor:
 class SDPACoreAttention(torch.nn.Module):
     """softmax(q·kᵀ · scale + causal mask)·v with torch's scaled_dot_product_attention.
 
-    Interface of Megatron's core attention modules. Query and key heads may be wider than value heads (192 and 128 in
-    DeepSeek-V3). The softmax scale is the caller's: MLA passes mscale²/√(qk head dim).
+    Interface of Megatron's core attention modules. Query and key heads may be wider than value heads (192 and
+    128 in DeepSeek-V3). The softmax scale is the caller's: MLA passes mscale²/√(qk head dim).
 
-    The mask is causal within each sequence, from cu_seqlens where sequences are packed; the attention_mask argument is
-    not read, as with Transformer Engine's causal attention. With context parallelism the keys and values of the whole
-    sequence are gathered (their gradients reduce-scattered), and each rank's queries attend to those before them.
+    The mask is causal within each sequence, from cu_seqlens where sequences are packed; the attention_mask
+    argument is not read, as with Transformer Engine's causal attention. With context parallelism the keys and
+    values of the whole sequence are gathered (their gradients reduce-scattered), and each rank's queries
+    attend to those before them.
 
     Raises:
         ValueError: attention dropout, a sliding window, or a mask type that is not causal.
@@ -107,7 +109,9 @@ class SDPACoreAttention(torch.nn.Module):
         if dropout:
             raise ValueError(f"--attention-dropout {dropout}: the reference backend has none; use 0")
         if config.window_size is not None:
-            raise ValueError(f"--window-size {config.window_size}: DeepSeek-V3's attention is full; leave it out")
+            raise ValueError(
+                f"--window-size {config.window_size}: DeepSeek-V3's attention is full; leave it out"
+            )
         if attn_mask_type not in CAUSAL_MASKS:
             raise ValueError(f"attention mask type {attn_mask_type}: only causal attention is supported")
         self.softmax_scale = softmax_scale
@@ -129,10 +133,11 @@ class SDPACoreAttention(torch.nn.Module):
         """Causal attention.
 
         Args:
-            query, key: [s, b, n, d_qk], or [t, n, d_qk] with packed sequences; s and t count this rank's tokens.
+            query, key: [s, b, n, d_qk], or [t, n, d_qk] with packed sequences; s and t count this rank's
+                tokens.
             value: [s, b, n, d_v] or [t, n, d_v].
-            packed_seq_params: cu_seqlens of packed sequences (the padded ones, if there are, since padding follows its
-                sequence and is masked in the loss).
+            packed_seq_params: cu_seqlens of packed sequences (the padded ones, if there are, since padding
+                follows its sequence and is masked in the loss).
 
         Returns:
             [s, b, n·d_v] or [t, n·d_v], in the inputs' dtype.
@@ -163,7 +168,7 @@ class SDPACoreAttention(torch.nn.Module):
 
 
 def _cu_seqlens(packed: PackedSeqParams | None, num_tokens: int) -> list[int]:
-    """Sequence boundaries over all context-parallel ranks; tokens after the last one count as another sequence."""
+    """Sequence boundaries over all CP ranks; tokens after the last one count as another sequence."""
     if packed is None:
         return [0, num_tokens]
     cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded

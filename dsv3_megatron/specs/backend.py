@@ -19,7 +19,8 @@ class Backend:
         duplicated: linear layer kept whole on every tensor-parallel rank (MLA's down projections).
         norm_column: RMSNorm and column-parallel linear in one module, or None where they are separate.
         routed_experts: builder of the local experts.
-        dense_keys, moe_keys: prefixes of checkpoint keys to rename per layer, so that both backends save the same keys.
+        dense_keys, moe_keys: prefixes of checkpoint keys to rename per layer, so that both backends save the
+            same keys.
     """
 
     norm: Callable[..., Any]
@@ -35,7 +36,7 @@ class Backend:
 
 
 def select_backend(transformer_impl: str) -> Backend:
-    """The backend for `--transformer-impl`: "local" is ours in plain PyTorch, "transformer_engine" is TE's modules.
+    """The backend for `--transformer-impl`: "local" is plain PyTorch, "transformer_engine" is TE.
 
     Raises:
         ValueError: any other name.
@@ -50,5 +51,5 @@ def select_backend(transformer_impl: str) -> Backend:
 
         return te.BACKEND
     raise ValueError(
-        f"--transformer-impl {transformer_impl}: use local (plain PyTorch) or transformer_engine with --spec dsv3"
+        f"--transformer-impl {transformer_impl}: --spec dsv3 has local (plain PyTorch) and transformer_engine"
     )

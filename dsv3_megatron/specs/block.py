@@ -19,35 +19,41 @@ def dsv3(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBloc
     """Decoder spec of a DeepSeek-V3-class model, for this rank's pipeline stage.
 
     Args:
-        config: Megatron's model configuration; `config.transformer.transformer_impl` chooses the backend: "local" is
-            plain PyTorch, "transformer_engine" is Transformer Engine.
+        config: Megatron's model configuration; `config.transformer.transformer_impl` chooses the backend:
+            "local" is plain PyTorch, "transformer_engine" is Transformer Engine.
         vp_stage: index of the model chunk on this rank, None without virtual pipelining.
 
     Raises:
-        ValueError: the configuration contradicts DeepSeek-V3's architecture; the message names the flag to change.
+        ValueError: the configuration contradicts DeepSeek-V3's architecture; the message names the flag to
+            change.
     """
     _check(config.transformer)
     _initialize_by_name(config)
     return decoder_block(config.transformer, vp_stage)
 
 
-def mtp_spec(config: GPTModelConfig, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
+def mtp_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
     """Spec of the multi-token-prediction block that belongs to `dsv3`; None where this chunk has none."""
     return mtp_block(config.transformer, vp_stage)
 
 
 def _check(config: Any) -> None:
-    """What the layers themselves rely on; the full table of refused arguments is in dsv3_megatron.arguments."""
+    """What the layers rely on; the full table of refused arguments is in dsv3_megatron.arguments."""
     requirements = [
         (isinstance(config, MLATransformerConfig), "--spec dsv3 needs --multi-latent-attention"),
-        (config.qk_layernorm, "--spec dsv3 needs --qk-layernorm (the norms on compressed queries and keys/values)"),
+        (
+            config.qk_layernorm,
+            "--spec dsv3 needs --qk-layernorm (the norms on compressed queries and keys/values)",
+        ),
         (config.normalization == "RMSNorm", "--spec dsv3 needs --normalization RMSNorm"),
         (not config.add_bias_linear, "--spec dsv3 needs --disable-bias-linear"),
         (config.gated_linear_unit, "--spec dsv3 needs --swiglu"),
         (
             config.tensor_model_parallel_size == 1 or config.sequence_parallel,
-            f"--tensor-model-parallel-size {config.tensor_model_parallel_size} needs --sequence-parallel: without it "
-            "the gradient of the shared rope key is not summed over the tensor-parallel ranks",
+            f"--tensor-model-parallel-size {config.tensor_model_parallel_size} needs --sequence-parallel: "
+            "without it the shared rope key's gradient is not summed over the tensor-parallel ranks",
         ),
     ]
     for holds, message in requirements:
@@ -56,7 +62,7 @@ def _check(config: Any) -> None:
 
 
 def _initialize_by_name(config: GPTModelConfig) -> None:
-    """Under Megatron's own builder (an unpatched pretrain_gpt.py), replace its initial weights by ours after building.
+    """Under Megatron's own builder (unpatched pretrain_gpt.py), replace its initial weights by ours.
 
     `DSV3ModelBuilder` does it by itself.
     """

@@ -1,4 +1,4 @@
-"""The model builder of `--spec dsv3`: our specs, initial weights by name, and which chunk has embedding and head."""
+"""The model builder of `--spec dsv3`: our specs, initial weights by name, who has embedding and head."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,7 +36,8 @@ class DSV3ModelConfig(GPTModelConfig):
 class DSV3ModelBuilder(GPTModelBuilder):
     """Builds GPTModel chunks from `dsv3` and fills them by global name.
 
-    Decoder and MTP both come from our specs (through the patch `mtp_block_spec`, which importing them installs).
+    Decoder and MTP both come from our specs (through the patch `mtp_block_spec`, which importing them
+    installs).
     """
 
     def is_first_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
@@ -45,7 +46,7 @@ class DSV3ModelBuilder(GPTModelBuilder):
         return is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
 
     def is_last_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
-        """Does this chunk hold the output head and compute the loss? A bidirectional layout overrides this."""
+        """Does this chunk hold head and loss? A bidirectional layout overrides this."""
         vp_size = self._model_config.virtual_pipeline_model_parallel_size
         return is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
 
@@ -60,8 +61,9 @@ class DSV3ModelBuilder(GPTModelBuilder):
 
         Args:
             pg_collection: process groups.
-            pre_process, post_process: whether the chunk has embedding and head; `is_first_stage` and `is_last_stage`
-                decide, whatever the caller says, since Megatron's callers know only its own placement.
+            pre_process, post_process: whether the chunk has embedding and head; `is_first_stage` and
+                `is_last_stage` decide, whatever the caller says, since Megatron's callers know only its own
+                placement.
             vp_stage: index of the chunk on this rank, None without virtual pipelining.
         """
         config = self._model_config.transformer

@@ -1,8 +1,8 @@
 """Initial weights that depend only on the seed and on a parameter's global name.
 
-Megatron's own depend on the pipeline rank and on the order of construction. Here every parameter has its own random
-generator, seeded by a stable hash of (seed, global name): the same model starts from the same weights in any layout,
-under any schedule, in either backend, and copies of a parameter on several ranks start equal.
+Megatron's own depend on the pipeline rank and on the order of construction. Here every parameter has its own
+random generator, seeded by a stable hash of (seed, global name): the same model starts from the same weights
+in any layout, under any schedule, in either backend, and copies of a parameter on several ranks start equal.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ def generator(seed: int, name: str) -> torch.Generator:
 def initial_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """The full tensor of one parameter before training, fp32 on CPU.
 
-    Norm weights are 1, the router's expert_bias is 0, everything else is normal with mean 0. DeepSeek-V3 uses one
-    standard deviation, 0.006, for all of them (report §4.2), output projections and embedding included; Megatron would
-    divide that of output projections by √(2·layers).
+    Norm weights are 1, the router's expert_bias is 0, everything else is normal with mean 0. DeepSeek-V3 uses
+    one standard deviation, 0.006, for all of them (report §4.2), output projections and embedding included;
+    Megatron would divide that of output projections by √(2·layers).
 
     Args:
         name: global name, see `dsv3_megatron.specs.names`.
@@ -44,8 +44,8 @@ def initial_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> 
 def initialize(model_chunk: torch.nn.Module, seed: int) -> None:
     """Fill every parameter of a model chunk by `initial_weight`; tensors on the meta device are left alone.
 
-    The full tensor is drawn on every tensor-parallel rank and cut there, so a rank needs host memory for the largest
-    parameter (the embedding: 3.7 GB for DeepSeek-V3).
+    The full tensor is drawn on every tensor-parallel rank and cut there, so a rank needs host memory for the
+    largest parameter (the embedding: 3.7 GB for DeepSeek-V3).
     """
     names = global_names(model_chunk)
     std = unwrap(model_chunk).config.init_method_std

@@ -34,7 +34,8 @@ __all__ = ["decoder_block", "layer_spec", "moe_layer_pattern", "mtp_block"]
 def moe_layer_pattern(config: MLATransformerConfig) -> list[bool]:
     """For every layer of the whole model, in order: is it MoE? From num_moe_experts and moe_layer_freq.
 
-    DeepSeek-V3: `--moe-layer-freq ([0]*3+[1]*58)`. An integer n means an MoE layer at every n-th position from 0.
+    DeepSeek-V3: `--moe-layer-freq ([0]*3+[1]*58)`. An integer n means an MoE layer at every n-th position
+    from 0.
 
     Raises:
         ValueError: the list's length is not num_layers.
@@ -46,14 +47,14 @@ def moe_layer_pattern(config: MLATransformerConfig) -> list[bool]:
         return [index % freq == 0 for index in range(config.num_layers)]
     if len(freq) != config.num_layers:
         raise ValueError(
-            f"--moe-layer-freq has {len(freq)} entries, --num-layers is {config.num_layers}; give one 0 (dense) or 1 "
-            "(MoE) per layer, e.g. ([0]*3+[1]*58) for 61 layers"
+            f"--moe-layer-freq has {len(freq)} entries, --num-layers is {config.num_layers}; give one 0 "
+            "(dense) or 1 (MoE) per layer, e.g. ([0]*3+[1]*58) for 61 layers"
         )
     return [bool(entry) for entry in freq]
 
 
 def attention_spec(config: MLATransformerConfig, backend: Backend) -> ModuleSpec:
-    """MLA (report §2.1.1): queries and keys/values compressed, normalised, expanded; rope on a separate part."""
+    """MLA (report §2.1.1): queries, keys and values compressed, normalised, expanded; rope kept apart."""
     fused = backend.norm_column is not None
     up_proj = backend.norm_column or backend.column
     norm = IdentityOp if fused else backend.norm
@@ -76,7 +77,7 @@ def attention_spec(config: MLATransformerConfig, backend: Backend) -> ModuleSpec
 
 
 def dense_mlp(backend: Backend) -> MlpBuilder:
-    """SwiGLU MLP of the first layers; where the backend fuses, its first linear layer holds the norm before it."""
+    """SwiGLU MLP of the first layers; where the backend fuses, its first linear layer holds the norm."""
     fc1 = backend.norm_column or backend.column
     return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=backend.row))
 
@@ -112,7 +113,7 @@ def layer_spec(config: MLATransformerConfig, backend: Backend, moe: bool) -> Mod
 
 
 def decoder_block(config: MLATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline rank's chunk `vp_stage`; dense or MoE follows each layer's number in the model."""
+    """The layers of this rank's chunk `vp_stage`; dense or MoE follows a layer's number in the model."""
     backend = select_backend(config.transformer_impl)
     if config.pipeline_model_parallel_layout is not None:
         layer_ids = config.pipeline_model_parallel_layout.get_layer_id_list(
@@ -123,15 +124,19 @@ def decoder_block(config: MLATransformerConfig, vp_stage: int | None = None) -> 
         layer_ids = range(offset, offset + get_num_layers_to_build(config, vp_stage))
     pattern = moe_layer_pattern(config)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, backend, moe=pattern[index]) for index in layer_ids], layer_norm=backend.norm
+        layer_specs=[layer_spec(config, backend, moe=pattern[index]) for index in layer_ids],
+        layer_norm=backend.norm,
     )
 
 
-def mtp_block(config: MLATransformerConfig, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
-    """The MTP layers (report §2.2), or None where this chunk has none; each is of the kind of the model's last layer.
+def mtp_block(
+    config: MLATransformerConfig, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The MTP layers (report §2.2), or None where this chunk has none; each like the last layer.
 
-    Megatron's MTP layer concatenates [enorm(embedding); hnorm(hidden)], as the released weights have it, takes the
-    hidden states after the main model's final norm, has its own final norm, and shares embedding and output head.
+    Megatron's MTP layer concatenates [enorm(embedding); hnorm(hidden)], as the released weights have it,
+    takes the hidden states after the main model's final norm, has its own final norm, and shares embedding
+    and output head.
     """
     if not config.mtp_num_layers or get_mtp_num_layers_to_build(config, vp_stage) == 0:
         return None

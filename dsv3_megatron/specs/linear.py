@@ -1,8 +1,9 @@
 """Linear layers of the reference backend: Megatron's own, with a weight gradient that can be computed later.
 
-With `config.delay_wgrad_compute` the backward pass computes only the input gradient and queues what the weight
-gradient needs; each call of `backward_dw()` computes the oldest queued one. Zero-bubble schedules (DualPipe, ZB1P) fill
-their bubbles with these calls. Transformer Engine's modules have the same interface; Megatron's local ones do not.
+With `config.delay_wgrad_compute` the backward pass computes only the input gradient and queues what the
+weight gradient needs; each call of `backward_dw()` computes the oldest queued one. Zero-bubble schedules
+(DualPipe, ZB1P) fill their bubbles with these calls. Transformer Engine's modules have the same interface;
+Megatron's local ones do not.
 """
 
 from collections import deque
@@ -35,8 +36,8 @@ __all__ = [
 class _LinearInputGradOnly(torch.autograd.Function):
     """y = x·wᵀ whose backward returns only the input gradient and hands (x, grad_y) to `layer` for later.
 
-    Under sequence parallelism x is gathered along its first dimension and its gradient is reduce-scattered; the
-    gathered x is what gets queued, so that the weight gradient itself needs no communication.
+    Under sequence parallelism x is gathered along its first dimension and its gradient is reduce-scattered;
+    the gathered x is what gets queued, so that the weight gradient itself needs no communication.
     """
 
     @staticmethod
@@ -90,8 +91,8 @@ class DelayedWeightGrad:
         self._pending: deque[tuple[Tensor, Tensor]] = deque()
         self._wgrad_hooks: list[Callable[[], None]] = []
         if self.config.delay_wgrad_compute:
-            # Megatron's DDP then registers its gradient hook with the module (below) instead of with autograd, which
-            # would fire before the gradient exists.
+            # Megatron's DDP then registers its gradient hook with the module (below) instead of with
+            # autograd, which would fire before the gradient exists.
             self.weight.skip_backward_post_hook = True  # type: ignore[attr-defined]
 
     def _delays(self, weight: Tensor) -> bool:
@@ -102,23 +103,25 @@ class DelayedWeightGrad:
         self._pending.append((x, grad_y))
 
     def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
-        """Called by Megatron's DDP: `hook` adds weight.grad to main_grad and may start the bucket's reduction."""
+        """Called by DDP: `hook` adds weight.grad to main_grad and may start the bucket's reduction."""
         self._wgrad_hooks.append(hook)
 
     def backward_dw(self) -> None:
         """Compute the oldest queued weight gradient; does nothing unless `config.delay_wgrad_compute`.
 
-        Without DDP the gradient is added to `weight.grad`; with DDP its hooks add it to `weight.main_grad`. With
-        gradient accumulation fusion it is added to main_grad here, and the hooks only count it as ready.
+        Without DDP the gradient is added to `weight.grad`; with DDP its hooks add it to `weight.main_grad`.
+        With gradient accumulation fusion it is added to main_grad here, and the hooks only count it as ready.
 
         Raises:
-            RuntimeError: nothing is queued, or DDP was built without `delay_wgrad_compute`, so that the gradient
-                would be lost.
+            RuntimeError: nothing is queued, or DDP was built without `delay_wgrad_compute`, so that the
+                gradient would be lost.
         """
         if not self._delays(self.weight):
             return
         if not self._pending:
-            raise RuntimeError("backward_dw(): no weight gradient is queued; each call needs its own backward pass")
+            raise RuntimeError(
+                "backward_dw(): no weight gradient is queued; each call needs its own backward pass"
+            )
         if hasattr(self.weight, "main_grad") and not self._wgrad_hooks:
             raise RuntimeError(
                 "backward_dw(): the weight has a main_grad but DDP registered no hook with this module; set "
@@ -130,7 +133,7 @@ class DelayedWeightGrad:
             if self.gradient_accumulation_fusion and hasattr(self.weight, "main_grad"):
                 self.weight.main_grad.add_(grad)
                 self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-                self.weight.grad = grad  # DDP's hook wants some gradient; being added already, it only drops it
+                self.weight.grad = grad  # DDP's hook wants one; as it is added already, it is only dropped
             elif self.weight.grad is None:
                 self.weight.grad = grad.to(self.weight.dtype)
             else:
@@ -150,7 +153,9 @@ class ColumnLinear(DelayedWeightGrad, ColumnParallelLinear):
         if not self._delays(weight):
             return super()._forward_impl(input=input, weight=weight, **kwargs)
         if kwargs["bias"] is not None:
-            raise ValueError("delay_wgrad_compute needs linear layers without bias: use --disable-bias-linear")
+            raise ValueError(
+                "delay_wgrad_compute needs linear layers without bias: use --disable-bias-linear"
+            )
         return _LinearInputGradOnly.apply(
             input, weight, self, kwargs["sequence_parallel"], kwargs["allreduce_dgrad"], self.tp_group
         )
@@ -172,9 +177,10 @@ class RowLinear(DelayedWeightGrad, RowParallelLinear):
 class DuplicatedLinear(DelayedWeightGrad, torch.nn.Module):
     """A linear layer whose whole weight [out, in] is on every tensor-parallel rank (MLA's down projections).
 
-    Under sequence parallelism each rank applies it to its part of the sequence, without communication; the weight is
-    marked `sequence_parallel`, so that its gradient is summed over the tensor-parallel ranks. This is what
-    Transformer Engine's `parallel_mode="duplicated"` does, and checkpoints of the two are interchangeable.
+    Under sequence parallelism each rank applies it to its part of the sequence, without communication; the
+    weight is marked `sequence_parallel`, so that its gradient is summed over the tensor-parallel ranks. This
+    is what Transformer Engine's `parallel_mode="duplicated"` does, and checkpoints of the two are
+    interchangeable.
 
     Args:
         input_size, output_size: in and out.
@@ -202,7 +208,9 @@ class DuplicatedLinear(DelayedWeightGrad, torch.nn.Module):
         self.tp_group = get_tensor_model_parallel_group_if_none(tp_group)
         self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
+        self.weight = Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=device)
+        )
         set_tensor_model_parallel_attributes(self.weight, is_parallel=False, dim=-1, stride=1)
         self.weight.sequence_parallel = config.sequence_parallel
         if config.perform_initialization:

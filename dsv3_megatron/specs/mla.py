@@ -25,11 +25,13 @@ class DSV3SelfAttention(MLASelfAttention):
 class ReferenceSelfAttention(DSV3SelfAttention):
     """MLA whose down projections may be of any class.
 
-    Megatron accepts only classes it knows there. So it is given its own ColumnParallelLinear, which is then replaced
-    by the spec's layer under the same name.
+    Megatron accepts only classes it knows there. So it is given its own ColumnParallelLinear, which is then
+    replaced by the spec's layer under the same name.
     """
 
-    def __init__(self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, *args: Any, **kwargs: Any):
+    def __init__(
+        self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, *args: Any, **kwargs: Any
+    ):
         accepted = replace(
             submodules, linear_q_down_proj=ColumnParallelLinear, linear_kv_down_proj=ColumnParallelLinear
         )

@@ -1,8 +1,9 @@
 """Global names of parameters: the same for every layout, schedule and backend.
 
-A global name is the reference backend's module path with layer and expert numbers counted over the whole model, e.g.
-`decoder.layers.3.mlp.experts.17.linear_fc1.weight` or `mtp.layers.0.mtp_model_layer.self_attention.linear_proj.weight`.
-Initial weights, checkpoint conversion and comparisons between layouts are keyed by it.
+A global name is the reference backend's module path with layer and expert numbers counted over the whole
+model, e.g. `decoder.layers.3.mlp.experts.17.linear_fc1.weight` or
+`mtp.layers.0.mtp_model_layer.self_attention.linear_proj.weight`. Initial weights, checkpoint conversion and
+comparisons between layouts are keyed by it.
 """
 
 import re
@@ -19,9 +20,9 @@ __all__ = ["GlobalName", "Shard", "global_names", "named_weights", "unwrap"]
 class Shard:
     """Which part of the full tensor a tensor-parallel rank holds.
 
-    The full tensor is cut into `blocks` equal pieces along `dim` (2 for the fused gate and up projections, which are
-    split separately; 1 otherwise), each piece into `count` parts; this rank holds part `index` of every piece.
-    `dim` is None where the tensor is not split.
+    The full tensor is cut into `blocks` equal pieces along `dim` (2 for the fused gate and up projections,
+    which are split separately; 1 otherwise), each piece into `count` parts; this rank holds part `index` of
+    every piece. `dim` is None where the tensor is not split.
     """
 
     dim: int | None = None
@@ -59,12 +60,19 @@ class GlobalName:
     shard: Shard
 
 
-# How the last part of a global name tells the tensor-parallel split: (pattern, dim, blocks).
-_SPLITS = (
-    (re.compile(r"(^|\.)(word_embeddings|output_layer|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|eh_proj)$"), 0, 1),
-    (re.compile(r"(^|\.)linear_fc1$"), 0, 2),
-    (re.compile(r"(^|\.)(linear_proj|linear_fc2)$"), 1, 1),
-)
+# Tensor-parallel split of a weight by the name of its module: (dim, blocks). All others are whole on every
+# rank.
+_SPLITS = {
+    "word_embeddings": (0, 1),
+    "output_layer": (0, 1),
+    "linear_q_proj": (0, 1),
+    "linear_q_up_proj": (0, 1),
+    "linear_kv_up_proj": (0, 1),
+    "linear_proj": (1, 1),
+    "linear_fc1": (0, 2),
+    "linear_fc2": (1, 1),
+    "eh_proj": (0, 1),
+}
 # Transformer Engine keeps these norms inside the linear layer after them.
 _FUSED_NORMS = {
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
@@ -87,7 +95,9 @@ def named_weights(model_chunk: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and the routers' expert_bias of an (unwrapped or wrapped) model chunk, by local name."""
     model = unwrap(model_chunk)
     weights: dict[str, Tensor] = dict(model.named_parameters())
-    weights.update((name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias"))
+    weights.update(
+        (name, buffer) for name, buffer in model.named_buffers() if name.endswith("router.expert_bias")
+    )
     return weights
 
 
@@ -122,9 +132,8 @@ def _global_name(model: torch.nn.Module, local: str) -> GlobalName:
 
 
 def _shard(name: str, rank: int, size: int) -> Shard:
-    module_path, _, kind = name.rpartition(".")
-    if kind == "weight" and size > 1:
-        for pattern, dim, blocks in _SPLITS:
-            if pattern.search(module_path):
-                return Shard(dim, rank, size, blocks)
+    *_, module, kind = name.split(".")
+    if kind == "weight" and size > 1 and module in _SPLITS:
+        dim, blocks = _SPLITS[module]
+        return Shard(dim, rank, size, blocks)
     return Shard()

@@ -10,8 +10,9 @@ __all__ = ["RMSNorm"]
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight over the last dimension, computed in at least fp32.
 
-    Megatron's own PyTorch norm refuses sequence parallelism. Here the weight is marked `sequence_parallel`, so that
-    `finalize_model_grads` sums its gradient over the tensor-parallel ranks, each of which saw a part of the sequence.
+    Megatron's own PyTorch norm refuses sequence parallelism. Here the weight is marked `sequence_parallel`,
+    so that `finalize_model_grads` sums its gradient over the tensor-parallel ranks, each of which saw a part
+    of the sequence.
 
     Args:
         config: read for params_dtype and sequence_parallel.
@@ -25,9 +26,13 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         if config.normalization != "RMSNorm":
-            raise ValueError(f"--normalization {config.normalization}: DeepSeek-V3 needs --normalization RMSNorm")
+            raise ValueError(
+                f"--normalization {config.normalization}: DeepSeek-V3 needs --normalization RMSNorm"
+            )
         if config.layernorm_zero_centered_gamma:
-            raise ValueError("--apply-layernorm-1p: the norms of DeepSeek-V3 are not zero-centered; leave it out")
+            raise ValueError(
+                "--apply-layernorm-1p: the norms of DeepSeek-V3 are not zero-centered; leave it out"
+            )
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))

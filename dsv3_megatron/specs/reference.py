@@ -9,7 +9,7 @@ from dsv3_megatron.specs.norm import RMSNorm
 
 __all__ = ["BACKEND"]
 
-# Transformer Engine fuses these norms into the linear layers after them; the reference saves under the same keys.
+# Transformer Engine fuses these norms into the linear layers after them; save under the same keys.
 _ATTENTION_KEYS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",

@@ -1,4 +1,4 @@
-"""The Transformer Engine backend: fused norm and linear, fused attention, grouped GEMM, FP8, delayed weight gradients.
+"""The Transformer Engine backend: fused norm and linear, fused attention, grouped GEMM, FP8.
 
 Imported only when `--transformer-impl transformer_engine` is chosen.
 """
