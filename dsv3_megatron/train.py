@@ -125,7 +125,8 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
 
 
 def _install_metrics() -> None:
-    if importlib.util.find_spec("dsv3_megatron.metrics"):
+    found = importlib.util.find_spec("dsv3_megatron.metrics")
+    if found and found.origin:
         from dsv3_megatron import metrics
 
         metrics.install()

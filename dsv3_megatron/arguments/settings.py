@@ -2,7 +2,8 @@
 
 `size`     the dimensions of the 671B model, and what depends on them; filled in when not given, never contradicted.
 `fixed`    what makes the model a DeepSeek-V3 and its routing exact; another value is refused.
-`recipe`   how it was trained; another value is refused too, unless `--allow-deviation NAME` says that it is meant.
+`recipe`   how it was trained; another value is refused too, unless `--allow-deviation NAME` says so.
+`run`      what this run needs and Megatron has no usable default for; filled in, never contradicted.
 
 Sources: R = technical report (arXiv 2412.19437v2), V3 = the released model's `config.json` and code.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["size", "fixed", "recipe"]
+Kind = Literal["size", "fixed", "recipe", "run"]
 
 
 class NotSet:
@@ -51,7 +52,7 @@ class Setting:
     def accepts(self, value: Any, args: Namespace) -> bool:
         """Whether a given value agrees with DeepSeek-V3 (sizes always do)."""
         wanted = self.value_for(args)
-        if self.kind == "size" or wanted is NOT_SET:
+        if self.kind in ("size", "run") or wanted is NOT_SET:
             return True
         return any(_same(value, candidate) for candidate in (wanted, *self.also))
 
@@ -103,6 +104,12 @@ def _grouped_gemm(args: Namespace) -> Any:
     return NOT_SET if getattr(args, "transformer_impl", "") == "local" else True
 
 
+def _cp_comm_type(args: Namespace) -> Any:
+    """The reference backend gathers keys and values; Transformer Engine can also pass them around."""
+    gathers = getattr(args, "transformer_impl", "") == "local" and getattr(args, "context_parallel_size", 1) > 1
+    return "all_gather" if gathers else NOT_SET
+
+
 MODEL = "R§4.2; V3 config.json"
 ROUTING = "R§2.1.2; V3 Gate.forward"
 
@@ -121,7 +128,7 @@ SETTINGS: tuple[Setting, ...] = (
         "kv_channels",
         _from("v_head_dim", 128),
         "--kv-channels",
-        "size",
+        "run",
         "Megatron's head dim; MLA has its own",
     ),
     Setting("num_experts", 256, "--num-experts", "size", MODEL),
@@ -139,19 +146,21 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("moe_router_group_topk", 4, "--moe-router-group-topk", "size", MODEL),
     Setting("mtp_num_layers", 1, "--mtp-num-layers", "size", "R§2.2, §4.2: depth D = 1; 0 turns MTP off"),
     Setting("init_method_std", 0.006, "--init-method-std", "size", MODEL),
-    Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "size", "byte-level BPE (R§4.1)"),
+    Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "run", "byte-level BPE (R§4.1)"),
     Setting("vocab_size", _vocab_size, "--vocab-size", "size", MODEL),
-    Setting("seq_length", 4096, "--seq-length", "size", "R§4.2"),
+    Setting("seq_length", 4096, "--seq-length", "run", "R§4.2"),
     Setting(
         "max_position_embeddings",
         _from("seq_length", 4096),
         "--max-position-embeddings",
-        "size",
+        "run",
         "R§4.2, the sequence length",
     ),
-    Setting("micro_batch_size", 1, "--micro-batch-size", "size", "arXiv 2505.09343: one sequence"),
-    Setting("min_lr", _unless_given("lr", 2.2e-5), "--min-lr", "size", "R§4.2"),
-    Setting("lr", 2.2e-4, "--lr", "size", "R§4.2; the right value depends on the model's size"),
+    Setting("micro_batch_size", 1, "--micro-batch-size", "run", "arXiv 2505.09343: one sequence"),
+    Setting("min_lr", _unless_given("lr", 2.2e-5), "--min-lr", "run", "R§4.2"),
+    Setting("lr", 2.2e-4, "--lr", "run", "R§4.2; the right value depends on the model's size"),
+    Setting("eval_interval", 1000, "--eval-interval", "run", "Megatron fails without"),
+    Setting("cp_comm_type", _cp_comm_type, "--cp-comm-type", "run", "how the reference backend does it"),
     # Attention (R§2.1.1).
     Setting(
         "multi_latent_attention",
@@ -312,7 +321,7 @@ SETTINGS: tuple[Setting, ...] = (
         "moe_token_dispatcher_type",
     ),
     Setting(
-        "moe_grouped_gemm", _grouped_gemm, "--moe-grouped-gemm", "size", "one GEMM call for all local experts"
+        "moe_grouped_gemm", _grouped_gemm, "--moe-grouped-gemm", "run", "one GEMM call for all local experts"
     ),
     # Multi-token prediction.
     Setting(
@@ -329,7 +338,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("optimizer", "adam", "", "fixed", "R§4.2: AdamW"),
     Setting("adam_beta1", 0.9, "", "recipe", "R§4.2"),
     Setting("adam_beta2", 0.95, "--adam-beta2", "recipe", "R§4.2"),
-    Setting("adam_eps", 1e-8, "", "size", "unpublished; Megatron's default is kept"),
+    Setting("adam_eps", 1e-8, "", "run", "unpublished; Megatron's default is kept"),
     Setting("weight_decay", 0.1, "--weight-decay", "recipe", "R§4.2"),
     Setting("clip_grad", 1.0, "", "recipe", "R§4.2"),
     # Data.
@@ -337,7 +346,7 @@ SETTINGS: tuple[Setting, ...] = (
         "create_attention_mask_in_dataloader",
         False,
         "--no-create-attention-mask-in-dataloader",
-        "size",
+        "run",
         "causal attention needs no mask tensor",
     ),
 )

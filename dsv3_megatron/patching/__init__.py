@@ -1,8 +1,8 @@
 """The few Megatron symbols that are replaced, each with the signature it must have.
 
-One module per patch; the module's name is the patch's name and it holds one `PATCH`. A patch is installed by whoever
-needs it, `install(["mtp_block_spec"])`; `python -m dsv3_megatron.doctor` lists all of them. A Megatron version whose
-symbol looks different is an error (`PatchMismatch`), never a warning.
+One module per patch; the module's name is the patch's name and it holds one `PATCH`. A patch is installed by
+whoever needs it, `install(["mtp_block_spec"])`; `python -m dsv3_megatron.doctor` lists all of them. A Megatron
+version whose symbol looks different is an error (`PatchMismatch`), never a warning.
 """
 
 import importlib
@@ -15,9 +15,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Patch", "PatchMismatch", "PatchStatus", "available", "install", "install_patch", "signature_of", "status"]
+__all__ = [
+    "Patch",
+    "PatchMismatch",
+    "PatchStatus",
+    "available",
+    "install",
+    "install_patch",
+    "signature_of",
+    "status",
+]
 
 _MARK = "__dsv3_patch__"
+_ORIGINAL = "__dsv3_original__"
 
 
 class PatchMismatch(RuntimeError):
@@ -33,8 +43,9 @@ class Patch:
         target: `"package.module:attribute"` or `"package.module:Class.method"`.
         signature: what `signature_of(target)` must return, e.g. `"(config, spec, vp_stage=None)"`.
         why: one line, shown by the doctor.
-        install: called with the original object, returns its replacement.
-        also: further `"module:attribute"` places that imported the same object by name and are replaced with it.
+        install: called with the original object (for a method, what the class dict holds), returns its
+            replacement.
+        also: further `"module:attribute"` places that imported the same object by name; replaced with it.
     """
 
     name: str
@@ -68,8 +79,8 @@ def megatron_version() -> str:
 def signature_of(obj: Any) -> str:
     """Parameters of a callable with names, kinds and defaults, without annotations.
 
-    Annotations are left out because their text changes with imports, not with meaning; addresses in the repr of a
-    default are cut for the same reason.
+    Annotations are left out because their text changes with imports, not with meaning; addresses in the repr of
+    a default are cut for the same reason.
     """
     signature = inspect.signature(obj)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
@@ -110,7 +121,8 @@ def install_patch(patch: Patch) -> None:
     """Replace the patch's target after checking its signature; does nothing when it is replaced already.
 
     Raises:
-        PatchMismatch: the target is missing, its signature differs, or a place in `also` holds another object.
+        PatchMismatch: the target is missing, its signature differs, or a place in `also` holds another
+            object.
     """
     holder, attribute, current, found = _find(patch)
     if getattr(current, _MARK, None) == patch.name:
@@ -129,7 +141,7 @@ def install_patch(patch: Patch) -> None:
         others.append((other, name))
     replacement = patch.install(current)
     setattr(replacement, _MARK, patch.name)
-    replacement.__wrapped__ = current
+    setattr(replacement, _ORIGINAL, current)
     for where, name in [(holder, attribute), *others]:
         setattr(where, name, replacement)
 
@@ -177,4 +189,4 @@ def unload(name: str) -> None:
             holder, attribute = _locate(place)
             current = inspect.getattr_static(holder, attribute)
             if getattr(current, _MARK, None) == patch.name:
-                setattr(holder, attribute, current.__wrapped__)
+                setattr(holder, attribute, getattr(current, _ORIGINAL))
