@@ -24,8 +24,11 @@ def command() -> None:
     main()
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, **pretrain_options: Any) -> dict[str, Any]:
     """Train with these command-line words (default: those of this process).
+
+    Args:
+        pretrain_options: further keywords of `megatron.training.pretrain`, for instance `non_loss_data_func`.
 
     Returns:
         `{"iteration": last iteration, "consumed_train_samples": samples seen}`.
@@ -40,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from dsv3_megatron.arguments import complete
 
     with _command_line(complete(words)):
-        return _train(started)
+        return _train(started, pretrain_options)
 
 
-def _train(started: float) -> dict[str, Any]:
+def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.enums import ModelType
     from megatron.training import get_args, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -69,6 +72,7 @@ def _train(started: float) -> dict[str, Any]:
         ModelType.encoder_or_decoder,
         forward_step,
         get_embedding_ranks=embedding_ranks,
+        **pretrain_options,
     )
     args = get_args()
     return {"iteration": args.curr_iteration, "consumed_train_samples": args.consumed_train_samples}
