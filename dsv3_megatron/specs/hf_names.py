@@ -38,7 +38,7 @@ _FFN = re.compile(r"(mlp(?:\.experts\.\d+|\.shared_experts)?)\.(linear_fc[12]|(?
 
 
 def to_hf(name: str, num_layers: int) -> tuple[str, ...]:
-    """Names of the released tensors that make up a global tensor, concatenated along dimension 0 in this order.
+    """Names of the released tensors that make up a global tensor, in order, joined along dimension 0.
 
     Args:
         name: global name, see `dsv3_megatron.specs.names`.
@@ -64,7 +64,7 @@ def to_hf(name: str, num_layers: int) -> tuple[str, ...]:
 
 
 def from_hf(name: str, num_layers: int) -> tuple[str, int]:
-    """Global name of a released tensor, and which part of the global tensor it is (1 for up projections, else 0).
+    """Global name of a released tensor, and which part of that it is (1 for up projections, else 0).
 
     The copies of embedding and head in MTP layers give the names of the originals.
 

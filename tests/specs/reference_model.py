@@ -1,4 +1,4 @@
-"""An independent model for the tests: Hugging Face transformers' DeepSeek-V3, loaded from a released-style checkpoint.
+"""An independent model for the tests: transformers' DeepSeek-V3, loaded from a checkpoint as released.
 
 Where transformers does not do what the report says, the part is replaced by `ReportGate` below. The
 differences:
@@ -77,7 +77,7 @@ def hf_config(config: Any) -> DeepseekV3Config:
 
 
 class ReportGate(DeepseekV3TopkRouter):
-    """Routing written token by token from the report (§2.1.2), with the balance loss that transformers lacks."""
+    """Routing token by token from the report (§2.1.2), with the balance loss that transformers lacks."""
 
     mask = float("-inf")
 
@@ -143,36 +143,35 @@ class ReferenceModel(torch.nn.Module):
         )
         self.mtp = None
         if config.mtp_num_layers:
-            self.mtp = MtpLayer(self.main.config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, self.num_layers)
+            self.mtp = MtpLayer(
+                self.main.config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, self._mtp_layer_number(config)
+            )
             self._load_mtp({n: t for n, t in tensors.items() if n not in main})
         if report_gate:
             for module in self.modules():
                 if isinstance(module, DeepseekV3TopkRouter):
                     module.__class__ = ReportGate
 
+    def _mtp_layer_number(self, config: Any) -> int:
+        """Layer number by which transformers makes the MTP layer MoE or, in a dense model, dense."""
+        return self.num_layers - (config.num_moe_experts is None)
+
     def _load_mtp(self, tensors: dict[str, Tensor]) -> None:
-        """Load the released tensors of layer `num_layers` into transformers' MtpLayer, experts stacked as it has them."""
+        """Load layer `num_layers` of the release into transformers' MtpLayer, which stacks the experts."""
+        outside = ("enorm", "hnorm", "eh_proj", "post_norm")
         own, experts = {}, {}
-        for name, tensor in tensors.items():
-            name = name.removeprefix(f"model.layers.{self.num_layers}.").replace(
-                "shared_head.norm", "post_norm"
-            )
+        for released, tensor in tensors.items():
+            name = released.removeprefix(f"model.layers.{self.num_layers}.")
+            name = name.replace("shared_head.norm", "post_norm")
             if ".experts." in name:
                 experts[name] = tensor
             else:
-                own[
-                    name
-                    if name.startswith(("enorm", "hnorm", "eh_proj", "post_norm"))
-                    else f"mtp_block.{name}"
-                ] = tensor
-        count = len(experts) // 3
+                own[name if name.startswith(outside) else f"mtp_block.{name}"] = tensor
+        numbers = sorted({int(name.split(".")[2]) for name in experts})
         for target, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-            own[f"mtp_block.mlp.experts.{target}"] = torch.stack(
-                [
-                    torch.cat([experts[f"mlp.experts.{e}.{part}.weight"] for part in parts])
-                    for e in range(count)
-                ]
-            )
+            stack = [torch.cat([experts[f"mlp.experts.{e}.{p}.weight"] for p in parts]) for e in numbers]
+            if stack:
+                own[f"mtp_block.mlp.experts.{target}"] = torch.stack(stack)
         self.mtp.load_state_dict(own)
 
     def gates(self) -> list[ReportGate]:
@@ -182,7 +181,7 @@ class ReferenceModel(torch.nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Main loss per token [b, s], and the MTP loss per token [b, s] (its last column, without label, is 0)."""
+        """Main loss per token [b, s], MTP loss per token [b, s] (its last column, without label, is 0)."""
         hidden = self.main.model(input_ids=input_ids, position_ids=position_ids).last_hidden_state
         loss = _cross_entropy(self.main.lm_head(hidden), labels)
         if self.mtp is None:
