@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -258,7 +259,8 @@ def _encode(
 def _merge(num_shards: int, work_dir: Path, output_dir: Path, counts: Counts) -> int:
     """Write the shards' documents, in shard order, as Megatron indexed datasets; returns the vocabulary's
     size."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # imports torch: seconds
+    with warnings.catch_warnings(action="ignore"):  # what Megatron warns of (no Apex, …) does not matter here
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # imports torch: seconds
 
     vocab_size = DocumentEncoder(work_dir / "tokenizer").vocab_size
     dtype = token_dtype(vocab_size)

@@ -1,0 +1,155 @@
+"""The demo from corpus to result: prepare, train in four processes, evaluate, draw."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dsv3_megatron.conf import compose
+from dsv3_megatron.conf.check import world_size
+from dsv3_megatron.demo.corpus import prepare_corpus, read_tokens, vocab_size_of
+from dsv3_megatron.demo.heldout import ordered_windows
+from dsv3_megatron.demo.launch import run_ranks
+from dsv3_megatron.demo.picture import draw
+from dsv3_megatron.demo.results import expert_load_curves, read_curves, summarise
+from dsv3_megatron.demo.unigram import unigram_loss
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a run folder is for; a folder begun with other settings is refused."""
+
+    layout: str = "cpu_pp2_ep2"
+    train_iters: int = 240
+    corpus_bytes: int = 6_000_000
+    valid_fraction: float = 0.1
+    num_windows: int = 64
+    seed: int = 1234
+    overrides: tuple[str, ...] = ()
+
+
+def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str, Any]:
+    """Train to `settings.train_iters`, or, if `run_dir` got there already, `more_iters` further; returns the
+    result.
+
+    Writes `corpus/`, `checkpoints/`, `tensorboard/`, `logs/`, `loss.png` and `result.json` in `run_dir`.
+
+    Raises:
+        ValueError: `run_dir` was begun with other settings, or a setting is not possible.
+        RunFailed, RunInterrupted: see `launch.run_ranks`.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _keep_settings(run_dir / SETTINGS_FILE, settings)
+    resumed_from = saved_iteration(run_dir / "checkpoints")
+    iterations = settings.train_iters if resumed_from < settings.train_iters else resumed_from + more_iters
+    overrides = trainer_overrides(run_dir, settings, iterations)
+    cfg = compose(overrides)
+
+    corpus = run_dir / "corpus"
+    prepare_corpus(
+        corpus, settings.corpus_bytes, cfg.vocab_size, settings.valid_fraction, os.cpu_count() or 1
+    )
+    baseline = held_out_unigram_loss(corpus, settings.num_windows, cfg.seq_length)
+    print(f"[demo] a unigram model of the corpus has a held-out loss of {baseline:.4f}", flush=True)
+
+    _announce(cfg, resumed_from, iterations)
+    words = [
+        "--corpus",
+        str(corpus),
+        "--num-windows",
+        str(settings.num_windows),
+        "--seed",
+        str(settings.seed),
+    ]
+    run_ranks("dsv3_megatron.demo.worker", [*words, *overrides], world_size(cfg), run_dir / "logs")
+
+    curves = read_curves(run_dir / "tensorboard")
+    expert_load = expert_load_curves(curves)
+    result = summarise(
+        curves,
+        expert_load,
+        unigram_loss=baseline,
+        iteration=saved_iteration(run_dir / "checkpoints"),
+        resumed_from=resumed_from,
+        tokens_per_iteration=cfg.global_batch_size * cfg.seq_length,
+    )
+    draw(curves, expert_load, result, run_dir / "loss.png")
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) -> list[str]:
+    """The overrides of `dsv3_megatron.train_hydra` for this run."""
+    return [
+        "model=tiny",
+        f"layout={settings.layout}",
+        "data=indexed",
+        "device=cpu",
+        f"corpus.dir={run_dir / 'corpus'}",
+        f"data_cache_path={run_dir / 'corpus' / 'cache'}",
+        f"train_iters={iterations}",
+        # The learning rate has its course in the first run, and stays at its end when more iterations follow.
+        f"lr_decay_iters={settings.train_iters}",
+        f"lr_warmup_iters={min(20, settings.train_iters // 4)}",
+        "seq_length=256",
+        "max_position_embeddings=256",
+        "global_batch_size=16",
+        "micro_batch_size=4",
+        f"seed={settings.seed}",
+        f"eval_interval={max(settings.train_iters // 8, 1)}",
+        "eval_iters=1",
+        f"save={run_dir / 'checkpoints'}",
+        f"load={run_dir / 'checkpoints'}",
+        f"save_interval={max(settings.train_iters // 2, 1)}",
+        f"tensorboard_dir={run_dir / 'tensorboard'}",
+        "tensorboard_log_interval=1",
+        "log_timers_to_tensorboard=true",
+        "log_interval=1",
+        *settings.overrides,
+    ]
+
+
+def held_out_unigram_loss(corpus: Path, num_windows: int, seq_length: int) -> float:
+    """Loss of the unigram model of the training tokens on the targets that the model is evaluated on."""
+    windows = ordered_windows(read_tokens(corpus, "valid"), num_windows, seq_length)
+    return unigram_loss(read_tokens(corpus, "train"), windows.targets(), vocab_size_of(corpus))
+
+
+def saved_iteration(checkpoints: Path) -> int:
+    """Iteration of the newest complete checkpoint, 0 if there is none."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def _keep_settings(path: Path, settings: DemoSettings) -> None:
+    asked = json.loads(json.dumps(asdict(settings)))
+    if not path.exists():
+        path.write_text(json.dumps(asked, indent=2) + "\n")
+        return
+    there = json.loads(path.read_text())
+    changes = [
+        f"{name} {there.get(name)} there, {value} asked"
+        for name, value in asked.items()
+        if there.get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"--run-dir {path.parent} was begun with other settings ({'; '.join(changes)}): "
+            "use a new --run-dir, or remove this one"
+        )
+
+
+def _announce(cfg: DictConfig, resumed_from: int, iterations: int) -> None:
+    begin = f"resuming from iteration {resumed_from}" if resumed_from else "starting"
+    print(
+        f"[demo] {begin}, to iteration {iterations}: {world_size(cfg)} processes, "
+        f"PP{cfg.pipeline_model_parallel_size} × EP{cfg.expert_model_parallel_size}, "
+        f"{cfg.num_layers} layers, {cfg.num_experts} experts, "
+        f"{cfg.global_batch_size} × {cfg.seq_length} tokens per iteration",
+        flush=True,
+    )

@@ -1,0 +1,106 @@
+"""Reading curves back, the summary, progress lines, and settings of a run folder."""
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from dsv3_megatron.demo.corpus import read_tokens, standard_library_files
+from dsv3_megatron.demo.launch import progress_printer
+from dsv3_megatron.demo.results import read_curves, summarise
+from dsv3_megatron.demo.run import DemoSettings, run_demo, saved_iteration
+
+
+def test_repeated_iterations_take_the_later_value(tmp_path):
+    for values, start in (([5.0, 4.0, 3.0], 1), ([2.5, 2.0], 3)):  # the second run repeats iteration 3
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step, value in enumerate(values, start):
+                writer.add_scalar("lm loss", value, step)
+    assert read_curves(tmp_path) == {"lm loss": {1: 5.0, 2: 4.0, 3: 2.5, 4: 2.0}}
+
+
+def curves_for(last: int) -> dict[str, dict[int, float]]:
+    return {
+        "held-out loss": {50: 6.0, last: 4.0},
+        "held-out loss, context shuffled": {last: 4.5},
+        "mtp_1 loss": {i: float(i) for i in range(1, last + 1)},
+        # the first half (before the resume) is not of this run
+        "iteration-time": {i: 9.0 if i <= 50 else 0.5 for i in range(2, last + 1)},
+    }
+
+
+def test_summary():
+    load = {
+        "layer 1": dict.fromkeys(range(1, 101), 1.5),
+        "layer 2": {i: 0.0 if i <= 80 else 2.5 for i in range(1, 101)},
+    }
+    result = summarise(curves_for(100), load, 6.5, iteration=100, resumed_from=50, tokens_per_iteration=1000)
+    assert result == {
+        "val_loss": 4.0,
+        "unigram_loss": 6.5,
+        "shuffled_context_loss": 4.5,
+        "mtp_loss": sum(range(81, 101)) / 20,
+        "tokens_per_s": 2000.0,
+        "max_over_mean_expert_load": 2.0,
+        "iteration": 100,
+        "resumed_from": 50,
+    }
+
+
+def test_summary_refuses_figures_of_another_iteration():
+    load = {"layer 1": {100: 1.0, 120: 1.0}}
+    with pytest.raises(LookupError, match="'held-out loss' was not logged at iteration 110"):
+        summarise(curves_for(120), load, 6.5, iteration=110, resumed_from=0, tokens_per_iteration=1)
+    with pytest.raises(LookupError, match="no expert load"):
+        summarise(curves_for(120), {}, 6.5, iteration=120, resumed_from=0, tokens_per_iteration=1)
+
+
+def test_progress_line():
+    lines: list[str] = []
+    show = progress_printer(lines.append)
+    for iteration in (19, 20):
+        show(
+            f" [2025-01-01 00:00:00.000000] iteration {iteration:8d}/{240:8d} | consumed samples: 320 |"
+            " elapsed time per iteration (ms): 450.0 | learning rate: 3.000000E-03 | global batch size: 16 |"
+            " lm loss: 5.123400E+00 | mtp_1 loss: 6.500000E+00 | loss scale: 1.0 | grad norm: 1.000 |"
+        )
+    show("[demo] held-out loss 5.0000")
+    show("anything else")
+    assert lines == [
+        "[demo] iteration 20/240  loss 5.123  MTP loss 6.500  0.45 s/iteration, ETA 99 s",
+        "[demo] held-out loss 5.0000",
+    ]
+
+
+def test_corpus_is_the_same_each_time_and_without_tests():
+    files = standard_library_files(1_000_000)
+    assert files == standard_library_files(1_000_000)
+    total = sum(path.stat().st_size for path in files)
+    assert 700_000 < total <= 1_000_000
+    assert not {"test", "tests", "site-packages"} & {part for path in files for part in path.parts}
+    assert set(files) < set(standard_library_files(2_000_000))
+
+
+def test_missing_library_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no source files"):
+        standard_library_files(1000, tmp_path)
+
+
+def test_read_tokens_is_what_megatron_reads(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from dsv3_megatron.data.prepare import PrepareSettings, prepare
+
+    files = standard_library_files(300_000)
+    prepare(files, tmp_path, PrepareSettings(vocab_size=300))
+    dataset = IndexedDataset(str(tmp_path / "train"))
+    np.testing.assert_array_equal(
+        read_tokens(tmp_path, "train"), np.concatenate([dataset[i] for i in range(len(dataset))])
+    )
+
+
+def test_folder_of_other_settings_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert saved_iteration(tmp_path / "checkpoints") == 0
+    (tmp_path / "settings.json").write_text('{"train_iters": 100}')
+    with pytest.raises(ValueError, match="train_iters 100 there, 240 asked"):
+        run_demo(tmp_path, DemoSettings(), more_iters=10)
