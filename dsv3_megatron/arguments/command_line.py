@@ -56,16 +56,16 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     return args
 
 
-def parse_given(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+def parse_given(parser: ArgumentParser, argv: Sequence[str], known_only: bool = False) -> Namespace:
     """Only what the command line gives, in parsed form; options that were left out are absent.
 
-    The parser's defaults are put back before returning.
+    The parser's defaults are put back before returning. With `known_only`, unknown options are ignored.
     """
     defaults = [(action, action.default) for action in parser._actions]
     try:
         for action, _ in defaults:
             action.default = argparse.SUPPRESS
-        return parse(parser, argv)
+        return parser.parse_known_args(list(argv))[0] if known_only else parse(parser, argv)
     finally:
         for action, default in defaults:
             action.default = default

@@ -1,6 +1,6 @@
 """One table of every DeepSeek-V3 setting: the Megatron option that sets it, its value, and how firm it is.
 
-`size`     the dimensions of the 671B model, and what depends on them; filled in when not given, never contradicted.
+`size`     the dimensions of the 671B model, and what depends on them; filled in, never contradicted.
 `fixed`    what makes the model a DeepSeek-V3 and its routing exact; another value is refused.
 `recipe`   how it was trained; another value is refused too, unless `--allow-deviation NAME` says so.
 `run`      what this run needs and Megatron has no usable default for; filled in, never contradicted.
@@ -29,12 +29,12 @@ class Setting:
 
     Attributes:
         dest: Megatron's name of the argument in its namespace.
-        value: DeepSeek-V3's value, or a function from the arguments known so far to it (`NOT_SET`: leave alone).
+        value: DeepSeek-V3's value, or a function from the arguments known so far to it (`NOT_SET`: leave
+            it alone).
         flag: option that sets the value; "" where Megatron's own default is that value already.
         kind: see the module docstring.
         source: where the value is from.
         also: other accepted values (later phases of the same training, an equivalent implementation).
-        config: how the model config holds it, for settings checked there: an attribute name, or "" when not there.
     """
 
     dest: str
@@ -43,7 +43,6 @@ class Setting:
     kind: Kind
     source: str
     also: tuple[Any, ...] = ()
-    config: str = ""
 
     def value_for(self, args: Namespace) -> Any:
         """The value for these arguments; `args` may lack what was not given."""
@@ -54,7 +53,7 @@ class Setting:
         wanted = self.value_for(args)
         if self.kind in ("size", "run") or wanted is NOT_SET:
             return True
-        return any(_same(value, candidate) for candidate in (wanted, *self.also))
+        return any(same(value, candidate) for candidate in (wanted, *self.also))
 
     def words(self, args: Namespace) -> list[str]:
         """The command-line words that set the value, `[]` when there is nothing to set."""
@@ -64,7 +63,7 @@ class Setting:
         return [self.flag] if isinstance(value, bool) else [self.flag, str(value)]
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equality that takes Megatron's one-element lists for their element."""
     a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
     return a == b and isinstance(a, bool) == isinstance(b, bool)
@@ -91,7 +90,7 @@ def _tokenizer_type(args: Namespace) -> Any:
 
 
 def _scaling_factor(args: Namespace) -> float:
-    """MLA multiplies its softmax scale by mscale² whatever the rope type: 1.0 before the long-context phases."""
+    """MLA multiplies its softmax scale by mscale² whatever the rope type: 1.0 before the long context."""
     return 40.0 if getattr(args, "rope_type", "rope") == "yarn" else 1.0
 
 
@@ -106,7 +105,9 @@ def _grouped_gemm(args: Namespace) -> Any:
 
 def _cp_comm_type(args: Namespace) -> Any:
     """The reference backend gathers keys and values; Transformer Engine can also pass them around."""
-    gathers = getattr(args, "transformer_impl", "") == "local" and getattr(args, "context_parallel_size", 1) > 1
+    gathers = (
+        getattr(args, "transformer_impl", "") == "local" and getattr(args, "context_parallel_size", 1) > 1
+    )
     return "all_gather" if gathers else NOT_SET
 
 
@@ -168,7 +169,6 @@ SETTINGS: tuple[Setting, ...] = (
         "--multi-latent-attention",
         "fixed",
         "R§2.1.1",
-        config="multi_latent_attention",
     ),
     Setting(
         "qk_layernorm",
@@ -176,21 +176,19 @@ SETTINGS: tuple[Setting, ...] = (
         "--qk-layernorm",
         "fixed",
         "R§4.2: RMSNorm after the latents",
-        config="qk_layernorm",
     ),
     Setting("group_query_attention", False, "", "fixed", "R§2.1.1"),
-    Setting("qk_l2_norm", False, "", "fixed", "R§2.1.1", config="qk_l2_norm"),
-    Setting("attention_output_gate", False, "", "fixed", "R§2.1.1", config="attention_output_gate"),
-    Setting("softmax_type", "vanilla", "", "fixed", "R§2.1.1", config="softmax_type"),
+    Setting("qk_l2_norm", False, "", "fixed", "R§2.1.1"),
+    Setting("attention_output_gate", False, "", "fixed", "R§2.1.1"),
+    Setting("softmax_type", "vanilla", "", "fixed", "R§2.1.1"),
     Setting(
         "experimental_attention_variant",
         None,
         "",
         "fixed",
         "R§2.1.1",
-        config="experimental_attention_variant",
     ),
-    Setting("window_size", None, "", "fixed", "R§2.1.1", config="window_size"),
+    Setting("window_size", None, "", "fixed", "R§2.1.1"),
     # Positions.
     Setting(
         "position_embedding_type",
@@ -198,7 +196,6 @@ SETTINGS: tuple[Setting, ...] = (
         "--position-embedding-type",
         "fixed",
         "R§2.1.1; YaRN is chosen by --rope-type, since Megatron's MTP wants this one",
-        config="position_embedding_type",
     ),
     Setting(
         "rope_type",
@@ -207,7 +204,6 @@ SETTINGS: tuple[Setting, ...] = (
         "fixed",
         "R§4.3: YaRN only for long context",
         ("yarn",),
-        "rope_type",
     ),
     Setting(
         "rotary_scaling_factor",
@@ -215,35 +211,26 @@ SETTINGS: tuple[Setting, ...] = (
         "--rotary-scaling-factor",
         "fixed",
         "R§4.3: 40 with YaRN, none before",
-        config="rotary_scaling_factor",
     ),
-    Setting("mscale", 1.0, "--mscale", "fixed", "R§4.3; V3 config.json", config="mscale"),
-    Setting(
-        "mscale_all_dim", 1.0, "--mscale-all-dim", "fixed", "R§4.3; V3 config.json", config="mscale_all_dim"
-    ),
-    Setting("rotary_base", 10000, "", "fixed", "V3 config.json", config="rotary_base"),
-    Setting("rotary_percent", 1.0, "", "fixed", "R§2.1.1", config="rotary_percent"),
+    Setting("mscale", 1.0, "--mscale", "fixed", "R§4.3; V3 config.json"),
+    Setting("mscale_all_dim", 1.0, "--mscale-all-dim", "fixed", "R§4.3; V3 config.json"),
+    Setting("rotary_base", 10000, "", "fixed", "V3 config.json"),
+    Setting("rotary_percent", 1.0, "", "fixed", "R§2.1.1"),
     Setting("rotary_seq_len_interpolation_factor", None, "", "fixed", "R§4.3: YaRN instead"),
     Setting("use_rope_scaling", False, "", "fixed", "R§4.3: YaRN instead"),
-    Setting(
-        "rotary_interleaved", False, "", "fixed", "MLA interleaves by itself", config="rotary_interleaved"
-    ),
+    Setting("rotary_interleaved", False, "", "fixed", "MLA interleaves by itself"),
     # Layers.
-    Setting("normalization", "RMSNorm", "--normalization", "fixed", MODEL, config="normalization"),
-    Setting(
-        "layernorm_epsilon", 1e-6, "--norm-epsilon", "fixed", "V3 config.json", config="layernorm_epsilon"
-    ),
-    Setting(
-        "layernorm_zero_centered_gamma", False, "", "fixed", MODEL, config="layernorm_zero_centered_gamma"
-    ),
+    Setting("normalization", "RMSNorm", "--normalization", "fixed", MODEL),
+    Setting("layernorm_epsilon", 1e-6, "--norm-epsilon", "fixed", "V3 config.json"),
+    Setting("layernorm_zero_centered_gamma", False, "", "fixed", MODEL),
     Setting("apply_residual_connection_post_layernorm", False, "", "fixed", MODEL),
-    Setting("swiglu", True, "--swiglu", "fixed", MODEL, config="gated_linear_unit"),
+    Setting("swiglu", True, "--swiglu", "fixed", MODEL),
     Setting("squared_relu", False, "", "fixed", MODEL),
     Setting("quick_geglu", False, "", "fixed", MODEL),
     Setting("openai_gelu", False, "", "fixed", MODEL),
-    Setting("activation_func_clamp_value", None, "", "fixed", MODEL, config="activation_func_clamp_value"),
-    Setting("add_bias_linear", False, "--disable-bias-linear", "fixed", MODEL, config="add_bias_linear"),
-    Setting("add_qkv_bias", False, "", "fixed", MODEL, config="add_qkv_bias"),
+    Setting("activation_func_clamp_value", None, "", "fixed", MODEL),
+    Setting("add_bias_linear", False, "--disable-bias-linear", "fixed", MODEL),
+    Setting("add_qkv_bias", False, "", "fixed", MODEL),
     Setting(
         "untie_embeddings_and_output_weights", True, "--untie-embeddings-and-output-weights", "fixed", MODEL
     ),
@@ -258,7 +245,6 @@ SETTINGS: tuple[Setting, ...] = (
         "--moe-router-score-function",
         "fixed",
         ROUTING,
-        config="moe_router_score_function",
     ),
     Setting(
         "moe_router_enable_expert_bias",
@@ -266,7 +252,6 @@ SETTINGS: tuple[Setting, ...] = (
         "--moe-router-enable-expert-bias",
         "fixed",
         ROUTING,
-        config="moe_router_enable_expert_bias",
     ),
     Setting("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor", "recipe", ROUTING),
     Setting(
@@ -275,7 +260,6 @@ SETTINGS: tuple[Setting, ...] = (
         "--moe-router-load-balancing-type",
         "fixed",
         "R§2.1.2, equations 17-20",
-        config="moe_router_load_balancing_type",
     ),
     Setting("moe_aux_loss_coeff", 1e-4, "--moe-aux-loss-coeff", "recipe", "R§4.2: α"),
     Setting(
@@ -294,7 +278,7 @@ SETTINGS: tuple[Setting, ...] = (
         "R§3.3: gating stays in high precision",
         ("fp64",),
     ),
-    Setting("moe_router_pre_softmax", False, "", "fixed", ROUTING, config="moe_router_pre_softmax"),
+    Setting("moe_router_pre_softmax", False, "", "fixed", ROUTING),
     Setting("moe_router_force_load_balancing", False, "", "recipe", ROUTING),
     Setting("moe_router_force_biased", None, "", "recipe", ROUTING),
     Setting(
@@ -303,14 +287,13 @@ SETTINGS: tuple[Setting, ...] = (
         "",
         "fixed",
         "R§2.1.2: no token is dropped",
-        config="moe_expert_capacity_factor",
     ),
     Setting("moe_pad_expert_input_to_capacity", False, "", "fixed", "R§2.1.2: no token is dropped"),
-    Setting("moe_z_loss_coeff", None, "", "fixed", ROUTING, config="moe_z_loss_coeff"),
-    Setting("moe_input_jitter_eps", None, "", "fixed", ROUTING, config="moe_input_jitter_eps"),
-    Setting("moe_latent_size", None, "", "fixed", MODEL, config="moe_latent_size"),
-    Setting("moe_shared_expert_gate", False, "", "fixed", MODEL, config="moe_shared_expert_gate"),
-    Setting("moe_apply_probs_on_input", False, "", "fixed", ROUTING, config="moe_apply_probs_on_input"),
+    Setting("moe_z_loss_coeff", None, "", "fixed", ROUTING),
+    Setting("moe_input_jitter_eps", None, "", "fixed", ROUTING),
+    Setting("moe_latent_size", None, "", "fixed", MODEL),
+    Setting("moe_shared_expert_gate", False, "", "fixed", MODEL),
+    Setting("moe_apply_probs_on_input", False, "", "fixed", ROUTING),
     Setting(
         "moe_token_dispatcher_type",
         "alltoall",
@@ -318,7 +301,6 @@ SETTINGS: tuple[Setting, ...] = (
         "fixed",
         "R§3.2.2: all-to-all; flex is DeepEP",
         ("flex",),
-        "moe_token_dispatcher_type",
     ),
     Setting(
         "moe_grouped_gemm", _grouped_gemm, "--moe-grouped-gemm", "run", "one GEMM call for all local experts"
@@ -332,8 +314,8 @@ SETTINGS: tuple[Setting, ...] = (
         "R§4.2: λ, 0.1 after 10T tokens",
         (0.1,),
     ),
-    Setting("mtp_use_repeated_layer", False, "", "fixed", "R§2.2", config="mtp_use_repeated_layer"),
-    Setting("mtp_detach_heads", False, "", "fixed", "R§2.2", config="mtp_detach_heads"),
+    Setting("mtp_use_repeated_layer", False, "", "fixed", "R§2.2"),
+    Setting("mtp_detach_heads", False, "", "fixed", "R§2.2"),
     # Optimizer (R§4.2).
     Setting("optimizer", "adam", "", "fixed", "R§4.2: AdamW"),
     Setting("adam_beta1", 0.9, "", "recipe", "R§4.2"),

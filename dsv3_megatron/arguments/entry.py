@@ -1,0 +1,24 @@
+"""Entry point of the group `megatron.plugins`: a patched Megatron-LM (patches/) calls it before it parses.
+
+So `pretrain_gpt.py --spec dsv3` runs with the same arguments as `dsv3_megatron.train --spec dsv3`.
+"""
+
+import sys
+from argparse import ArgumentParser
+
+from dsv3_megatron.arguments.errors import exits_cleanly
+
+
+@exits_cleanly
+def complete_command_line(parser: ArgumentParser) -> None:
+    """Add our options to Megatron's parser and, for `--spec dsv3`, complete the process's command line.
+
+    Any other command line is left as it is. A wrong one ends the process with a message and exit status 2.
+    """
+    from dsv3_megatron.arguments.command_line import add_arguments
+    from dsv3_megatron.arguments.complete import complete
+
+    add_arguments(parser)
+    words = sys.argv[1:]
+    if any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
+        sys.argv[1:] = complete(words, parser)

@@ -1,5 +1,0 @@
-def check(args):
-    pass
-
-
-REFUSALS = ()

@@ -1,0 +1,222 @@
+"""Precision, and what the reference backend, the CPU runtime or missing packages rule out."""
+
+from argparse import Namespace
+
+from dsv3_megatron.arguments.refusals.table import Refusal
+from dsv3_megatron.arguments.surroundings import Surroundings
+
+PRECISION, REFERENCE, CPU = "Precision", "Reference backend", "CPU runtime"
+ON_CPU = Surroundings(world_size=8, on_cpu=True, has_te=False, has_deepep=False)
+
+
+def _reference(a: Namespace) -> bool:
+    return a.transformer_impl == "local"
+
+
+ROWS = (
+    Refusal(
+        "fp16",
+        PRECISION,
+        "--fp16",
+        "",
+        lambda a, s: a.fp16,
+        "routing weights and unscaled gradients overflow or vanish in half precision",
+        "--bf16",
+        "--fp16",
+    ),
+    Refusal(
+        "fp4",
+        PRECISION,
+        "--fp4-format",
+        "{fp4}",
+        lambda a, s: a.fp4 is not None,
+        "DeepSeek-V3 was trained in E4M3 (R§3.3)",
+        "--fp8-format e4m3 --fp8-recipe blockwise",
+        "--fp4-format e2m1 --bf16",
+    ),
+    Refusal(
+        "fp8_hybrid",
+        PRECISION,
+        "--fp8-format",
+        "{fp8}",
+        lambda a, s: a.fp8 not in (None, "e4m3"),
+        "gradients are E4M3 as well (R§3.3.2)",
+        "--fp8-format e4m3",
+        "--fp8-format hybrid --fp8-recipe blockwise --bf16 --transformer-impl transformer_engine",
+    ),
+    Refusal(
+        "fp8_recipe",
+        PRECISION,
+        "--fp8-recipe",
+        "{fp8_recipe}",
+        lambda a, s: a.fp8 is not None and a.fp8_recipe not in ("blockwise", "custom"),
+        "is not the fine-grained quantisation of R§3.3.2 (1×128 tiles, 128×128 blocks)",
+        "--fp8-recipe blockwise",
+        "--fp8-format e4m3 --fp8-recipe delayed --bf16 --transformer-impl transformer_engine",
+    ),
+    Refusal(
+        "fp8_without_bf16",
+        PRECISION,
+        "--fp8-format",
+        "{fp8}",
+        lambda a, s: a.fp8 is not None and not (a.bf16 or a.fp16),
+        "what is not FP8 is bf16 (R§3.3.1)",
+        "--bf16 as well",
+        "--fp8-format e4m3 --fp8-recipe blockwise --transformer-impl transformer_engine",
+    ),
+    Refusal(
+        "fp8_reference",
+        REFERENCE,
+        "--fp8-format",
+        "{fp8}",
+        lambda a, s: a.fp8 is not None and _reference(a),
+        "the reference backend has no FP8 kernels",
+        "--transformer-impl transformer_engine",
+        "--fp8-format e4m3 --fp8-recipe blockwise --bf16 --transformer-impl local",
+    ),
+    Refusal(
+        "cp_reference",
+        REFERENCE,
+        "--cp-comm-type",
+        "{cp_comm_type}",
+        lambda a, s: (
+            _reference(a)
+            and a.context_parallel_size > 1
+            and (list(a.cp_comm_type) != ["all_gather"] or bool(a.hierarchical_context_parallel_sizes))
+        ),
+        "the reference backend gathers keys and values over context-parallel ranks",
+        "--cp-comm-type all_gather",
+        "--context-parallel-size 2 --cp-comm-type p2p --transformer-impl local",
+    ),
+    Refusal(
+        "grouped_gemm_reference",
+        REFERENCE,
+        "--moe-grouped-gemm",
+        "",
+        lambda a, s: _reference(a) and a.moe_grouped_gemm,
+        "the reference backend runs its experts one after another",
+        "--transformer-impl transformer_engine, or leave it out",
+        "--moe-grouped-gemm --transformer-impl local",
+    ),
+    Refusal(
+        "fused_reference",
+        REFERENCE,
+        "--moe-permute-fusion / --moe-router-fusion / --mla-down-proj-fusion",
+        "",
+        lambda a, s: (
+            _reference(a) and (a.moe_permute_fusion or a.moe_router_fusion or a.mla_down_proj_fusion)
+        ),
+        "these are Transformer Engine kernels",
+        "--transformer-impl transformer_engine, or leave them out",
+        "--moe-permute-fusion --transformer-impl local",
+    ),
+    Refusal(
+        "router_fusion",
+        "Routing",
+        "--moe-router-fusion",
+        "",
+        lambda a, s: a.moe_router_fusion,
+        "the fused router does not follow R§2.1.2 exactly",
+        "the default",
+        "--moe-router-fusion --transformer-impl transformer_engine",
+    ),
+    Refusal(
+        "inference_backend",
+        "Backends",
+        "--transformer-impl",
+        "{transformer_impl}",
+        lambda a, s: a.transformer_impl == "inference_optimized",
+        "is not a training backend",
+        "transformer_engine, or local for the reference backend",
+        "--transformer-impl inference_optimized",
+    ),
+    Refusal(
+        "te_missing",
+        "Backends",
+        "--transformer-impl",
+        "{transformer_impl}",
+        lambda a, s: a.transformer_impl == "transformer_engine" and not s.has_te and not s.on_cpu,
+        "Transformer Engine is not installed",
+        "pip install 'dsv3_megatron[te]', or --transformer-impl local",
+        "--transformer-impl transformer_engine",
+        Surroundings(world_size=8, has_te=False),
+    ),
+    Refusal(
+        "flex_without_deepep",
+        "Backends",
+        "--moe-token-dispatcher-type",
+        "{moe_token_dispatcher_type}",
+        lambda a, s: (
+            a.moe_token_dispatcher_type == "flex"
+            and a.moe_flex_dispatcher_backend == "deepep"
+            and not s.has_deepep
+            and not s.on_cpu
+        ),
+        "DeepEP (Python package deep_ep) is not installed",
+        "alltoall, or install DeepEP from its repository",
+        "--moe-token-dispatcher-type flex",
+        Surroundings(world_size=8, has_deepep=False),
+    ),
+    Refusal(
+        "te_on_cpu",
+        CPU,
+        "--transformer-impl",
+        "{transformer_impl}",
+        lambda a, s: s.on_cpu and not _reference(a),
+        "Transformer Engine's kernels run on GPUs only",
+        "--transformer-impl local",
+        "--transformer-impl transformer_engine",
+        ON_CPU,
+    ),
+    Refusal(
+        "flex_on_cpu",
+        CPU,
+        "--moe-token-dispatcher-type",
+        "{moe_token_dispatcher_type}",
+        lambda a, s: s.on_cpu and a.moe_token_dispatcher_type == "flex",
+        "DeepEP's kernels run on GPUs only",
+        "alltoall",
+        "--moe-token-dispatcher-type flex",
+        ON_CPU,
+    ),
+    Refusal(
+        "cuda_graphs_on_cpu",
+        CPU,
+        "--cuda-graph-impl",
+        "{cuda_graph_impl}",
+        lambda a, s: (
+            s.on_cpu and (a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph)
+        ),
+        "there are no CUDA graphs without a GPU",
+        "none, the default",
+        "--cuda-graph-impl local",
+        ON_CPU,
+    ),
+    Refusal(
+        "offload_on_cpu",
+        CPU,
+        "--cpu-offloading-num-layers / --optimizer-cpu-offload / --fine-grained-activation-offloading",
+        "",
+        lambda a, s: (
+            s.on_cpu
+            and bool(
+                a.cpu_offloading_num_layers or a.optimizer_cpu_offload or a.fine_grained_activation_offloading
+            )
+        ),
+        "everything is in CPU memory already",
+        "none of them",
+        "--optimizer-cpu-offload --use-precision-aware-optimizer",
+        ON_CPU,
+    ),
+    Refusal(
+        "tp_overlap_on_cpu",
+        CPU,
+        "--tp-comm-overlap",
+        "",
+        lambda a, s: s.on_cpu and a.tp_comm_overlap,
+        "is done by Transformer Engine's GEMMs",
+        "the default",
+        "--tp-comm-overlap --tensor-model-parallel-size 2 --sequence-parallel",
+        ON_CPU,
+    ),
+)

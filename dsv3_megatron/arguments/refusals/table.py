@@ -1,0 +1,42 @@
+"""The form of a refusal."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dsv3_megatron.arguments.surroundings import Surroundings
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One unsupported argument or combination.
+
+    Attributes:
+        name: short and unique; tests are named after it.
+        feature: heading in the support matrix.
+        argument: the option the message starts with.
+        value: what the user gave, as a format string over Megatron's argument names, e.g. `"{fp8}"`.
+        when: whether these arguments are refused; they are parsed, not yet validated by Megatron.
+        reason: why, as a format string over Megatron's argument names and the surroundings' fields.
+        use: what to use, as a format string.
+        example: words that trigger it, added to a valid command line.
+        where: surroundings of the example.
+        without: words of the valid command line that the example lacks.
+    """
+
+    name: str
+    feature: str
+    argument: str
+    value: str
+    when: Callable[[Namespace, Surroundings], bool]
+    reason: str
+    use: str
+    example: str
+    where: Surroundings = field(default_factory=lambda: Surroundings(world_size=8))
+    without: str = ""
+
+    def message(self, args: Namespace, around: Surroundings) -> str:
+        """The error text: argument, value, reason, what to use."""
+        names = {**vars(around), **vars(args)}
+        given = f"{self.argument} {self.value.format(**names)}".strip()
+        return f"{given}: {self.reason.format(**names)}. Use {self.use.format(**names)}."

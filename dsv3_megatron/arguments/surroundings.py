@@ -1,0 +1,51 @@
+"""What the checks of arguments have to know about the machine, as data, so that tests can invent machines."""
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+
+SUPPORTED_MEGATRON = ("0.19.0", "0.20.0")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The job and the software around a run.
+
+    Attributes:
+        world_size: ranks of the job.
+        ranks_per_node: ranks that share a machine.
+        on_cpu: the CPU runtime is active.
+        has_te: Transformer Engine is installed.
+        has_deepep: DeepEP is installed.
+        megatron_version: of megatron-core.
+    """
+
+    world_size: int = 1
+    ranks_per_node: int = 8
+    on_cpu: bool = False
+    has_te: bool = True
+    has_deepep: bool = True
+    megatron_version: str = SUPPORTED_MEGATRON[0]
+
+
+def detect() -> Surroundings:
+    """The surroundings of this process (from torchrun's environment and the installed packages)."""
+    from dsv3_megatron import cpu
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Surroundings(
+        world_size=world_size,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
+        on_cpu=cpu.is_active(),
+        has_te=_installed("transformer_engine"),
+        has_deepep=_installed("deep_ep"),
+        megatron_version=importlib.metadata.version("megatron-core"),
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
