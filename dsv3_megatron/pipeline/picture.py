@@ -36,7 +36,8 @@ def _shares(event: Event) -> Iterator[tuple[Action, float, float]]:
 
 
 def _shade(part: Action, num_ranks: int) -> int:
-    """0 or 1: tells the two streams of a rank apart, be they two directions or two stages of one direction."""
+    """0 or 1: tells the two streams of a rank apart, be they two directions or two stages of one
+    direction."""
     return (part.direction + part.stage // num_ranks) % 2
 
 
@@ -117,7 +118,8 @@ def text(events: Sequence[Event], colour: bool = False) -> str:
     """A timeline for the terminal: one line per rank, one cell for the length of the shortest action.
 
     Without colour the letter tells the kind (F, B, I = backward for input, W), in lower case what a
-    picture shows darker (second direction, or second stage of a rank); `[` and `]` enclose an overlapped pair.
+    picture shows darker (second direction, or second stage of a rank); `[` and `]` enclose an overlapped
+    pair.
     """
     num_ranks = 1 + max(event.rank for event in events)
     cell_length = _cell(events)
