@@ -23,12 +23,14 @@ def to_cpu(device: Any) -> Any:
 
 
 def redirect_keyword(function: Callable) -> Callable:
-    """Wrap a function that takes `device=` by keyword only (factories, `Tensor.new_*`)."""
+    """Wrap a function that takes `device=` by keyword only (factories, `Tensor.new_*`); pinning needs a GPU."""
 
     @functools.wraps(function)
     def redirected(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = to_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         return function(*args, **kwargs)
 
     return redirected
