@@ -33,5 +33,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["dsv3-doctor = dsv3_megatron.doctor:main"],
+        # Called by a Megatron-LM with patches/ applied, so that it understands `--spec dsv3`.
+        "megatron.plugins": ["dsv3 = dsv3_megatron.arguments.entry:complete_command_line"],
     },
 )
