@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PATIENCE_S = 60.0  # how long a finished rank stays for its peers
 GRACE_S = 3.0  # what the other ranks get to report their own error once one rank has failed
 
 
@@ -63,7 +64,7 @@ def _rank_main(
     sys.stdout.flush()
     sys.stderr.flush()
     conn.send(message)
-    conn.close()
+    conn.poll(PATIENCE_S)  # until the parent has every rank's answer: peers may still be talking to this one
     os._exit(0)  # no destructors: a failed peer must not make this rank hang in process-group shutdown
 
 
@@ -93,7 +94,7 @@ def run_distributed(
         env["LOCAL_WORLD_SIZE"] = str(world_size)
         ranks, pipes = [], []
         for rank in range(world_size):
-            receive, send = _context().Pipe(duplex=False)
+            receive, send = _context().Pipe()
             args = (fn, rank, world_size, init, env, str(logs[rank]), send, kwargs)
             process = _context().Process(target=_rank_main, args=args)
             process.start()
@@ -103,6 +104,8 @@ def run_distributed(
         try:
             outcomes = _collect(pipes, time.monotonic() + timeout)
         finally:
+            for pipe in pipes:
+                pipe.close()
             for process in ranks:
                 process.join(0.5)
                 if process.is_alive():
