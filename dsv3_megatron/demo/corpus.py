@@ -52,14 +52,12 @@ def standard_library_files(max_bytes: int, folder: Path | None = None) -> list[P
     return sorted(chosen)
 
 
-def prepare_corpus(
-    folder: Path, max_bytes: int, vocab_size: int, valid_fraction: float, workers: int
-) -> None:
+def prepare_corpus(folder: Path, max_bytes: int, vocab_size: int, valid_fraction: float) -> None:
     """Prepare the standard library into `folder`, once: a finished folder is left alone."""
     settings = PrepareSettings(
         vocab_size=vocab_size, encode=EncodeSettings(valid_fraction=valid_fraction), shard_bytes=1 << 20
     )
-    prepare(standard_library_files(max_bytes), folder, settings, workers)
+    prepare(standard_library_files(max_bytes), folder, settings)
 
 
 def read_tokens(folder: Path, split: str) -> np.ndarray:

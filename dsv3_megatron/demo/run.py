@@ -1,7 +1,6 @@
 """The demo from corpus to result: prepare, train in four processes, evaluate, draw."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,7 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
     cfg = compose(overrides)
 
     corpus = run_dir / "corpus"
-    prepare_corpus(
-        corpus, settings.corpus_bytes, cfg.vocab_size, settings.valid_fraction, os.cpu_count() or 1
-    )
+    prepare_corpus(corpus, settings.corpus_bytes, cfg.vocab_size, settings.valid_fraction)
     baseline = held_out_unigram_loss(corpus, settings.num_windows, cfg.seq_length)
     print(f"[demo] a unigram model of the corpus has a held-out loss of {baseline:.4f}", flush=True)
 

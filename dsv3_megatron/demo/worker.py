@@ -31,7 +31,8 @@ class HeldOutEvaluation:
         from dsv3_megatron.demo.evaluate import mean_loss
 
         args = get_args()
-        iteration = args.curr_iteration
+        # `args.curr_iteration` lags by one inside the training loop; the demo's batch size is constant.
+        iteration = args.consumed_train_samples // args.global_batch_size
         if iteration == self.evaluated_at:  # Megatron evaluates once more after the last iteration
             return
         self.evaluated_at = iteration
