@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.demo.results import MTP_LOSS, TRAIN_LOSS, VAL_LOSS, Curve
+from dsv3_megatron.demo.results import MTP_LOSS, TRAIN_LOSS, VAL_LOSS, Curve, layer_expert_loads
 
 
-def draw(
-    curves: Mapping[str, Curve], expert_load: Mapping[str, Curve], result: Mapping[str, Any], path: Path
-) -> None:
+def draw(curves: Mapping[str, Curve], result: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: losses (training, held-out, MTP, the unigram line, shuffled context) and expert load by
     layer.
 
-    `curves` is as `results.read_curves` gives it, `expert_load` the part of it by layer, `result` the demo's
-    result.
+    `curves` is as `results.read_curves` gives it, `result` as `results.summarise`.
     """
     import matplotlib
 
@@ -42,9 +39,9 @@ def draw(
         losses.axvline(result["resumed_from"], color="grey", linewidth=0.8, label="resumed")
     losses.legend(fontsize="small")
 
-    for tag, curve in sorted(expert_load.items()):
+    for layer, curve in layer_expert_loads(curves).items():
         iterations = sorted(curve)
-        load.plot(iterations, [curve[i] for i in iterations], label=tag, linewidth=1)
+        load.plot(iterations, [curve[i] for i in iterations], label=layer, linewidth=1)
     load.axhline(1.0, color="black", linestyle="--", linewidth=0.8)
     load.set(xlabel="iteration", ylabel="maximum over mean", title="Expert load")
     load.legend(fontsize="x-small")

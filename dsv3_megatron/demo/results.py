@@ -8,10 +8,13 @@ from typing import Any
 # Tags of dsv3_megatron.demo.worker
 VAL_LOSS = "held-out loss"
 SHUFFLED_LOSS = "held-out loss, context shuffled"
-# Tags of Megatron
+# Tag of Megatron
 TRAIN_LOSS = "lm loss"
-MTP_LOSS = "mtp_1 loss"
-ITERATION_TIME = "iteration-time"
+# Tags of dsv3_megatron.metrics
+MTP_LOSS = "dsv3/mtp_loss"
+TOKENS_PER_S = "dsv3/tokens_per_s"
+EXPERT_LOAD = "dsv3/max_over_mean_expert_load"  # of the layer where it is largest
+LAYER_EXPERT_LOAD = "experts-max_over_mean/"  # and a layer
 
 # Iterations over which noisy figures are averaged.
 RECENT = 20
@@ -33,37 +36,36 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def summarise(
-    curves: Mapping[str, Curve],
-    expert_load: Mapping[str, Curve],
-    unigram_loss: float,
-    iteration: int,
-    resumed_from: int,
-    tokens_per_iteration: int,
+    curves: Mapping[str, Curve], unigram_loss: float, iteration: int, resumed_from: int
 ) -> dict[str, Any]:
     """The demo's result. Losses are in nats per token.
 
     val_loss, shuffled_context_loss: of the model after `iteration`, on the targets of unigram_loss.
-    mtp_loss, max_over_mean_expert_load (mean over layers): means over the last 20 iterations of training.
-    tokens_per_s: of all ranks together, by the median iteration of this run.
+    mtp_loss, max_over_mean_expert_load (of the layer where it is largest): means over the last 20 iterations.
+    tokens_per_s: of all ranks together, median over the iterations of this run.
 
     Errors: LookupError if one of these was not written for this iteration.
     """
     recent = range(iteration - RECENT + 1, iteration + 1)
-    loads = [statistics.mean(_values(curve, recent, tag)) for tag, curve in expert_load.items()]
-    if not loads:
-        raise LookupError("no expert load was logged")
-    seconds = statistics.median(
-        _values(curves[ITERATION_TIME], range(resumed_from + 1, iteration + 1), ITERATION_TIME)
-    )
+    this_run = range(resumed_from + 1, iteration + 1)
     return {
         "val_loss": _at(curves, VAL_LOSS, iteration),
         "unigram_loss": unigram_loss,
         "shuffled_context_loss": _at(curves, SHUFFLED_LOSS, iteration),
-        "mtp_loss": statistics.mean(_values(curves[MTP_LOSS], recent, MTP_LOSS)),
-        "tokens_per_s": tokens_per_iteration / seconds,
-        "max_over_mean_expert_load": statistics.mean(loads),
+        "mtp_loss": statistics.mean(_values(curves, MTP_LOSS, recent)),
+        "tokens_per_s": statistics.median(_values(curves, TOKENS_PER_S, this_run)),
+        "max_over_mean_expert_load": statistics.mean(_values(curves, EXPERT_LOAD, recent)),
         "iteration": iteration,
         "resumed_from": resumed_from,
+    }
+
+
+def layer_expert_loads(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Expert load (maximum over mean) by MoE layer."""
+    return {
+        tag.removeprefix(LAYER_EXPERT_LOAD): curve
+        for tag, curve in sorted(curves.items())
+        if tag.startswith(LAYER_EXPERT_LOAD)
     }
 
 
@@ -74,13 +76,8 @@ def _at(curves: Mapping[str, Curve], tag: str, iteration: int) -> float:
     return curve[iteration]
 
 
-def _values(curve: Curve, iterations: range, tag: str) -> list[float]:
-    values = [curve[i] for i in iterations if i in curve]
+def _values(curves: Mapping[str, Curve], tag: str, iterations: range) -> list[float]:
+    values = [value for i, value in curves.get(tag, {}).items() if i in iterations]
     if not values:
         raise LookupError(f"{tag!r} was not logged in iterations {iterations.start} to {iterations.stop - 1}")
     return values
-
-
-def expert_load_curves(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Expert load (maximum over mean) of each MoE layer, by tag."""
-    return {tag: curve for tag, curve in curves.items() if "max_over_mean" in tag}

@@ -13,7 +13,7 @@ from dsv3_megatron.demo.corpus import prepare_corpus, read_tokens, vocab_size_of
 from dsv3_megatron.demo.heldout import ordered_windows
 from dsv3_megatron.demo.launch import run_ranks
 from dsv3_megatron.demo.picture import draw
-from dsv3_megatron.demo.results import expert_load_curves, read_curves, summarise
+from dsv3_megatron.demo.results import read_curves, summarise
 from dsv3_megatron.demo.unigram import unigram_loss
 
 SETTINGS_FILE = "settings.json"
@@ -66,16 +66,8 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
     run_ranks("dsv3_megatron.demo.worker", [*words, *overrides], world_size(cfg), run_dir / "logs")
 
     curves = read_curves(run_dir / "tensorboard")
-    expert_load = expert_load_curves(curves)
-    result = summarise(
-        curves,
-        expert_load,
-        unigram_loss=baseline,
-        iteration=saved_iteration(run_dir / "checkpoints"),
-        resumed_from=resumed_from,
-        tokens_per_iteration=cfg.global_batch_size * cfg.seq_length,
-    )
-    draw(curves, expert_load, result, run_dir / "loss.png")
+    result = summarise(curves, baseline, saved_iteration(run_dir / "checkpoints"), resumed_from)
+    draw(curves, result, run_dir / "loss.png")
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -105,7 +97,6 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         f"save_interval={max(settings.train_iters // 2, 1)}",
         f"tensorboard_dir={run_dir / 'tensorboard'}",
         "tensorboard_log_interval=1",
-        "log_timers_to_tensorboard=true",
         "log_interval=1",
         *settings.overrides,
     ]

@@ -6,7 +6,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dsv3_megatron.demo.corpus import read_tokens, standard_library_files
 from dsv3_megatron.demo.launch import progress_printer
-from dsv3_megatron.demo.results import read_curves, summarise
+from dsv3_megatron.demo.results import layer_expert_loads, read_curves, summarise
 from dsv3_megatron.demo.run import DemoSettings, run_demo, saved_iteration
 
 
@@ -22,36 +22,34 @@ def curves_for(last: int) -> dict[str, dict[int, float]]:
     return {
         "held-out loss": {50: 6.0, last: 4.0},
         "held-out loss, context shuffled": {last: 4.5},
-        "mtp_1 loss": {i: float(i) for i in range(1, last + 1)},
-        # the first half (before the resume) is not of this run
-        "iteration-time": {i: 9.0 if i <= 50 else 0.5 for i in range(2, last + 1)},
+        "dsv3/mtp_loss": {i: float(i) for i in range(1, last + 1)},
+        # what comes before the resume is not of this run
+        "dsv3/tokens_per_s": {i: 9.0 if i <= 50 else 2000.0 for i in range(2, last + 1)},
+        "dsv3/max_over_mean_expert_load": {i: 0.0 if i <= last - 20 else 2.5 for i in range(1, last + 1)},
+        "experts-max_over_mean/layer_01": dict.fromkeys(range(1, last + 1), 2.5),
     }
 
 
 def test_summary():
-    load = {
-        "layer 1": dict.fromkeys(range(1, 101), 1.5),
-        "layer 2": {i: 0.0 if i <= 80 else 2.5 for i in range(1, 101)},
-    }
-    result = summarise(curves_for(100), load, 6.5, iteration=100, resumed_from=50, tokens_per_iteration=1000)
-    assert result == {
+    assert summarise(curves_for(100), 6.5, iteration=100, resumed_from=50) == {
         "val_loss": 4.0,
         "unigram_loss": 6.5,
         "shuffled_context_loss": 4.5,
         "mtp_loss": sum(range(81, 101)) / 20,
         "tokens_per_s": 2000.0,
-        "max_over_mean_expert_load": 2.0,
+        "max_over_mean_expert_load": 2.5,
         "iteration": 100,
         "resumed_from": 50,
     }
+    assert list(layer_expert_loads(curves_for(100))) == ["layer_01"]
 
 
-def test_summary_refuses_figures_of_another_iteration():
-    load = {"layer 1": {100: 1.0, 120: 1.0}}
-    with pytest.raises(LookupError, match="'held-out loss' was not logged at iteration 110"):
-        summarise(curves_for(120), load, 6.5, iteration=110, resumed_from=0, tokens_per_iteration=1)
-    with pytest.raises(LookupError, match="no expert load"):
-        summarise(curves_for(120), {}, 6.5, iteration=120, resumed_from=0, tokens_per_iteration=1)
+@pytest.mark.parametrize("tag", sorted(set(curves_for(100)) - {"experts-max_over_mean/layer_01"}))
+def test_summary_refuses_figures_of_another_iteration(tag):
+    curves = curves_for(100)
+    curves[tag] = {i + 100: value for i, value in curves[tag].items()}
+    with pytest.raises(LookupError, match=f"'{tag}' was not logged"):
+        summarise(curves, 6.5, iteration=100, resumed_from=50)
 
 
 def test_progress_line():
