@@ -3,12 +3,11 @@
     torchrun --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 <ordinary Megatron arguments>
     torchrun --nproc-per-node 4 -m dsv3_megatron.train --spec dsv3 --device cpu <ordinary Megatron arguments>
 
-Every DeepSeek-V3 setting that is not given is filled in; contradictions and unsupported combinations are refused
-before anything is built (docs/support.md).
+Every DeepSeek-V3 setting that is not given is filled in; contradictions and unsupported combinations are
+refused before anything is built (docs/support.md).
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -52,22 +51,26 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from dsv3_megatron import dualpipe, metrics, optimizer
     from dsv3_megatron.arguments import add_arguments
     from dsv3_megatron.specs.builder import DSV3ModelConfig
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
 
+    dualpipe.install()
     set_startup_timestamps(program_start=started, main_entry=time.time())
+    optimizer.install()
+    metrics.install()
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
         model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
         model.seed = args.seed
+        config = pretrain_cfg_container_from_args(args, model)
     except (AssertionError, ValueError) as error:
-        # Megatron checks arguments with assertions; what it says about them is the user's to read, not a crash.
+        # Megatron checks arguments with assertions: what they say is for the user to read, not a crash.
         raise RefusedArgument(f"Megatron refuses these arguments: {error or repr(error)}") from error
-    _install_metrics()
     pretrain(
-        pretrain_cfg_container_from_args(args, model),
+        config,
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
@@ -126,14 +129,6 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-def _install_metrics() -> None:
-    found = importlib.util.find_spec("dsv3_megatron.metrics")
-    if found and found.origin:
-        from dsv3_megatron import metrics
-
-        metrics.install()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line of a DeepSeek-V3 run: settings filled in, contradictions and unsupported combinations refused."""
+"""The command line of a DeepSeek-V3 run: what is not given is filled in, what cannot be is refused."""
 
 from dsv3_megatron.arguments.command_line import add_arguments, megatron_parser
 from dsv3_megatron.arguments.complete import complete

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dsv3_megatron.arguments.errors import RefusedArgument
+from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
 
 
 class _QuietParser(ArgumentParser):
@@ -22,6 +23,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for action in parser._actions:
         if action.dest == "mtp_num_layers":
             action.type = _layers_or_none
+    dualpipe_arguments.add_arguments(parser)
     group = parser.add_argument_group("dsv3")
     group.add_argument(
         "--allow-deviation",
@@ -45,10 +47,10 @@ def megatron_parser() -> ArgumentParser:
     return add_arguments(add_megatron_arguments(parser))
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """Parse with the parser's defaults; an unknown option names its nearest neighbours."""
+def parse(parser: ArgumentParser, argv: Sequence[str], known_only: bool = False) -> Namespace:
+    """Parse with the parser's defaults; an unknown option names its nearest neighbours, or is ignored."""
     args, unknown = parser.parse_known_args(list(argv))
-    if unknown:
+    if unknown and not known_only:
         known = [name for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -59,13 +61,13 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 def parse_given(parser: ArgumentParser, argv: Sequence[str], known_only: bool = False) -> Namespace:
     """Only what the command line gives, in parsed form; options that were left out are absent.
 
-    The parser's defaults are put back before returning. With `known_only`, unknown options are ignored.
+    The parser's defaults are put back before returning.
     """
     defaults = [(action, action.default) for action in parser._actions]
     try:
         for action, _ in defaults:
             action.default = argparse.SUPPRESS
-        return parser.parse_known_args(list(argv))[0] if known_only else parse(parser, argv)
+        return parse(parser, argv, known_only)
     finally:
         for action, default in defaults:
             action.default = default

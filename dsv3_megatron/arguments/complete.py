@@ -16,22 +16,25 @@ SHORT_SPEC = ["dsv3"]
 FULL_SPEC = ["dsv3_megatron.specs", "dsv3"]
 
 
-def complete(argv: Sequence[str], parser: ArgumentParser | None = None) -> list[str]:
+def complete(
+    argv: Sequence[str], parser: ArgumentParser | None = None, known_only: bool = False
+) -> list[str]:
     """The command line with `--spec` spelled out and every DeepSeek-V3 setting that was not given.
 
     Args:
         argv: words after the program's name; `--spec dsv3`, the two-word form, or no `--spec` at all.
         parser: the parser that will read the result; Megatron's with our options when None.
+        known_only: leave unknown words for somebody else to refuse.
 
     Raises:
         RefusedArgument: a word is unknown, contradicts DeepSeek-V3, or the combination is unsupported.
     """
     parser = parser or megatron_parser()
-    argv = _spell_out_spec(list(argv), parse_given(parser, argv))
-    given = parse_given(parser, argv)
+    argv = _spell_out_spec(list(argv), parse_given(parser, argv, known_only))
+    given = parse_given(parser, argv, known_only)
     refuse_contradictions(given, parser)
     completed = argv + missing_words(given)
-    check(parse(parser, completed))
+    check(parse(parser, completed, known_only))
     return completed
 
 

@@ -21,4 +21,5 @@ def complete_command_line(parser: ArgumentParser) -> None:
     add_arguments(parser)
     words = sys.argv[1:]
     if any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
-        sys.argv[1:] = complete(words, parser)
+        # Megatron itself refuses words that nobody knows.
+        sys.argv[1:] = complete(words, parser, known_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 class RefusedArgument(ValueError):
     """An argument, or a combination, that is wrong or unsupported.
 
-    The text names the argument, the value that was given and what to use; it is raised before any process group,
-    model or dataset exists.
+    The text names the argument, the value that was given and what to use; it is raised before any process
+    group, model or dataset exists.
     """
 
 

@@ -1,28 +1,43 @@
-"""`pretrain_gpt.py --spec dsv3_megatron.specs dsv3`: the arguments are parsed already, so they can only be checked.
+"""`pretrain_gpt.py --spec dsv3_megatron.specs dsv3`: a Megatron-LM that knows nothing of us imports our
+specs.
 
-Importing `dsv3_megatron.specs` calls `check_command_line`, which is before Megatron builds any process group.
+Its arguments are parsed by then, so they can only be checked. No process group exists yet.
 """
 
 import sys
 from argparse import ArgumentParser, Namespace
 
-from dsv3_megatron.arguments.command_line import megatron_parser, parse_given
+from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_given
 from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import check
 from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, same
 
 
-def check_command_line() -> None:
-    """Check this process's command line if it is Megatron's and names our spec in two words.
+def when_specs_are_imported() -> None:
+    """If Megatron imports the specs because of its command line, check that and install our optimizer and
+    metrics.
 
     Raises:
-        RefusedArgument: a DeepSeek-V3 setting is missing (the message lists the words to add) or contradicted, or
-            the combination is unsupported.
+        RefusedArgument: see `check_command_line`.
     """
     words = sys.argv[1:]
     if not _names_our_spec(words) or not _megatron_has_parsed():
         return
+    check_command_line(words)
+    from dsv3_megatron import metrics, optimizer
+
+    optimizer.install()
+    metrics.install()
+
+
+def check_command_line(words: list[str]) -> None:
+    """Check the words after the program's name.
+
+    Raises:
+        RefusedArgument: a DeepSeek-V3 setting is missing (the message lists the words to add) or
+            contradicted, or the combination is unsupported.
+    """
     parser = megatron_parser()
     given = parse_given(parser, words, known_only=True)
     refuse_contradictions(given, parser)
@@ -32,7 +47,7 @@ def check_command_line() -> None:
             "--spec dsv3_megatron.specs dsv3 with an unpatched Megatron-LM: Megatron's defaults are not "
             "DeepSeek-V3's, and these are not given. Add (sizes may differ):\n  " + " ".join(missing)
         )
-    check(parser.parse_known_args(words)[0])
+    check(parse(parser, words, known_only=True))
 
 
 def missing_words(given: Namespace, parser: ArgumentParser) -> list[str]:

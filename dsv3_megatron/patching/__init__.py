@@ -1,8 +1,8 @@
 """The few Megatron symbols that are replaced, each with the signature it must have.
 
 One module per patch; the module's name is the patch's name and it holds one `PATCH`. A patch is installed by
-whoever needs it, `install(["mtp_block_spec"])`; `python -m dsv3_megatron.doctor` lists all of them. A Megatron
-version whose symbol looks different is an error (`PatchMismatch`), never a warning.
+whoever needs it, `install(["mtp_block_spec"])`; `python -m dsv3_megatron.doctor` lists all of them. A
+Megatron version whose symbol looks different is an error (`PatchMismatch`), never a warning.
 """
 
 import importlib
@@ -79,8 +79,8 @@ def megatron_version() -> str:
 def signature_of(obj: Any) -> str:
     """Parameters of a callable with names, kinds and defaults, without annotations.
 
-    Annotations are left out because their text changes with imports, not with meaning; addresses in the repr of
-    a default are cut for the same reason.
+    Annotations are left out because their text changes with imports, not with meaning; addresses in the
+    repr of a default are cut for the same reason.
     """
     signature = inspect.signature(obj)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]

@@ -1,8 +1,8 @@
 """`megatron.training.models.gpt.mtp_block_spec`: the MTP block follows our decoder spec.
 
 Megatron's GPT builder takes the decoder from `--spec` but derives the MTP block from its own specs. An
-unpatched `pretrain_gpt.py --spec dsv3_megatron.specs dsv3` would so train an MTP layer of other modules than the
-decoder's.
+unpatched `pretrain_gpt.py --spec dsv3_megatron.specs dsv3` would so train an MTP layer of other modules
+than the decoder's.
 """
 
 import functools

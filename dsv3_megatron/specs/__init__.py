@@ -1,12 +1,15 @@
 """`--spec dsv3`: DeepSeek-V3's layers as Megatron specs (MLA, MoE, MTP) over two backends.
 
-`dsv3` is the decoder's spec function, `mtp_spec` that of multi-token prediction. Importing this package installs the
-patch `mtp_block_spec`, since Megatron takes the MTP block from elsewhere.
+`dsv3` is the decoder's spec function, `mtp_spec` that of multi-token prediction. Importing this package
+installs `mtp_block_spec`, since Megatron takes the MTP block from elsewhere, and what makes the MTP loss the
+same in every layout.
 """
 
+from dsv3_megatron.arguments.unpatched import when_specs_are_imported
 from dsv3_megatron.patching import install
 from dsv3_megatron.specs.block import dsv3, mtp_spec
 
 __all__ = ["dsv3", "mtp_spec"]
 
-install(["mtp_block_spec"])
+install(["mtp_block_spec", "mtp_loss", "mtp_loss_logging"])
+when_specs_are_imported()

@@ -46,9 +46,9 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     """The next microbatch, broadcast over tensor-parallel ranks and cut for this context-parallel rank.
 
     Returns:
-        A dict with `KEYS`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is fp32 of that
-        shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1]; entries that a chunk has no use
-        for, or all of them on a middle stage, are None.
+        A dict with `KEYS`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is fp32 of
+        that shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1]; entries that a chunk
+        has no use for, or all of them on a middle stage, are None.
     """
     args = get_args()
     packed = is_packed(args)

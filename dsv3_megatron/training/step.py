@@ -29,7 +29,8 @@ def forward_step(
         return_schedule_plan: return the chunk's schedule plan, not yet run, for overlapped schedules.
 
     Returns:
-        The chunk's output (loss per token, fp32 [b, s], on the last stage) or its plan, and the loss function.
+        The chunk's output (loss per token, fp32 [b, s], on the last stage) or its plan, and the loss
+        function.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -59,8 +60,8 @@ def loss_func(
         losses: fp32 [b, s], cross entropy per token.
 
     Returns:
-        The sum, the number of unmasked tokens (int32; Megatron divides by it), and `{"lm loss": [sum, tokens]}` to
-        be reduced and logged.
+        The sum, the number of unmasked tokens (int32; Megatron divides by it), and `{"lm loss": [sum,
+        tokens]}` to be reduced and logged.
     """
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(losses.reshape(-1).float() * mask)

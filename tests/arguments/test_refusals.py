@@ -1,4 +1,4 @@
-"""Every row of the refusal table: its example is refused with its message, and the base command line is not."""
+"""Every row of the refusal table: its example is refused with its message, the base line is not."""
 
 import pytest
 
@@ -49,5 +49,5 @@ def test_row_needs_its_example(parser, row):
 
 def test_all_problems_are_told_at_once(parser):
     args = completed(parser, [*MICRO, "--fp16", "--reset-position-ids"])
-    with pytest.raises(RefusedArgument, match="(?s)--reset-position-ids.*--fp16"):
+    with pytest.raises(RefusedArgument, match=r"(?s)--reset-position-ids.*--fp16"):
         check(args, Surroundings(world_size=8))

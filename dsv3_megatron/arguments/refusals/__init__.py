@@ -1,4 +1,5 @@
-"""The refusal table: every unsupported argument or combination, with its message and an example that triggers it.
+"""The refusal table: every unsupported argument or combination, with its message and an example that
+triggers it.
 
 It drives the errors (`check`), their tests (each row's example), and the support matrix of docs/support.md.
 """

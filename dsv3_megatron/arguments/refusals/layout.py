@@ -137,8 +137,8 @@ ROWS = (
         "--moe-router-num-groups",
         "{moe_router_num_groups}",
         lambda a, s: _expert_nodes(a, s) > 1 and (a.moe_router_num_groups or 1) % _expert_nodes(a, s) != 0,
-        "with --expert-model-parallel-size {expert_model_parallel_size} and {ranks_per_node} ranks per node an "
-        "expert group would straddle nodes, so a token could be sent to more nodes than "
+        "with --expert-model-parallel-size {expert_model_parallel_size} and {ranks_per_node} ranks per node "
+        "an expert group would straddle nodes, so a token could be sent to more nodes than "
         "--moe-router-group-topk {moe_router_group_topk} allows (R§2.1.2)",
         "a number of groups that is a multiple of the nodes of one expert-parallel group, or a smaller "
         "--expert-model-parallel-size",
@@ -189,8 +189,8 @@ ROWS = (
         "--hybrid-context-parallel",
         "",
         lambda a, s: a.hybrid_context_parallel,
-        "the number of context-parallel ranks would change from microbatch to microbatch, which no backend here "
-        "was written for",
+        "the number of context-parallel ranks would change from microbatch to microbatch, which no backend "
+        "here was written for",
         "--context-parallel-size alone",
         "--hybrid-context-parallel",
     ),
@@ -242,7 +242,8 @@ ROWS = (
             )
             > 1
         ),
-        "only one of it, --num-layers-per-virtual-pipeline-stage and --pipeline-model-parallel-layout can be given",
+        "only one of it, --num-layers-per-virtual-pipeline-stage and --pipeline-model-parallel-layout can be "
+        "given",
         "one of them",
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
         "--num-layers-per-virtual-pipeline-stage 1",
@@ -253,8 +254,8 @@ ROWS = (
         "--pipeline-model-parallel-layout",
         "{pipeline_model_parallel_layout}",
         lambda a, s: _bad_layout(a),
-        "does not place --num-layers {num_layers} decoder layers (t), --mtp-num-layers {mtp_num_layers} MTP layers "
-        "(m, after them), one embedding (E, first) and one loss (L, last) on a multiple of "
+        "does not place --num-layers {num_layers} decoder layers (t), --mtp-num-layers {mtp_num_layers} MTP "
+        "layers (m, after them), one embedding (E, first) and one loss (L, last) on a multiple of "
         "--pipeline-model-parallel-size {pipeline_model_parallel_size} stages",
         'stages separated by "|", e.g. "Ett|ttmL" for 4 layers with MTP on 2 stages',
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|tmL",
@@ -280,8 +281,8 @@ ROWS = (
             _interleaved(a)
             and (_num_microbatches(a, s) or a.pipeline_model_parallel_size) < a.pipeline_model_parallel_size
         ),
-        "gives fewer microbatches than pipeline stages ({pipeline_model_parallel_size}); the interleaved schedule "
-        "needs at least as many",
+        "gives fewer microbatches than pipeline stages ({pipeline_model_parallel_size}); the interleaved "
+        "schedule needs at least as many",
         "a larger --global-batch-size or no virtual stages",
         "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 1 --num-layers 8 "
         "--moe-layer-freq [0]*1+[1]*7 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4",

@@ -78,8 +78,8 @@ ROWS = (
             _grouped(a)
             and a.moe_router_topk > a.num_experts // a.moe_router_num_groups * a.moe_router_group_topk
         ),
-        "is more than the experts in --moe-router-group-topk {moe_router_group_topk} of {moe_router_num_groups} "
-        "groups of --num-experts {num_experts}",
+        "is more than the experts in --moe-router-group-topk {moe_router_group_topk} of "
+        "{moe_router_num_groups} groups of --num-experts {num_experts}",
         "fewer experts per token or more groups per token",
         "--moe-router-topk 5",
     ),

@@ -1,4 +1,4 @@
-"""What `--overlap-moe-expert-parallel-comm` (Megatron's merged forward and backward) cannot be combined with."""
+"""What cannot be combined with `--overlap-moe-expert-parallel-comm`, Megatron's merged passes."""
 
 from argparse import Namespace
 

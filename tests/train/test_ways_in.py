@@ -1,0 +1,133 @@
+"""The three ways in train the same model: our trainer, an unpatched pretrain_gpt.py, a patched one.
+
+With MEGATRON_LM_SOURCE set to a Megatron-LM checkout, its real `pretrain_gpt.py` runs; otherwise
+`pretrain_driver.py`, which makes the same calls. The patch is always applied, to a copy of the installed
+wheel's files.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from dsv3_megatron.arguments import complete
+from dsv3_megatron.cpu import CPU_FLAGS
+from tests.arguments.lines import MICRO
+from tests.harness import run_distributed
+
+REPOSITORY = Path(__file__).parents[2]
+PATCHES = sorted((REPOSITORY / "patches").glob("*.patch"))
+SOURCE = os.environ.get("MEGATRON_LM_SOURCE")
+LAYOUT = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--log-interval", "1"]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return server.getsockname()[1]
+
+
+def launch(words: list[str], *, megatron: Path | None = None, num_ranks: int = 2) -> str:
+    """Output of pretrain_gpt.py (or the driver) under the CPU runtime, with `megatron` from that folder."""
+    script = Path(SOURCE) / "pretrain_gpt.py" if SOURCE else Path(__file__).with_name("pretrain_driver.py")
+    path = [str(REPOSITORY)]
+    if megatron is not None:
+        path.insert(0, str(megatron))
+    if SOURCE:
+        path.append(SOURCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    command += ["--master-port", str(free_port()), "-m", "dsv3_megatron.cpu", str(script), *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    # Not in the repository: its egg-info and the checkout's own `megatron` folder would come first.
+    run = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=280
+    )
+    return run.stdout + run.stderr
+
+
+def losses(output: str) -> dict[int, tuple[float, float]]:
+    """Main and MTP loss of each iteration in Megatron's log."""
+    found = re.findall(r"iteration\s+(\d+)/.*?lm loss: (\S+) .*?mtp_1 loss: (\S+) ", output)
+    assert found, f"no losses in the output:\n{output[-4000:]}"
+    return {int(step): (float(main), float(mtp)) for step, main, mtp in found}
+
+
+def train(rank: int, world_size: int, words: list[str]) -> tuple[float, float]:
+    from dsv3_megatron import metrics
+    from dsv3_megatron.train import main
+
+    result = main(words)
+    assert result == {"iteration": 3, "consumed_train_samples": 24}
+    latest = metrics.latest()
+    assert latest["iteration"] == 3
+    return latest["lm_loss"], latest["mtp_loss"]
+
+
+@pytest.fixture(scope="module")
+def trainer_losses() -> tuple[float, float]:
+    """Last main and MTP loss of way (a), on four ranks with a pipeline."""
+    words = ["--spec", "dsv3", "--device", "cpu", *MICRO, *LAYOUT, "--pipeline-model-parallel-size", "2"]
+    by_rank = run_distributed(train, world_size=4, timeout=240, init=False, words=words)
+    assert len(set(by_rank)) == 1
+    return by_rank[0]
+
+
+def test_a_our_trainer(trainer_losses):
+    import math
+
+    # Untrained, every token is equally likely: ln(vocabulary), here 128.
+    assert trainer_losses == pytest.approx((math.log(128),) * 2, rel=0.05)
+    other_seed = ["--spec", "dsv3", "--device", "cpu", *MICRO, *LAYOUT, "--seed", "7"]
+    other = run_distributed(train, world_size=2, timeout=240, init=False, words=other_seed)[0]
+    assert abs(other[0] - trainer_losses[0]) > 1e-4
+
+
+def test_b_unpatched_pretrain_gpt(trainer_losses):
+    """Every setting is given, as `complete` would; the weights are ours by name, so the losses are (a)'s."""
+    words = complete(["--spec", "dsv3_megatron.specs", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT])
+    assert losses(launch(words))[3] == pytest.approx(trainer_losses, rel=2e-6)
+
+
+def test_b_missing_settings_are_listed():
+    words = ["--spec", "dsv3_megatron.specs", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT]
+    output = launch([*words, "--max-position-embeddings", "32", "--tokenizer-type", "NullTokenizer"])
+    assert "RefusedArgument" in output
+    assert "--multi-latent-attention" in output and "--moe-router-score-function sigmoid" in output
+    assert "initialized tensor model parallel" not in output
+
+
+@pytest.fixture(scope="module")
+def patched_megatron(tmp_path_factory) -> Path:
+    """A copy of the wheel's `megatron` folder with the patch applied."""
+    installed = Path(str(distribution("megatron-core").locate_file("megatron")))
+    root = tmp_path_factory.mktemp("patched")
+    shutil.copytree(installed, root / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    assert len(PATCHES) == 1, "one patch per supported Megatron version; this test knows one version"
+    subprocess.run(["git", "apply", "--check", str(PATCHES[0])], cwd=root, check=True)
+    subprocess.run(["git", "apply", str(PATCHES[0])], cwd=root, check=True)
+    changed = (root / "megatron/training/arguments.py").read_text()
+    assert changed != (installed / "training/arguments.py").read_text()
+    return root
+
+
+def test_c_patched_pretrain_gpt(trainer_losses, patched_megatron):
+    output = launch(["--spec", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT], megatron=patched_megatron)
+    assert losses(output)[3] == pytest.approx(trainer_losses, rel=2e-6)
+
+
+def test_c_contradiction_is_refused_cleanly(patched_megatron):
+    words = ["--spec", "dsv3", *CPU_FLAGS, *MICRO, "--normalization", "LayerNorm"]
+    output = launch(words, megatron=patched_megatron, num_ranks=1)
+    assert "error: --normalization LayerNorm contradicts DeepSeek-V3" in output
+    assert "exitcode  : 2" in output and 'File "<frozen runpy>' not in output.split("error: ")[0]
+
+
+@pytest.mark.skipif(not SOURCE, reason="MEGATRON_LM_SOURCE is not set")
+def test_patch_applies_to_the_checkout():
+    subprocess.run(["git", "apply", "--check", str(PATCHES[0])], cwd=SOURCE, check=True)
