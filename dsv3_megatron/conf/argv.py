@@ -11,6 +11,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from dsv3_megatron.conf.compose import SECTIONS, groups
 from dsv3_megatron.conf.errors import ConfigError, nearest
 
+DEVICES = ("cuda", "cpu")  # the first is the trainer's default
+
 
 @functools.cache
 def parser() -> argparse.ArgumentParser:
@@ -35,24 +37,37 @@ def to_argv(cfg: DictConfig) -> list[str]:
     """The argument list of `dsv3_megatron.train` for a composed configuration, checked by Megatron's own parser.
 
     `true` gives a flag without value, `false` and `null` give nothing (or `--no-x` where Megatron has one beside
-    `--x`), a list gives several values.
+    `--x`), a list gives several values. `--device` comes first.
 
     Errors: ConfigError naming the unknown argument and the nearest valid one, RefusedArgument with the value that the
     parser cannot read.
     """
+    device = cfg.get("device") or DEVICES[0]
+    if device not in DEVICES:
+        raise ConfigError(f"device={device}: use device={' or device='.join(DEVICES)}")
+    return [*(["--device", device] if device != DEVICES[0] else []), *to_megatron_argv(cfg)]
+
+
+def to_megatron_argv(cfg: DictConfig) -> list[str]:
+    """`to_argv` without `--device`, which the trainer takes before Megatron parses the rest."""
     argv: list[str] = []
     for name, value in cfg.items():
-        if name in SECTIONS or value is None:
-            continue
-        argv += _argument(str(name), value)
+        if name not in SECTIONS and name != "device" and value is not None:
+            argv += _argument(str(name), value)
     parser().parse_args(argv)
     return argv
 
 
 def to_command(cfg: DictConfig) -> str:
-    """The `torchrun` line, run on each node, that starts the same training without Hydra."""
-    launch = ["torchrun", "--nnodes", str(cfg.cluster.nodes), "--nproc-per-node", str(cfg.cluster.gpus_per_node)]
-    return shlex.join([*launch, "-m", "dsv3_megatron.train", *to_argv(cfg)])
+    """The `torchrun` line, run on each node, that starts the same training without Hydra.
+
+    More than one node meets at `$MASTER_ADDR:$MASTER_PORT`.
+    """
+    cluster = cfg.cluster
+    launch = ["torchrun", "--nnodes", str(cluster.nodes), "--nproc-per-node", str(cluster.gpus_per_node)]
+    if cluster.nodes > 1:
+        launch += ["--rdzv-backend", "c10d", "--rdzv-id", "dsv3", "--rdzv-endpoint", '"$MASTER_ADDR:$MASTER_PORT"']
+    return f"{' '.join(launch)} -m dsv3_megatron.train {shlex.join(to_argv(cfg))}"
 
 
 def _argument(name: str, value: Any) -> list[str]:
@@ -62,7 +77,7 @@ def _argument(name: str, value: Any) -> list[str]:
     if isinstance(value, ListConfig):
         value = OmegaConf.to_container(value)
     if isinstance(value, dict | DictConfig):
-        raise ConfigError(f"{name}: takes a value, not the section {OmegaConf.to_container(cfg=value)}")
+        raise ConfigError(f"{name}: takes a value, not entries")
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"{name}={value}: is a flag, use {name}=true or {name}=false")
@@ -90,7 +105,7 @@ def _hint(name: str) -> str:
     for flag, action in _flags_named_otherwise():
         if action.dest == name:
             return f"; the command line calls it {flag}"
-    return nearest(name, [*options(), *groups()])
+    return nearest(name, [*options(), "device", *groups()])
 
 
 def _flags_named_otherwise() -> Iterator[tuple[str, argparse.Action]]:

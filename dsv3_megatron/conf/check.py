@@ -51,7 +51,7 @@ def check(cfg: DictConfig) -> None:
     if world % needed:
         raise ConfigError(
             f"cluster={cfg.cluster.name} has {world} processes, which the layout's {needed}"
-            f" ({_parallelism(cfg)}) do not divide: choose another layout, or set cluster.nodes and"
+            f" ({parallelism(cfg)}) do not divide: choose another layout, or set cluster.nodes and"
             " cluster.gpus_per_node"
         )
     num_experts = positive(cfg, "num_experts")
@@ -74,7 +74,8 @@ def check(cfg: DictConfig) -> None:
             )
 
 
-def _parallelism(cfg: DictConfig) -> str:
+def parallelism(cfg: DictConfig) -> str:
+    """`TP1, CP1, PP2, EP2`."""
     return ", ".join(
         f"{label}{size(cfg, kind)}"
         for label, kind in (("TP", "tensor"), ("CP", "context"), ("PP", "pipeline"), ("EP", "expert"))

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3_megatron.conf.check import check, model_parallel_size, positive, size, world_size
+from dsv3_megatron.conf.check import check, model_parallel_size, parallelism, positive, size, world_size
 from dsv3_megatron.conf.errors import ConfigError, nearest
 from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
 
@@ -104,7 +104,13 @@ def _resolve_processes(cfg: DictConfig, started: int | None) -> None:
     """Fill `cluster.gpus_per_node: auto`, and hold the cluster against what torchrun has started."""
     cluster = cfg.cluster
     if cluster.gpus_per_node == "auto":
-        wanted = model_parallel_size(cfg) if started is None else started
+        needed = model_parallel_size(cfg)
+        wanted = needed if started is None else started
+        if wanted % needed:
+            raise ConfigError(
+                f"the layout needs {needed} processes or a multiple ({parallelism(cfg)}), but {started} started: use"
+                f" torchrun --nproc-per-node {needed}, or another layout"
+            )
         if wanted % positive(cluster, "nodes"):
             raise ConfigError(f"cluster.nodes={cluster.nodes} does not divide {wanted} processes")
         cluster.gpus_per_node = wanted // cluster.nodes

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from dsv3_megatron.arguments.errors import RefusedArgument
+from dsv3_megatron.errors import RefusedArgument
 
 
 class ConfigError(RefusedArgument):

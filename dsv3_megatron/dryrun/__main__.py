@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-from dsv3_megatron.arguments.errors import exits_cleanly
+from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.conf import ConfigError, compose
 
 USAGE = """usage: python -m dsv3_megatron.dryrun [rank=N] [output=table|json] [overrides of dsv3_megatron.train_hydra ...]

@@ -15,7 +15,8 @@ from unittest import mock
 
 from omegaconf import DictConfig
 
-from dsv3_megatron.conf import ConfigError, to_argv
+from dsv3_megatron.conf import ConfigError
+from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.cpu import CPU_FLAGS
 
@@ -38,7 +39,8 @@ class FakeWorld:
             raise ConfigError(f"rank={rank}: cluster={cfg.cluster.name} has ranks 0 to {world - 1}")
         self.rank, self.world_size = rank, world
         # The same job with the modules that exist everywhere; the last word wins.
-        self._argv = [*to_argv(cfg), *CPU_FLAGS]
+        self._ranks_per_node = cfg.cluster.gpus_per_node
+        self._argv = [*to_megatron_argv(cfg), *CPU_FLAGS]
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
@@ -51,7 +53,7 @@ class FakeWorld:
 
         if dist.is_initialized():
             raise RuntimeError("a dry run needs a process of its own: torch.distributed is initialised already")
-        self.args = _megatron_args(self._argv, self.rank, self.world_size)
+        self.args = _megatron_args(self._argv, self.rank, self.world_size, self._ranks_per_node)
         self.model_config = _model_config(self.args)
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.world_size)
         try:
@@ -136,13 +138,18 @@ class FakeWorld:
             del members[elsewhere]
 
 
-def _megatron_args(argv: list[str], rank: int, world: int) -> Namespace:
+def _megatron_args(argv: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
     """What Megatron's own parsing and validation make of our argument list, on that rank."""
     from megatron.training.arguments import parse_args, validate_args
 
     from dsv3_megatron.arguments import add_arguments, complete
 
-    env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    env = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % ranks_per_node),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+    }
     with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(argv)]):
         args = parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):

@@ -1,0 +1,30 @@
+"""The one error of this package, and how it reaches a terminal."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+
+class RefusedArgument(ValueError):
+    """An argument, or a combination, that is wrong or unsupported.
+
+    The text names the argument, the value that was given and what to use; it is raised before any process
+    group, model or dataset exists.
+    """
+
+
+def exits_cleanly(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a `RefusedArgument` of a command's `main` into one message (on rank 0) and exit status 2."""
+
+    @wraps(main)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except RefusedArgument as error:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    return command

@@ -1,0 +1,156 @@
+"""Groups, overrides, and what is said of wrong ones."""
+
+import itertools
+
+import pytest
+
+from dsv3_megatron.conf import ConfigError, compose, groups
+from dsv3_megatron.conf.check import data_parallel_size, world_size
+
+# deepseek-v3.md §1, written down here a second time.
+V3 = {
+    "num_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "ffn_hidden_size": 18432,
+    "moe_ffn_hidden_size": 2048,
+    "num_experts": 256,
+    "moe_shared_expert_intermediate_size": 1 * 2048,
+    "moe_router_topk": 8,
+    "moe_router_num_groups": 8,
+    "moe_router_group_topk": 4,
+    "moe_router_topk_scaling_factor": 2.5,
+    "vocab_size": 129280,
+    "norm_epsilon": 1e-6,
+    "rotary_base": 10000,
+    "init_method_std": 0.006,
+    "mtp_num_layers": 1,
+}
+
+
+def test_v3_671b_is_the_published_model() -> None:
+    cfg = compose(["model=v3_671b", "layout=pp16_ep64"])
+    assert {name: cfg[name] for name in V3} == V3
+    assert eval(cfg.moe_layer_freq) == [0] * 3 + [1] * 58
+    assert cfg.pipeline_model_parallel_layout == "Et*4|(t*4|)*14tmL"
+
+
+def test_published_layout() -> None:
+    cfg = compose(["model=v3_671b", "layout=pp16_ep64"])
+    assert (cfg.pipeline_model_parallel_size, cfg.expert_model_parallel_size) == (16, 64)
+    assert cfg.tensor_model_parallel_size == 1
+    assert world_size(cfg) == 2048 and data_parallel_size(cfg) == 128
+    # 120 microbatches of one sequence per data-parallel rank and step.
+    assert cfg.global_batch_size // (cfg.micro_batch_size * data_parallel_size(cfg)) == 120
+    assert cfg.seq_length == 4096 and cfg.bf16 is True
+
+
+def test_pretraining_constants() -> None:
+    cfg = compose(["model=v3_671b", "layout=pp16_ep64"])
+    tokens_per_step = cfg.global_batch_size * cfg.seq_length
+    assert tokens_per_step * cfg.train_iters == pytest.approx(14.8e12, rel=1e-5)
+    assert tokens_per_step * cfg.lr_decay_iters == pytest.approx(14.3e12, rel=1e-5)
+    assert tokens_per_step * cfg.lr_wsd_decay_iters == pytest.approx(4.3e12, rel=1e-5)
+    assert (cfg.lr, cfg.min_lr, cfg.lr_warmup_iters) == (2.2e-4, 2.2e-5, 2000)
+    assert (cfg.adam_beta1, cfg.adam_beta2, cfg.weight_decay, cfg.clip_grad) == (0.9, 0.95, 0.1, 1.0)
+    assert (cfg.moe_router_bias_update_rate, cfg.moe_aux_loss_coeff, cfg.mtp_loss_scaling_factor) == (1e-3, 1e-4, 0.3)
+
+
+def test_a_layout_brings_cluster_and_precision_and_the_command_line_wins() -> None:
+    assert compose(["layout=pp8_ep8", "model=v3_16b"]).cluster.name == "h100_256"
+    given = ["cluster=h800_2048", "precision=fp32", "recipe=small", "global_batch_size=512"]
+    cfg = compose(["layout=pp8_ep8", "model=v3_16b", *given])
+    assert cfg.cluster.name == "h800_2048" and "bf16" not in cfg and cfg.seq_length == 128
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=v3_67b", "model=v3_67b: no such model; did you mean 'v3_671b'? Available: micro, tiny"),
+        ("layout=pp16_ep46", "did you mean 'pp16_ep64'?"),
+        ("recipe=v3_pretrian", "did you mean 'v3_pretrain'?"),
+        ("cluster.node=4", "cluster.node=4: no such entry; did you mean 'nodes'?"),
+        ("custer.nodes=4", "no section 'custer'; did you mean 'cluster'?"),
+        ("train_iters", "'train_iters' is no override: write NAME=VALUE"),
+        ("lr=1e-3,1e-4", "asks for several values"),
+        ("pipeline_model_parallel_layout=E(t|)*3L", "quote values with special characters"),
+        ("cluster.nodes=three", "nodes=three: a positive whole number is needed"),
+        ("pipeline_model_parallel_size=0", "pipeline_model_parallel_size=0: a positive whole number is needed"),
+        ("num_experts=7", "expert_model_parallel_size=2 does not divide num_experts=7"),
+        ("global_batch_size=6", "global_batch_size=6 is not a multiple of micro_batch_size=2 × 2"),
+        ("pipeline_model_parallel_size=5", "5 stages are too many for num_layers=4"),
+        ("cluster.gpus_per_node=6", "cluster=laptop_cpu has 6 processes, which the layout's 4"),
+        ("tensor_model_parallel_size=3", "tensor_model_parallel_size=3 does not divide num_attention_heads=4"),
+        ("cluster=laptop_gpu", "did you mean 'laptop_cpu'?"),
+    ],
+)
+def test_wrong_overrides_name_the_nearest_valid_one(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose([override])
+    assert message in str(error.value)
+
+
+def test_context_parallel_cuts_the_sequence_in_pairs() -> None:
+    with pytest.raises(ConfigError, match="seq_length=130 is not a multiple of 2 × context_parallel_size = 4"):
+        compose(["layout=cpu_single", "context_parallel_size=2", "seq_length=130"])
+
+
+def test_processes_that_torchrun_started() -> None:
+    assert world_size(compose([], processes=8)) == 8
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 4"):
+        compose([], processes=3)
+    with pytest.raises(ConfigError, match="cluster=h100_256 has 32 × 8 processes, but torchrun has started 8"):
+        compose(["model=v3_16b", "layout=pp8_ep8"], processes=8)
+    assert world_size(compose(["model=v3_16b", "layout=pp8_ep8", "cluster.nodes=8"], processes=64)) == 64
+
+
+def test_virtual_stages_become_a_layer_layout() -> None:
+    cfg = compose(["num_virtual_stages_per_pipeline_rank=2"])
+    assert cfg.pipeline_model_parallel_layout == "Et|(t|)*2tmL"
+    assert cfg.num_virtual_stages_per_pipeline_rank is None
+
+
+def test_a_given_layer_layout_stays() -> None:
+    assert compose(["pipeline_model_parallel_layout=Et|tttmL"]).pipeline_model_parallel_layout == "Et|tttmL"
+
+
+# Which clusters a layout runs on as it is, by the arithmetic of its name.
+FITS = {
+    "pp16_ep64": {"h800_2048"},
+    "ep32_pp16": {"h800_2048"},
+    "pp16_ep16": {"h800_2048", "h100_256"},
+    "pp8_ep8": {"h800_2048", "h100_256"},
+}
+
+
+def test_every_model_with_every_layout_and_cluster() -> None:
+    """All 108: composed, or refused for a reason that names both sides."""
+    options = groups()
+    for layout, cluster in itertools.product(options["layout"], options["cluster"]):
+        for model in options["model"]:
+            overrides = [f"model={model}", f"layout={layout}", f"cluster={cluster}", "global_batch_size=4096"]
+            large = model.startswith("v3_")
+            fits_cluster = cluster == "laptop_cpu" or layout.startswith("cpu_") or cluster in FITS[layout]
+            fits_model = layout.startswith("cpu_") or large
+            if fits_cluster and fits_model:
+                cfg = compose(overrides)
+                assert cfg.cluster.name == cluster
+                assert world_size(cfg) % cfg.pipeline_model_parallel_size == 0
+            else:
+                with pytest.raises(ConfigError, match=r"too many for num_layers|do not divide|does not divide"):
+                    compose(overrides)
+
+
+@pytest.mark.parametrize("data", groups()["data"])
+@pytest.mark.parametrize("precision", groups()["precision"])
+@pytest.mark.parametrize("recipe", groups()["recipe"])
+def test_every_recipe_with_every_precision_and_data(recipe: str, precision: str, data: str) -> None:
+    cfg = compose([f"recipe={recipe}", f"precision={precision}", f"data={data}"])
+    assert cfg.seq_length == {"small": 128, "v3_pretrain": 4096}[recipe]
+    assert cfg.get("bf16") == (True if precision == "bf16" else None)
+    assert ("mock_data" in cfg) == (data == "mock")
