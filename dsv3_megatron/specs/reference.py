@@ -1,5 +1,6 @@
 """The reference backend: plain PyTorch and Megatron's local modules; runs anywhere."""
 
+from dsv3_megatron.patching import install
 from dsv3_megatron.specs.attention import SDPACoreAttention
 from dsv3_megatron.specs.backend import Backend
 from dsv3_megatron.specs.experts import routed_experts
@@ -8,6 +9,9 @@ from dsv3_megatron.specs.mla import ReferenceSelfAttention
 from dsv3_megatron.specs.norm import RMSNorm
 
 __all__ = ["BACKEND"]
+
+# Recompute without Transformer Engine and without a compiler.
+install(["recompute_without_te", "share_storage"])
 
 # Transformer Engine fuses these norms into the linear layers after them; save under the same keys.
 _ATTENTION_KEYS = {

@@ -1,4 +1,4 @@
-"""The Transformer Engine backend, constructed on CPU with TE's real modules and blockwise FP8; nothing is run.
+"""The Transformer Engine backend, constructed on CPU with TE's own modules and blockwise FP8; nothing is run.
 
 Run with `make test-te`. Names, shapes and initial values of the parameters are the reference backend's.
 """
