@@ -11,8 +11,8 @@ from .stage import Pass
 class WeightGradients:
     """Weight-gradient computations that wait for their W.
 
-    A layer hands its computation to `put` during backward. While `collect_for` is open it waits under that
-    key; without it runs at once, as in a full backward.
+    A layer hands its computation to `put` during backward. During `collect` it waits under a key; without,
+    it runs at once, as in a full backward.
     """
 
     def __init__(self) -> None:

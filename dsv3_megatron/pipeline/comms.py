@@ -9,7 +9,7 @@ own.
 from typing import Literal, NamedTuple
 
 from .actions import Action, Kind, Schedule
-from .simulate import simulate
+from .simulate import Simulation
 
 Payload = Literal["activation", "gradient"]
 
@@ -96,20 +96,17 @@ class Batch(NamedTuple):
     receives: tuple[Message, ...]
 
 
-def blocking_program(schedule: Schedule) -> list[list[Action | Batch]]:
+def blocking_program(simulation: Simulation) -> list[list[Action | Batch]]:
     """Every rank's program when p2p is blocking and batched: batches of messages between the actions.
 
     A blocking send holds its rank until the receiver has posted the receive, so receives cannot simply stand
     before the action that uses them: around the turning points of DualPipe two ranks would wait for each
-        other. Both ends
-    therefore post a message at the moment at which it comes into being on the simulator's clock (unit costs),
-    which is one order for all ranks.
-
-    Raises:
-        ValueError: the schedule cannot finish at all (see `simulate`).
+    other. Both ends therefore post a message at the moment at which it comes into being in the simulation,
+    which is one order for all ranks. Of the simulation's costs only p2p may be zero, and it must be.
     """
+    schedule = simulation.schedule
     moments: list[list[tuple[float, int, Action | Message]]] = [[] for _ in schedule.ranks]
-    for event in simulate(schedule).events:
+    for event in simulation.events:
         moments[event.rank].append((event.start, 1, event.action))
         for message in sends(schedule, event.action):
             # A message stands before the action that starts as it arrives.

@@ -1,5 +1,4 @@
-"""DualPipe and DualPipeV (DeepSeek-V3 report, §3.2.1; order of the eight steps as in the public DualPipe
-code).
+"""DualPipe and DualPipeV (DeepSeek-V3 report, §3.2.1; the eight steps are those of the public DualPipe).
 
 Both run the same program. A rank holds two streams, written 0 and 1 as the program sees them:
 

@@ -17,8 +17,7 @@ def zb1p(num_ranks: int, num_microbatches: int) -> tuple[tuple[Action, ...], ...
     """ZB1P, the zero-bubble schedule with 1F1B's memory (Qi et al., arXiv 2401.10241, "ZB-H1").
 
     Rank r runs the weight gradients r microbatches late: the input gradients leave earlier, and the weight
-        gradients
-    kept back fill the end of the step.
+    gradients kept back fill the end of the step.
     """
     ranks = []
     for rank, order in enumerate(one_f_one_b(num_ranks, num_microbatches)):

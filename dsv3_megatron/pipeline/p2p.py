@@ -15,8 +15,7 @@ TensorSpec = Callable[[Message], tuple[Sequence[int], torch.dtype]]
 
 
 class PipelineTimeout(RuntimeError):
-    """A message did not arrive or was not taken in time; the text names rank, stage, direction and
-    microbatch."""
+    """A message was late; the text names rank, stage, direction and microbatch."""
 
 
 class PipelineP2P:

@@ -1,5 +1,4 @@
-"""What the runner asks of a model chunk. Megatron's chunks, toy modules and sleeping ones all answer to
-this."""
+"""What the runner asks of a model chunk, be it Megatron's, a toy module or one that sleeps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

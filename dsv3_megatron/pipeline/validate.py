@@ -44,10 +44,10 @@ def validate(schedule: Schedule, max_in_flight: int | None = None) -> Validation
     _check_complete(schedule)
     num_messages = _check_channels(schedule)
     try:
-        simulate(schedule)
+        simulation = simulate(schedule)
     except ValueError as error:
         raise ScheduleError(str(error)) from None
-    check_blocking(schedule, blocking_program(schedule))
+    check_blocking(schedule, blocking_program(simulation))
     peaks = tuple(peak_in_flight(actions) for actions in schedule.ranks)
     if max_in_flight is not None and max(peaks) > max_in_flight:
         rank = peaks.index(max(peaks))

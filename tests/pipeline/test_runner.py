@@ -107,7 +107,7 @@ def busy_receiver(rank: int, world_size: int) -> list:
 
     schedule = build_schedule("1f1b", 2, 4).forward_only()
     torch.distributed.barrier()
-    return PipelineRunner(schedule, rank, {rank: Stage()}, p2p).step()
+    return PipelineRunner(schedule, rank, {rank: Stage()}, p2p).step()  # type: ignore[dict-item]
 
 
 def test_sends_complete_in_the_background():

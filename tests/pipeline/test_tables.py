@@ -70,7 +70,7 @@ def test_counts_of_rank_0_in_the_2048_gpu_run():
 
 @pytest.mark.parametrize(("num_ranks", "bubble"), [(2, 0), (4, 2), (8, 6), (16, 14)])
 def test_dualpipe_bubble_and_memory_on_every_rank(num_ranks, bubble):
-    for num_microbatches in range(2 * num_ranks, 8 * num_ranks + 1, 2):
+    for num_microbatches in range(2 * num_ranks, 8 * num_ranks + 1, max(2, num_ranks // 2)):
         simulation = simulate(build_schedule("dualpipe", num_ranks, num_microbatches))
         assert simulation.bubble == (bubble,) * num_ranks, num_microbatches
         assert simulation.peak_in_flight == (num_ranks + 1,) * num_ranks, num_microbatches
