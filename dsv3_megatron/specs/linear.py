@@ -85,6 +85,7 @@ class DelayedWeightGrad:
 
     weight: Parameter
     config: TransformerConfig
+    tp_group: dist.ProcessGroup
     gradient_accumulation_fusion: bool
 
     def _init_delayed_weight_grad(self) -> None:

@@ -141,7 +141,7 @@ class ReferenceModel(torch.nn.Module):
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
             report
         )
-        self.mtp = None
+        self.mtp: Any = None
         if config.mtp_num_layers:
             self.mtp = MtpLayer(
                 self.main.config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, self._mtp_layer_number(config)

@@ -6,6 +6,7 @@ Row 11 of the known failures: order of the MTP projection's input, −inf maskin
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 MTP_WEIGHT = 0.3
 # Larger than 0.006, so that attention and routing differ between tokens.
 COMMON = {"init_method_std": 0.2, "moe_aux_loss_coeff": 0.0}
-DENSE = {
+DENSE: dict[str, Any] = {
     "num_moe_experts": None,
     "moe_ffn_hidden_size": None,
     "moe_layer_freq": 1,
@@ -40,7 +41,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "moe": {"num_layers": 3, "moe_layer_freq": [0, 1, 1]},
     "no_groups": {"moe_router_num_groups": None, "moe_router_group_topk": None},

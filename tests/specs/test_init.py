@@ -16,7 +16,7 @@ from dsv3_megatron.specs.names import Shard, global_names, named_weights
 from tests.harness import run_distributed
 from tests.specs.models import VOCAB_SIZE, build, micro_config
 
-MODEL = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1], "mtp_num_layers": 1}
+MODEL: dict[str, Any] = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1], "mtp_num_layers": 1}
 
 
 def test_stable_across_versions() -> None:
@@ -81,7 +81,7 @@ def weights_of_rank(rank: int, world_size: int, parallel: dict[str, Any]) -> dic
     return held
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2_ep2": {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,

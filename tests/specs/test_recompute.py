@@ -1,5 +1,7 @@
 """Activation recompute changes no gradient, with immediate and with delayed weight gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ MORE = [*PUBLISHED, "core_attn", "mlp", "shared_experts"]
 
 
 def gradients(modules: list[str] | None, delay: bool) -> dict[str, torch.Tensor]:
-    recompute = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+    recompute: dict[str, Any] = (
+        {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+    )
     config = micro_config(num_layers=3, moe_layer_freq=[0, 1, 1], mtp_num_layers=1, **recompute)
     config.transformer.delay_wgrad_compute = delay
     model = build(config)
