@@ -94,7 +94,7 @@ def option_name(dest: str, value: object, parser: ArgumentParser) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return {True: "on", False: "off"}.get(value, "off") if isinstance(value, bool | None) else str(value)
+    return ("on" if value else "off") if isinstance(value, bool | None) else str(value)
 
 
 def _check_deviations(names: Iterable[str]) -> None:

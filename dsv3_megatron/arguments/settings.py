@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dsv3_megatron.dualpipe.arguments import default_layout
+
 Kind = Literal["size", "fixed", "recipe", "run"]
 
 
@@ -323,6 +325,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("adam_eps", 1e-8, "", "run", "unpublished; Megatron's default is kept"),
     Setting("weight_decay", 0.1, "--weight-decay", "recipe", "R§4.2"),
     Setting("clip_grad", 1.0, "", "recipe", "R§4.2"),
+    # Pipeline.
+    Setting(
+        "pipeline_model_parallel_layout",
+        lambda args: default_layout(args) or NOT_SET,
+        "--pipeline-model-parallel-layout",
+        "run",
+        "stages as even as whole layers allow; unpublished for DeepSeek-V3",
+    ),
     # Data.
     Setting(
         "create_attention_mask_in_dataloader",
