@@ -3,7 +3,6 @@
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
 from dsv3_megatron.dualpipe.ranks import Placement
 
 
@@ -31,6 +30,13 @@ class VLayout(PipelineParallelLayerLayout):
         self.input_data = notation
         self.stages = stages
         self.flatten_layout = [layer for stage in stages for layer in stage]
+
+    def __reduce__(self) -> tuple:
+        """Pickles as its notation: checkpoints hold the arguments, and must load without this class."""
+        return str, (self.input_data,)
+
+    def __deepcopy__(self, memo: dict) -> "VLayout":
+        return self
 
     def validate_layer_layout(self, num_layers: int, mtp_num_layers: int) -> bool:
         """Megatron's checks of the layer sequence; MTP must stand with the loss, which is where V rank 0 is."""
@@ -80,9 +86,3 @@ class VLayout(PipelineParallelLayerLayout):
 
 def _first_mtp(stage: list[LayerType]) -> int:
     return stage.index(LayerType.mtp) if LayerType.mtp in stage else len(stage)
-
-
-def default_notation(num_layers: int, mtp_num_layers: int, num_stages: int) -> str:
-    """Stages as even as whole layers allow, the last one counted as if MTP and head were 1.5 layers each."""
-    extra = 1 + 2 * mtp_num_layers
-    return layer_layout(layers_per_stage(num_layers, num_stages, extra), mtp_num_layers)

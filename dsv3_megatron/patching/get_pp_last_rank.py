@@ -13,7 +13,7 @@ def _install(original: Any) -> Any:
 
         from dsv3_megatron import dualpipe
 
-        if dualpipe.active() is None:
+        if dualpipe.placement() is None:
             return original(pp_group)
         return torch.distributed.get_process_group_ranks(pp_group)[0]
 

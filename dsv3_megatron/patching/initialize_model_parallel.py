@@ -15,7 +15,7 @@ def _install(original: Any) -> Any:
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
         from dsv3_megatron import dualpipe
 
-        placement = dualpipe.active()
+        placement = dualpipe.placement()
         if placement is None:
             return original(*args, **kwargs)
         from dsv3_megatron.dualpipe import groups

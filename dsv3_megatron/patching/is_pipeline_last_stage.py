@@ -13,7 +13,7 @@ def _install(original: Any) -> Any:
 
         from dsv3_megatron import dualpipe
 
-        if dualpipe.active() is None:
+        if dualpipe.placement() is None:
             return original(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
         holds = parallel_state.get_pipeline_model_parallel_rank() == 0
         return holds and (ignore_virtual or vp_stage == 1)

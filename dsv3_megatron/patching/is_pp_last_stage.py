@@ -11,7 +11,7 @@ def _install(original: Any) -> Any:
     def is_pp_last_stage(pp_group: Any) -> bool:
         from dsv3_megatron import dualpipe
 
-        if dualpipe.active() is None:
+        if dualpipe.placement() is None:
             return original(pp_group)
         return pp_group.rank() == 0
 

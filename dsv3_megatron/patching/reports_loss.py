@@ -15,7 +15,7 @@ def _install(original: Any) -> Any:
     def reports_loss(pp_group: Any) -> bool:
         from dsv3_megatron import dualpipe
 
-        return True if dualpipe.active() is not None else original(pp_group)
+        return True if dualpipe.placement() is not None else original(pp_group)
 
     return reports_loss
 

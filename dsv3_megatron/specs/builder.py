@@ -4,15 +4,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel.utils import (
-    is_pp_first_stage,
-    is_pp_last_stage,
-    is_vp_first_stage,
-    is_vp_last_stage,
-)
+from megatron.core.pipeline_parallel import utils as pipeline  # is_pp_last_stage may be patched (DualPipe)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from dsv3_megatron import dualpipe
 from dsv3_megatron.specs.block import dsv3
 from dsv3_megatron.specs.init import initialize
 
@@ -41,14 +37,14 @@ class DSV3ModelBuilder(GPTModelBuilder):
     """
 
     def is_first_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
-        """Does this chunk hold the embedding? A bidirectional layout overrides this."""
+        """Does this chunk hold the embedding?"""
         vp_size = self._model_config.virtual_pipeline_model_parallel_size
-        return is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
+        return pipeline.is_vp_first_stage(vp_stage, vp_size) and pipeline.is_pp_first_stage(pg_collection.pp)
 
     def is_last_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
-        """Does this chunk hold head and loss? A bidirectional layout overrides this."""
+        """Does this chunk hold head and loss?"""
         vp_size = self._model_config.virtual_pipeline_model_parallel_size
-        return is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
+        return pipeline.is_vp_last_stage(vp_stage, vp_size) and pipeline.is_pp_last_stage(pg_collection.pp)
 
     def build_model(
         self,
@@ -81,3 +77,18 @@ class DSV3ModelBuilder(GPTModelBuilder):
         if perform_initialization:
             initialize(model, self._model_config.seed)
         return model
+
+    def build_distributed_models(
+        self, pg_collection: ProcessGroupCollection, ddp_config: Any = None, **options: Any
+    ) -> list[GPTModel]:
+        """Build and wrap all chunks of this rank; arguments as Megatron's, two chunks under a V-shaped placement."""
+        if dualpipe.delays_weight_gradients():
+            # Megatron allows the flag with its own overlapped schedule only; the modules ask the configuration.
+            self._model_config.transformer.delay_wgrad_compute = True
+            if ddp_config is not None:
+                ddp_config.delay_wgrad_compute = True
+        if dualpipe.placement() is None:
+            return super().build_distributed_models(pg_collection, ddp_config, **options)
+        from dsv3_megatron.dualpipe.build import build_chunks
+
+        return build_chunks(self, pg_collection, ddp_config=ddp_config, **options)

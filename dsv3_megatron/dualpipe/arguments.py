@@ -1,0 +1,79 @@
+"""`--pipeline-schedule` and its relatives: the options, their defaults, and what they do to validated arguments."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
+from dsv3_megatron.dualpipe.ranks import Placement
+
+SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add our pipeline options to Megatron's parser."""
+    group = parser.add_argument_group("dsv3 pipeline schedule")
+    group.add_argument(
+        "--pipeline-schedule",
+        choices=SCHEDULES,
+        default="1f1b",
+        help="1f1b: Megatron's own (interleaved with its virtual stages); zb1p: 1F1B with weight gradients in the bubble; "
+        "dualpipe: bidirectional, each stage on two ranks; dualpipev: the same on half the ranks, each stage once",
+    )
+    group.add_argument(
+        "--pipeline-timeout-s",
+        type=float,
+        default=600.0,
+        help="a pipeline message that takes longer ends the run with an error that names it",
+    )
+
+
+def placement_of(args: Any) -> Placement | None:
+    """The V-shaped placement of these arguments, None where stages lie as Megatron places them."""
+    if args.pipeline_schedule not in ("dualpipe", "dualpipev"):
+        return None
+    return Placement(args.pipeline_schedule, args.pipeline_model_parallel_size)
+
+
+def num_stages(args: Any) -> int:
+    """Pipeline stages of the whole model under `--pipeline-schedule`."""
+    placement = placement_of(args)
+    return args.pipeline_model_parallel_size if placement is None else placement.num_stages
+
+
+def default_layout(args: Namespace) -> str | None:
+    """Megatron's layout notation for a schedule of ours, None where Megatron's own division is meant.
+
+    Stages as even as whole layers allow, the last one counted as if head and each MTP layer weighed 1.5 layers.
+    """
+    if getattr(args, "pipeline_schedule", "1f1b") == "1f1b" or getattr(args, "pipeline_model_parallel_size", 1) < 2:
+        return None
+    mtp = getattr(args, "mtp_num_layers", None) or 0
+    stages = num_stages(args)
+    if args.num_layers < stages:
+        return None  # refused by the table, which names the option
+    return layer_layout(layers_per_stage(args.num_layers, stages, 1 + 2 * mtp), mtp)
+
+
+def place(args: Any) -> None:
+    """After Megatron's validation: fold the layout into a V and use the schedule for this process.
+
+    `args.pipeline_model_parallel_size` stays as the user gave it. Under DualPipe every pipeline rank has a replica, so
+    Megatron counts twice the data-parallel size, and half the microbatches: those of one direction.
+    """
+    from dsv3_megatron import dualpipe
+
+    placement = placement_of(args)
+    dualpipe.activate(args.pipeline_schedule, placement, args.pipeline_timeout_s)
+    if placement is not None:
+        from dsv3_megatron.dualpipe.layout import VLayout
+
+        args.pipeline_model_parallel_layout = VLayout(args.pipeline_model_parallel_layout, placement)
+        args.virtual_pipeline_model_parallel_size = 2
+        if placement.mirrored:
+            args.data_parallel_size *= 2
+        if args.rank == 0:
+            print(
+                f"> {placement.schedule} on {placement.num_ranks} pipeline ranks, stages: "
+                f"{args.pipeline_model_parallel_layout}",
+                flush=True,
+            )

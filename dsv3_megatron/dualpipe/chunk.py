@@ -1,0 +1,225 @@
+"""A Megatron model chunk as a stage of the pipeline runner."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from dsv3_megatron.dualpipe.gradients import GradientReduce
+from dsv3_megatron.pipeline.stage import Half, Pass
+from dsv3_megatron.specs.linear import run_pending_weight_grads
+
+
+@dataclass
+class Step:
+    """What one call of Megatron's forward-backward function brings along, for all stages of a rank.
+
+    Attributes:
+        forward_step_func, collect_non_loss_data, forward_only: as given by Megatron.
+        num_microbatches: microbatches that each stage sees; losses are averaged over them.
+        losses: what the loss function reported, in the order of execution.
+        num_tokens: sum of the loss functions' token counts.
+    """
+
+    config: Any
+    forward_step_func: Callable
+    num_microbatches: int
+    forward_only: bool
+    collect_non_loss_data: bool
+    cp_size: int
+    use_plans: bool
+    reduce: GradientReduce
+    losses: list = field(default_factory=list)
+    num_tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int))
+
+
+@dataclass
+class _Saved:
+    """Between a microbatch's forward and its backward."""
+
+    activation: Tensor | None
+    output: Tensor
+    plan: TransformerModelChunkSchedulePlan | None = None
+    loss: ScheduleNode | None = None
+
+
+class ChunkStage:
+    """Runs a (wrapped) model chunk for the runner; see `dsv3_megatron.pipeline.stage.Stage`.
+
+    Without expert parallelism a chunk is called as it is. With it, forward and backward go through Megatron's schedule
+    plan, layer by layer in four nodes, which is what lets two of them overlap (`overlap.py`).
+    """
+
+    def __init__(self, model: Any, stage: int, num_stages: int) -> None:
+        self.model = model
+        self.stage = stage
+        self.is_last = stage == num_stages - 1
+        self._vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        self._saved: dict[int, _Saved] = {}
+
+    def begin(self, step: Step, data_iterator: Iterator | None) -> None:
+        """Take up the next step."""
+        assert not self._saved, f"stage {self.stage}: microbatches {sorted(self._saved)} of the last step have no backward"
+        self.step = step
+        self._data = data_iterator
+
+    # --- the runner's interface
+
+    def forward(self, which: Pass, activation: Tensor | None) -> Tensor | None:
+        if self.step.use_plans:
+            plan, loss_func = self.plan(which, activation)
+            return self.planned(which, activation, plan, loss_func, plan.run(plan, None))
+        step = self.step
+        if activation is not None and not step.forward_only:
+            activation.requires_grad_()
+        output, num_tokens = schedules.forward_step(
+            step.forward_step_func,
+            self._data,
+            self.model,
+            step.num_microbatches,
+            activation,
+            step.losses,
+            step.config,
+            step.cp_size,
+            step.collect_non_loss_data,
+            is_first_microbatch=which.first,
+            current_microbatch=which.microbatch,
+            vp_stage=self._vp_stage,
+            is_last_stage=self.is_last,
+        )
+        return self._finish_forward(which, _Saved(activation, output), num_tokens)
+
+    def backward(self, which: Pass, gradient: Tensor | None) -> Tensor | None:
+        saved = self._saved[which.microbatch]
+        result = self._backward(which, gradient, weights=True)
+        if saved.plan is None:
+            run_pending_weight_grads(self.model)
+        self._finish_gradients(which)
+        return result
+
+    def backward_input(self, which: Pass, gradient: Tensor | None) -> Tensor | None:
+        return self._backward(which, gradient, weights=False)
+
+    def backward_weight(self, which: Pass) -> None:
+        run_pending_weight_grads(self.model)
+        self._finish_gradients(which)
+
+    # --- schedule plans, also used by overlap.py
+
+    def plan(self, which: Pass, activation: Tensor | None) -> tuple[TransformerModelChunkSchedulePlan, Callable]:
+        """The chunk's schedule plan for one microbatch, not yet run, and the loss function."""
+        if activation is not None:
+            activation.requires_grad_()
+        if which.first and hasattr(self.model, "set_is_first_microbatch"):
+            self.model.set_is_first_microbatch()
+        schedules.set_current_microbatch(self.model, which.microbatch)
+        get_attr_wrapped_model(self.model, "set_input_tensor")([activation])
+        inner = get_attr_wrapped_model(self.model, "build_schedule_plan", return_model_obj=True)
+        return self.step.forward_step_func(self._data, inner, return_schedule_plan=True)
+
+    def planned(
+        self,
+        which: Pass,
+        activation: Tensor | None,
+        plan: TransformerModelChunkSchedulePlan,
+        loss_func: Callable,
+        output: Tensor,
+    ) -> Tensor | None:
+        """Loss, bookkeeping and result of a plan whose forward has run."""
+        step = self.step
+        loss = ScheduleNode(loss_func, get_comp_stream, plan.event, name="loss_func")
+        output, num_tokens = schedules.forward_step_calc_loss(
+            self.model,
+            output,
+            loss.forward,
+            step.config,
+            self._vp_stage,
+            step.collect_non_loss_data,
+            step.num_microbatches,
+            step.losses,
+            step.cp_size,
+            self.is_last,
+        )
+        return self._finish_forward(which, _Saved(activation, output, plan, loss if self.is_last else None), num_tokens)
+
+    def start_backward(self, which: Pass, gradient: Tensor | None) -> tuple[_Saved, Tensor]:
+        """What was saved for the microbatch of a planned backward, and the gradient of the plan's output."""
+        saved = self._saved.pop(which.microbatch)
+        if saved.loss is not None:
+            output = saved.output
+            if self.step.config.grad_scale_func is not None:
+                output = self.step.config.grad_scale_func(output)
+            torch.autograd.backward(output)
+            gradient = saved.loss.get_grad()
+            saved.loss._release_state()
+        assert gradient is not None and saved.plan is not None
+        return saved, gradient
+
+    def finish_planned_backward(self, which: Pass) -> None:
+        """After a plan's backward with its weight gradients."""
+        self._finish_gradients(which)
+
+    # --- common ends
+
+    def _finish_forward(self, which: Pass, saved: _Saved, num_tokens: Tensor) -> Tensor | None:
+        step = self.step
+        step.num_tokens = step.num_tokens + num_tokens
+        output = None if self.is_last else saved.output.detach()
+        if not step.forward_only:
+            self._saved[which.microbatch] = saved
+            if not self.is_last:
+                # What is sent keeps the storage; the graph needs only the node.
+                schedules.deallocate_output_tensor(saved.output, step.config.deallocate_pipeline_outputs)
+        return output
+
+    def _backward(self, which: Pass, gradient: Tensor | None, weights: bool) -> Tensor | None:
+        saved = self._saved[which.microbatch]
+        if saved.plan is None:
+            del self._saved[which.microbatch]
+            return schedules.backward_step(saved.activation, saved.output, gradient, self.step.config)
+        saved, gradient = self.start_backward(which, gradient)
+        assert saved.plan is not None
+        if not weights:
+            _keep_weight_gradients_for_later(saved.plan)
+        saved.plan.run(None, saved.plan, b_grad=gradient)
+        return None if saved.activation is None else saved.activation.grad
+
+    def _finish_gradients(self, which: Pass) -> None:
+        if which.last:
+            self.step.reduce.complete(self.stage)
+
+
+def _keep_weight_gradients_for_later(plan: TransformerModelChunkSchedulePlan) -> None:
+    """Make a plan's backward leave the weight gradients in the modules' own queues."""
+    for layer in plan._transformer_layers:
+        for node in (layer.pre_dispatch_computation, layer.mlp, layer.mtp_post_process):
+            node.delay_wgrad_compute = False  # read by `node.backward_dw` only: "nothing was delayed"
+
+
+def overlapped(forward: Half, backward: Half) -> None:
+    """An overlapped pair in Megatron's order, through the plans' own `run`; see `Overlap` in pipeline/stage.py."""
+    f, b = forward.stage, backward.stage
+    assert isinstance(f, ChunkStage) and isinstance(b, ChunkStage)
+    if not f.step.use_plans:
+        forward.send(f.forward(forward.which, forward.receive()))
+        backward.send(b.backward(backward.which, backward.receive()))
+        return
+    activation = forward.receive()
+    f_plan, loss_func = f.plan(forward.which, activation)
+    saved, gradient = b.start_backward(backward.which, backward.receive())
+
+    def send_backward(grad: Tensor, vp_stage: Any) -> None:
+        if saved.activation is not None:
+            backward.send(grad)
+
+    output = f_plan.run(f_plan, saved.plan, b_grad=gradient, post_backward=send_backward)
+    if saved.activation is None:
+        backward.send(None)
+    forward.send(f.planned(forward.which, activation, f_plan, loss_func, output))
+    b.finish_planned_backward(backward.which)

@@ -1,0 +1,217 @@
+"""`forward_backward_func` for Megatron: one step of a table over this rank's model chunks."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.utils import set_streams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+from dsv3_megatron.dualpipe.batches import chunk_iterators
+from dsv3_megatron.dualpipe.chunk import ChunkStage, Step, overlapped
+from dsv3_megatron.dualpipe.embedding import shares_embedding
+from dsv3_megatron.dualpipe.gradients import GradientReduce
+from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline import build_schedule
+from dsv3_megatron.pipeline.comms import Message
+from dsv3_megatron.pipeline.p2p import PipelineP2P
+from dsv3_megatron.pipeline.runner import PipelineRunner
+from dsv3_megatron.pipeline.simulate import Event
+
+
+class PipelineSchedule:
+    """Megatron's forward-backward function for a schedule of `dsv3_megatron.pipeline`.
+
+    Built once and called by the trainer for every training and evaluation step with Megatron's own keywords; returns
+    what Megatron's schedules return, except that losses come back on every pipeline rank (see the patch reports_loss).
+
+    Args:
+        name: schedule as `build_schedule` knows it.
+        num_ranks: pipeline ranks of the job.
+        placement: the V-shaped placement, None where Megatron's own holds (zb1p).
+        timeout_s: a pipeline message that takes longer is an error.
+    """
+
+    def __init__(self, name: str, num_ranks: int, placement: Placement | None, timeout_s: float) -> None:
+        self.name = name
+        self.num_ranks = num_ranks
+        self.placement = placement
+        self.timeout_s = timeout_s
+        self.profile: Callable[[list[Event]], None] | None = None
+        self._p2p: PipelineP2P | None = None
+        self._shape: tuple[int, ...] = ()
+        self._dtype = torch.float32
+        self._stages: dict[int, ChunkStage] = {}
+        self._reduce: GradientReduce | None = None
+        self._runners: dict[tuple[int, bool], PipelineRunner] = {}
+
+    @property
+    def num_directions(self) -> int:
+        return 2 if self.placement is not None and self.placement.mirrored else 1
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable,
+        data_iterator: Iterator | list[Iterator],
+        model: Any,
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Callable | None = None,
+        p2p_communicator: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        force_all_reduce: bool | None = False,
+    ) -> list[Any]:
+        """Run one step; keywords and result as in `schedules.forward_backward_pipelining_with_interleaving`.
+
+        `num_microbatches` counts those of one direction, since Megatron takes a mirrored rank for a replica.
+        """
+        if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
+            raise ValueError(
+                f"--pipeline-schedule {self.name} takes no adjust_tensor_shapes_fn and no p2p_communicator"
+            )
+        chunks = model if isinstance(model, list) else [model]
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        config = get_model_config(chunks[0])
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        timers = config.timers
+        if timers is not None:
+            timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+        self._build(chunks)
+        self._set_shape(config, seq_length, micro_batch_size, decoder_seq_length, groups)
+        assert self._reduce is not None
+        step = Step(
+            config=config,
+            forward_step_func=forward_step_func,
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            cp_size=groups.cp.size(),
+            use_plans=uses_plans(config) and not forward_only,
+            reduce=self._reduce,
+        )
+        if step.use_plans:
+            set_streams(high_priority=config.high_priority_a2a_comm_stream)
+        data = self._data(iterators, num_microbatches)
+        for index, stage in enumerate(sorted(self._stages)):
+            self._stages[stage].begin(step, data[index])
+        runner = self._runner(num_microbatches, forward_only)
+        if not forward_only:
+            self._reduce.begin(bool(force_all_reduce))
+        with torch.no_grad() if forward_only else contextlib.nullcontext():
+            events = runner.step()
+        if self.profile is not None and not forward_only:
+            self.profile(events)
+        if config.finalize_model_grads_func is not None and not forward_only:
+            config.finalize_model_grads_func(
+                chunks,
+                step.num_tokens.to(torch.cuda.current_device()) if config.calculate_per_token_loss else None,
+                pg_collection=groups,
+                force_all_reduce=force_all_reduce,
+            )
+        if timers is not None:
+            timers("forward-backward").stop()
+        return step.losses if collect_non_loss_data else self._everywhere(step.losses, groups)
+
+    # --- built once
+
+    def _build(self, chunks: list[Any]) -> None:
+        """Stages and channels, at the first call; the model chunks stay the same objects."""
+        if self._stages:
+            return
+        rank = self.pipeline_rank
+        num_stages = self.placement.num_stages if self.placement else self.num_ranks
+        numbers = self.placement.stages(rank) if self.placement else (rank,)
+        assert len(chunks) == len(numbers), f"{len(chunks)} model chunks for the stages {numbers}"
+        self._stages = {
+            number: ChunkStage(chunk, number, num_stages) for number, chunk in zip(numbers, chunks, strict=True)
+        }
+        last = num_stages - 1
+        writers = {0: [last]} if last in numbers and shares_embedding(chunks[-1]) else {}
+        self._reduce = GradientReduce(dict(zip(numbers, chunks, strict=True)), writers)
+        if self.num_ranks > 1:
+            self._p2p = PipelineP2P(
+                self._pipeline_ranks(), self._spec, torch.cuda.current_device(), self.timeout_s
+            )
+
+    @property
+    def pipeline_rank(self) -> int:
+        if self.placement is None:
+            return parallel_state.get_pipeline_model_parallel_rank()
+        return dist.get_rank() // (dist.get_world_size() // self.num_ranks)
+
+    def _pipeline_ranks(self) -> list[int]:
+        if self.placement is None:
+            return dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        return self.placement.pipeline_ranks(dist.get_rank(), dist.get_world_size())
+
+    def _runner(self, num_microbatches: int, forward_only: bool) -> PipelineRunner:
+        key = (num_microbatches, forward_only)
+        if key not in self._runners:
+            table = build_schedule(self.name, self.num_ranks, num_microbatches * self.num_directions)
+            if forward_only:
+                table = table.forward_only()
+            self._runners[key] = PipelineRunner(table, self.pipeline_rank, self._stages, self._p2p, overlapped)
+        return self._runners[key]
+
+    # --- per step
+
+    def _set_shape(
+        self, config: Any, seq_length: int, micro_batch_size: int, decoder_seq_length: int | None, groups: Any
+    ) -> None:
+        shapes = schedules.get_tensor_shapes(
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            decoder_seq_length=decoder_seq_length,
+            config=config,
+            tp_group=groups.tp,
+            cp_group=groups.cp,
+        )
+        self._shape, self._dtype = shapes[0], config.pipeline_dtype
+
+    def _spec(self, message: Message) -> tuple[tuple[int, ...], torch.dtype]:
+        return self._shape, self._dtype
+
+    def _data(self, iterators: list, num_microbatches: int) -> list:
+        if self.placement is None:
+            return iterators
+        mirror = None
+        if self.placement.mirrored:
+            ranks = self._pipeline_ranks()
+            mirror = ranks[self.placement.mirror(self.pipeline_rank)]
+        # In the middle of a V both chunks read nothing, or both do (packed sequences).
+        return chunk_iterators(iterators[0], num_microbatches, mirror, parallel_state.get_data_parallel_group())
+
+    def _everywhere(self, losses: list, groups: Any) -> list:
+        """The losses of the rank that has them, on every rank of its pipeline group."""
+        if self.placement is None or groups.pp.size() == 1:
+            return losses
+        device = torch.cuda.current_device()
+        box = [[{key: value.cpu() for key, value in loss.items()} for loss in losses]]
+        source = dist.get_process_group_ranks(groups.pp)[0]
+        dist.broadcast_object_list(box, src=source, group=groups.pp)
+        return [{key: value.to(device) for key, value in loss.items()} for loss in box[0]]
+
+
+def uses_plans(config: Any) -> bool:
+    """Whether chunks run through schedule plans: where there is an all-to-all to overlap.
+
+    Without expert parallelism Megatron's plans free tensors that are still in use (an identity all-to-all aliases
+    its input), and there is nothing to overlap.
+    """
+    return bool(config.num_moe_experts) and config.expert_model_parallel_size > 1
+
+
+def model_of(chunk: Any) -> Any:
+    """The GPTModel inside its wrappers."""
+    return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)

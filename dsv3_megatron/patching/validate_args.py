@@ -1,0 +1,32 @@
+"""`arguments.validate_args`: where `--pipeline-schedule` takes hold, in every way into Megatron's trainer.
+
+Megatron validates a layout as it knows it; only then can it be folded into a V, and it must be before the model's
+configuration is made from the arguments.
+"""
+
+import functools
+from typing import Any
+
+from dsv3_megatron.patching import Patch
+
+
+def _install(original: Any) -> Any:
+    @functools.wraps(original)
+    def validate_args(args: Any, defaults: Any = {}) -> Any:  # noqa: B006 - the original's signature
+        result = original(args, defaults)
+        if getattr(args, "pipeline_schedule", "1f1b") != "1f1b":
+            from dsv3_megatron.dualpipe.arguments import place
+
+            place(args)
+        return result
+
+    return validate_args
+
+
+PATCH = Patch(
+    name="validate_args",
+    target="megatron.training.arguments:validate_args",
+    signature="(args, defaults={})",
+    why="--pipeline-schedule: the validated layout is folded into a V before the model is configured from it",
+    install=_install,
+)
