@@ -18,3 +18,14 @@ def single_rank() -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def fresh_trackers() -> Iterator[None]:
+    """Megatron sizes its global trackers of auxiliary and MTP losses by the first model of the process."""
+    yield
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()

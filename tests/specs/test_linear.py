@@ -112,7 +112,7 @@ class TestOneRank:
     @pytest.mark.parametrize("fusion", [False, True])
     @pytest.mark.parametrize("overlap", [False, True])
     def test_main_grad_with_ddp(self, overlap: bool, fusion: bool) -> None:
-        """main_grad (fp32) is the sum over microbatches; with overlap a bucket is ready at its last W only."""
+        """main_grad (fp32) sums over microbatches; with overlap a bucket is ready at its last W only."""
         module = torch.nn.Module()
         module.layer = make("column", True, params_dtype=torch.bfloat16)
         module.layer.gradient_accumulation_fusion = fusion
