@@ -42,6 +42,8 @@ def activate(allow_te: bool = False) -> None:
         return
     # torch.compile asks Triton about the GPU; the variable is read when torch._dynamo is first imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # Asserted by Megatron's argument validation for tensor and context parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
     if torch.cuda.is_available():

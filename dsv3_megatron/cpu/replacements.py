@@ -7,6 +7,7 @@ name get the stand-in. A target that does not exist is an error, not a skip.
 import importlib
 import importlib.abc
 import importlib.machinery
+import multiprocessing.forkserver
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,6 +180,19 @@ TABLE: tuple[Replacement, ...] = (
         megatron.maybe_move_tensor_to_cpu,
         "converts split sizes for `all_to_all_single` only when they are on a GPU",
     ),
+    Replacement(
+        "megatron.core.transformer.torch_norm",
+        ("WrappedTorchNorm",),
+        megatron.torch_norm,
+        "refuses sequence parallelism, for which it only has to mark its parameters",
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer",
+        ("DistributedOptimizer",),
+        megatron.distributed_optimizer,
+        "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded `step` would be "
+        "one tensor shared by all parameters",
+    ),
 )
 
 
@@ -228,6 +242,8 @@ def install(allow_te: bool = False) -> None:
     if not allow_te:
         # `import transformer_engine` then raises ModuleNotFoundError, installed or not.
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    # Megatron's persistent checkpoint worker is a child of Python's fork server.
+    multiprocessing.forkserver.set_forkserver_preload(["dsv3_megatron.cpu.child"])
     pending: dict[str, list[Replacement]] = {}
     for replacement in TABLE:
         if replacement.owner.startswith("megatron."):
