@@ -69,6 +69,9 @@ class DSV3Router(TopKRouter):
         the bias, and clears them.
     """
 
+    expert_bias: Tensor | None
+    local_tokens_per_expert: Tensor | None
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -84,8 +87,9 @@ class DSV3Router(TopKRouter):
         # Megatron casts the bias back to fp32 at the next forward, after its low bits are gone.
         before = self.expert_bias
         super()._apply(fn, recurse)
-        if self.enable_expert_bias and self.expert_bias.dtype != torch.float32:
-            self.expert_bias = before.to(device=self.expert_bias.device, dtype=torch.float32)
+        after = self.expert_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.expert_bias = before.to(device=after.device, dtype=torch.float32)
         return self
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def balance_loss(scores: list[list[float]], topk: int, alpha: float) -> float:
     num_tokens, num_experts = len(scores), len(scores[0])
     total = 0.0
     for i in range(num_experts):
-        chosen = sum(i in sorted(range(num_experts), key=lambda e, s=s: (-s[e], e))[:topk] for s in scores)
+        chosen = sum(i in gate(s, [0.0] * num_experts, topk, None, None) for s in scores)
         f = num_experts / (topk * num_tokens) * chosen
         p = sum(s[i] / sum(s) for s in scores) / num_tokens
         total += f * p
