@@ -10,7 +10,15 @@ from typing import Any
 
 from dsv3_megatron.dualpipe.ranks import Placement
 
-__all__ = ["PATCHES", "Placement", "activate", "delays_weight_gradients", "forward_backward_func", "install", "placement"]
+__all__ = [
+    "PATCHES",
+    "Placement",
+    "activate",
+    "delays_weight_gradients",
+    "forward_backward_func",
+    "install",
+    "placement",
+]
 
 # What Megatron has no seam for; each is a module of dsv3_megatron.patching.
 PATCHES = (

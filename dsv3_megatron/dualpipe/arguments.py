@@ -45,7 +45,10 @@ def default_layout(args: Namespace) -> str | None:
 
     Stages as even as whole layers allow, the last one counted as if head and each MTP layer weighed 1.5 layers.
     """
-    if getattr(args, "pipeline_schedule", "1f1b") == "1f1b" or getattr(args, "pipeline_model_parallel_size", 1) < 2:
+    if (
+        getattr(args, "pipeline_schedule", "1f1b") == "1f1b"
+        or getattr(args, "pipeline_model_parallel_size", 1) < 2
+    ):
         return None
     mtp = getattr(args, "mtp_num_layers", None) or 0
     stages = num_stages(args)

@@ -9,7 +9,9 @@ from megatron.training.models.dist_utils import prepare_existing_model_chunks_fo
 from dsv3_megatron.dualpipe.embedding import share_embedding
 
 
-def build_chunks(builder: Any, pg_collection: Any, model_type: ModelType = ModelType.encoder_or_decoder, **options: Any) -> list[Any]:
+def build_chunks(
+    builder: Any, pg_collection: Any, model_type: ModelType = ModelType.encoder_or_decoder, **options: Any
+) -> list[Any]:
     """What `unimodal_build_distributed_models` does, for two chunks whatever the size of the pipeline group.
 
     Megatron builds a single chunk when the pipeline group has one rank, which DualPipe on two ranks is to it.

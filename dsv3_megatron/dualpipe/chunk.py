@@ -65,7 +65,9 @@ class ChunkStage:
 
     def begin(self, step: Step, data_iterator: Iterator | None) -> None:
         """Take up the next step."""
-        assert not self._saved, f"stage {self.stage}: microbatches {sorted(self._saved)} of the last step have no backward"
+        assert not self._saved, (
+            f"stage {self.stage}: microbatches {sorted(self._saved)} of the last step have no backward"
+        )
         self.step = step
         self._data = data_iterator
 
@@ -112,7 +114,9 @@ class ChunkStage:
 
     # --- schedule plans, also used by overlap.py
 
-    def plan(self, which: Pass, activation: Tensor | None) -> tuple[TransformerModelChunkSchedulePlan, Callable]:
+    def plan(
+        self, which: Pass, activation: Tensor | None
+    ) -> tuple[TransformerModelChunkSchedulePlan, Callable]:
         """The chunk's schedule plan for one microbatch, not yet run, and the loss function."""
         if activation is not None:
             activation.requires_grad_()
@@ -146,7 +150,9 @@ class ChunkStage:
             step.cp_size,
             self.is_last,
         )
-        return self._finish_forward(which, _Saved(activation, output, plan, loss if self.is_last else None), num_tokens)
+        return self._finish_forward(
+            which, _Saved(activation, output, plan, loss if self.is_last else None), num_tokens
+        )
 
     def start_backward(self, which: Pass, gradient: Tensor | None) -> tuple[_Saved, Tensor]:
         """What was saved for the microbatch of a planned backward, and the gradient of the plan's output."""

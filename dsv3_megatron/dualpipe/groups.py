@@ -28,16 +28,18 @@ def initialize_model_parallel(original: Callable, placement: Placement, *args: A
     bound.apply_defaults()
     arguments = bound.arguments
     world_size, columns = _columns(placement, arguments)
-    expert_block = (arguments["expert_tensor_parallel_size"] or arguments["tensor_model_parallel_size"]) * arguments[
-        "expert_model_parallel_size"
-    ]
+    expert_block = (
+        arguments["expert_tensor_parallel_size"] or arguments["tensor_model_parallel_size"]
+    ) * arguments["expert_model_parallel_size"]
     if placement.mirrored and columns % expert_block:
         raise ValueError(
             f"--expert-model-parallel-size {arguments['expert_model_parallel_size']}: an expert-parallel group must lie "
             f"in one direction of the pipeline; it must divide the {columns} ranks beside each other on a pipeline rank"
         )
     if arguments["order"] != "tp-cp-ep-dp-pp":
-        raise ValueError(f"--use-tp-pp-dp-mapping does not work with --pipeline-schedule {placement.schedule}")
+        raise ValueError(
+            f"--use-tp-pp-dp-mapping does not work with --pipeline-schedule {placement.schedule}"
+        )
     arguments["pipeline_model_parallel_size"] = placement.v_size
     arguments["virtual_pipeline_model_parallel_size"] = None
     with _renumbered(placement, world_size):
@@ -69,7 +71,9 @@ def _renumbered(placement: Placement, world_size: int) -> Any:
 
     @functools.wraps(get_ranks)
     def renumbered(self: Any, token: str) -> list[list[int]]:
-        return [[placement.global_rank(rank, world_size) for rank in group] for group in get_ranks(self, token)]
+        return [
+            [placement.global_rank(rank, world_size) for rank in group] for group in get_ranks(self, token)
+        ]
 
     parallel_state.RankGenerator.get_ranks = renumbered
     torch.distributed.new_group = functools.partial(new_group, sort_ranks=False)

@@ -54,7 +54,10 @@ class VLayout(PipelineParallelLayerLayout):
                 "with the loss (L), each once"
             )
         last = self.stages[-1]
-        if last.count(LayerType.mtp) != flat.count(LayerType.mtp) or LayerType.decoder in last[_first_mtp(last) :]:
+        if (
+            last.count(LayerType.mtp) != flat.count(LayerType.mtp)
+            or LayerType.decoder in last[_first_mtp(last) :]
+        ):
             raise ValueError(
                 f"--pipeline-model-parallel-layout {self.input_data!r}: MTP layers (m) must stand directly before "
                 "the loss (L) in the last stage, where embedding and head are shared with the main model"

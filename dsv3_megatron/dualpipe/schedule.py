@@ -134,7 +134,8 @@ class PipelineSchedule:
         numbers = self.placement.stages(rank) if self.placement else (rank,)
         assert len(chunks) == len(numbers), f"{len(chunks)} model chunks for the stages {numbers}"
         self._stages = {
-            number: ChunkStage(chunk, number, num_stages) for number, chunk in zip(numbers, chunks, strict=True)
+            number: ChunkStage(chunk, number, num_stages)
+            for number, chunk in zip(numbers, chunks, strict=True)
         }
         last = num_stages - 1
         writers = {0: [last]} if last in numbers and shares_embedding(chunks[-1]) else {}
@@ -161,7 +162,9 @@ class PipelineSchedule:
             table = build_schedule(self.name, self.num_ranks, num_microbatches * self.num_directions)
             if forward_only:
                 table = table.forward_only()
-            self._runners[key] = PipelineRunner(table, self.pipeline_rank, self._stages, self._p2p, overlapped)
+            self._runners[key] = PipelineRunner(
+                table, self.pipeline_rank, self._stages, self._p2p, overlapped
+            )
         return self._runners[key]
 
     # --- per step
@@ -190,7 +193,9 @@ class PipelineSchedule:
             ranks = self._pipeline_ranks()
             mirror = ranks[self.placement.mirror(self.pipeline_rank)]
         # In the middle of a V both chunks read nothing, or both do (packed sequences).
-        return chunk_iterators(iterators[0], num_microbatches, mirror, parallel_state.get_data_parallel_group())
+        return chunk_iterators(
+            iterators[0], num_microbatches, mirror, parallel_state.get_data_parallel_group()
+        )
 
     def _everywhere(self, losses: list, groups: Any) -> list:
         """The losses of the rank that has them, on every rank of its pipeline group."""

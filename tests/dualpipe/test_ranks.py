@@ -72,7 +72,10 @@ def refused(rank: int, world_size: int, **sizes: int) -> str:
 @pytest.mark.parametrize(
     "sizes, named",
     [
-        ({"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}, "--expert-model-parallel-size 4"),
+        (
+            {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4},
+            "--expert-model-parallel-size 4",
+        ),
         ({"pipeline_model_parallel_size": 4}, "--pipeline-model-parallel-size 4"),
         ({"pipeline_model_parallel_size": 2, "order": "tp-cp-ep-pp-dp"}, "--use-tp-pp-dp-mapping"),
     ],

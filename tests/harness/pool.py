@@ -41,7 +41,14 @@ def _context() -> Any:
 
 
 def _rank_main(
-    fn: Callable, rank: int, world_size: int, init: bool, env: dict[str, str], log: str, conn: Any, kwargs: dict
+    fn: Callable,
+    rank: int,
+    world_size: int,
+    init: bool,
+    env: dict[str, str],
+    log: str,
+    conn: Any,
+    kwargs: dict,
 ) -> None:
     """Body of one rank: environment, process group, the test's function; sends ("ok" | "error", pickled)."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

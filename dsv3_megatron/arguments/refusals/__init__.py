@@ -7,13 +7,13 @@ It drives the errors (`check`), their tests (each row's example), and the suppor
 from argparse import Namespace
 
 from dsv3_megatron.arguments.errors import RefusedArgument
-from dsv3_megatron.arguments.refusals import backend, layout, model, overlap, run
+from dsv3_megatron.arguments.refusals import backend, layout, model, overlap, run, schedule
 from dsv3_megatron.arguments.refusals.table import Refusal
 from dsv3_megatron.arguments.surroundings import Surroundings, detect
 
 __all__ = ["REFUSALS", "Refusal", "check"]
 
-REFUSALS: tuple[Refusal, ...] = (*run.ROWS, *model.ROWS, *layout.ROWS, *overlap.ROWS, *backend.ROWS)
+REFUSALS: tuple[Refusal, ...] = (*run.ROWS, *model.ROWS, *layout.ROWS, *overlap.ROWS, *schedule.ROWS, *backend.ROWS)
 
 
 def check(args: Namespace, around: Surroundings | None = None) -> None:
