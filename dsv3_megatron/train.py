@@ -78,7 +78,13 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
         **pretrain_options,
     )
     args = get_args()
-    return {"iteration": args.curr_iteration, "consumed_train_samples": args.consumed_train_samples}
+    return {"iteration": _last_iteration(args), "consumed_train_samples": args.consumed_train_samples}
+
+
+def _last_iteration(args: Any) -> int:
+    """Steps done since the beginning; `args.iteration` is where a checkpoint left off."""
+    trained = args.do_train and not args.skip_train and args.iteration < args.train_iters
+    return args.curr_iteration + 1 if trained else args.iteration
 
 
 def _split_device(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -33,18 +33,26 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def launch(words: list[str], *, megatron: Path | None = None, num_ranks: int = 2) -> str:
-    """Output of pretrain_gpt.py (or the driver) under the CPU runtime, with `megatron` from that folder."""
-    script = Path(SOURCE) / "pretrain_gpt.py" if SOURCE else Path(__file__).with_name("pretrain_driver.py")
-    path = [str(REPOSITORY)]
-    if megatron is not None:
-        path.insert(0, str(megatron))
-    if SOURCE:
-        path.append(SOURCE)
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> Path:
+    """The checkout's pretrain_gpt.py beside its neighbours, or the driver.
+
+    In a folder of its own: the checkout's `megatron` would come before the wheel's, and is not compiled.
+    """
+    if not SOURCE:
+        return Path(__file__).with_name("pretrain_driver.py")
+    folder = tmp_path_factory.mktemp("scripts")
+    for file in Path(SOURCE).glob("*.py"):
+        shutil.copy(file, folder)
+    return folder / "pretrain_gpt.py"
+
+
+def launch(script: Path, words: list[str], *, megatron: Path | None = None, num_ranks: int = 2) -> str:
+    """The script's output under the CPU runtime, with `megatron` from that folder if one is given."""
+    path = [str(folder) for folder in (megatron, REPOSITORY) if folder is not None]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
     command += ["--master-port", str(free_port()), "-m", "dsv3_megatron.cpu", str(script), *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    # Not in the repository: its egg-info and the checkout's own `megatron` folder would come first.
     run = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=280
     )
@@ -88,15 +96,15 @@ def test_a_our_trainer(trainer_losses):
     assert abs(other[0] - trainer_losses[0]) > 1e-4
 
 
-def test_b_unpatched_pretrain_gpt(trainer_losses):
+def test_b_unpatched_pretrain_gpt(trainer_losses, script):
     """Every setting is given, as `complete` would; the weights are ours by name, so the losses are (a)'s."""
     words = complete(["--spec", "dsv3_megatron.specs", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT])
-    assert losses(launch(words))[3] == pytest.approx(trainer_losses, rel=2e-6)
+    assert losses(launch(script, words))[3] == pytest.approx(trainer_losses, rel=2e-6)
 
 
-def test_b_missing_settings_are_listed():
+def test_b_missing_settings_are_listed(script):
     words = ["--spec", "dsv3_megatron.specs", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT]
-    output = launch([*words, "--max-position-embeddings", "32", "--tokenizer-type", "NullTokenizer"])
+    output = launch(script, [*words, "--max-position-embeddings", "32", "--tokenizer-type", "NullTokenizer"])
     assert "RefusedArgument" in output
     assert "--multi-latent-attention" in output and "--moe-router-score-function sigmoid" in output
     assert "initialized tensor model parallel" not in output
@@ -116,14 +124,14 @@ def patched_megatron(tmp_path_factory) -> Path:
     return root
 
 
-def test_c_patched_pretrain_gpt(trainer_losses, patched_megatron):
-    output = launch(["--spec", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT], megatron=patched_megatron)
+def test_c_patched_pretrain_gpt(trainer_losses, script, patched_megatron):
+    output = launch(script, ["--spec", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT], megatron=patched_megatron)
     assert losses(output)[3] == pytest.approx(trainer_losses, rel=2e-6)
 
 
-def test_c_contradiction_is_refused_cleanly(patched_megatron):
+def test_c_contradiction_is_refused_cleanly(script, patched_megatron):
     words = ["--spec", "dsv3", *CPU_FLAGS, *MICRO, "--normalization", "LayerNorm"]
-    output = launch(words, megatron=patched_megatron, num_ranks=1)
+    output = launch(script, words, megatron=patched_megatron, num_ranks=1)
     assert "error: --normalization LayerNorm contradicts DeepSeek-V3" in output
     assert "exitcode  : 2" in output and 'File "<frozen runpy>' not in output.split("error: ")[0]
 
