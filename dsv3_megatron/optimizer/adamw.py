@@ -1,12 +1,14 @@
 """AdamW with bf16 moments and fp32 master weights (report §3.3.2, §4.2), for machines without a fused kernel.
 
-The class has the interface that Megatron's distributed optimizer expects of Transformer Engine's `FusedAdam`: the same
-constructor, state keys (`exp_avg`, `exp_avg_sq`, `master_param`), `step` kept per parameter group, and a state dict
-whose tensors are fp32 whatever their stored type. States therefore interchange with TE, and between moment types.
+The class has the interface that Megatron's distributed optimizer expects of Transformer Engine's
+`FusedAdam`: the same constructor, state keys (`exp_avg`, `exp_avg_sq`, `master_param`), `step` kept per
+parameter group, and a state dict whose tensors are fp32 whatever their stored type. States therefore
+interchange with TE, and between moment types.
 
-The update is elementwise plain PyTorch, one tensor at a time. PyTorch's own fused CPU kernel is faster, but its result
-for an element depends on the element's position in the tensor (vector body or tail); two copies of a parameter that
-lie at different offsets of their shards, such as the embeddings of the main model and of MTP, would drift apart.
+The update is elementwise plain PyTorch, one tensor at a time. PyTorch's own fused CPU kernel is faster, but
+its result for an element depends on the element's position in the tensor (vector body or tail); two copies
+of a parameter that lie at different offsets of their shards, such as the embeddings of the main model and
+of MTP, would drift apart.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,19 +31,21 @@ class AdamW(torch.optim.Optimizer):
         p ← p (1 − lr·wd);  m ← β1 m + (1−β1) g;  v ← β2 v + (1−β2) g²
         p ← p − lr/(1−β1ᵗ) · m / (√v / √(1−β2ᵗ) + eps)
 
-    The update uses m and v before they are rounded (to nearest even) for storage, as TE's kernel does. Operations and
-    their order are those of `torch.optim.AdamW`, so with fp32 moments the two are bit-equal.
+    The update uses m and v before they are rounded (to nearest even) for storage, as TE's kernel does.
+    Operations and their order are those of `torch.optim.AdamW`, so with fp32 moments the two are bit-equal.
 
     Args:
         params: parameters or parameter groups, fp32 or bf16, any shape.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. DeepSeek-V3: β = (0.9, 0.95), weight decay 0.1; its
-            eps is unpublished, Megatron's `--adam-eps` (1e-8) is kept.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. DeepSeek-V3: β = (0.9, 0.95), weight decay
+            0.1; its eps is unpublished, Megatron's `--adam-eps` (1e-8) is kept.
         bias_correction: divide the moments by 1 − βᵗ.
         adam_w_mode: decoupled weight decay; False adds `weight_decay · p` to the gradient.
-        master_weights: keep an fp32 copy `master_param` of each parameter and write its rounding to the parameter.
+        master_weights: keep an fp32 copy `master_param` of each parameter and write its rounding to the
+            parameter.
         exp_avg_dtype, exp_avg_sq_dtype: storage type of the moments, fp32 or bf16.
         use_decoupled_grad: read `param.decoupled_grad` (any floating type) in place of `param.grad`.
-        master_weight_dtype, store_param_remainders, capturable: part of TE's interface; only their defaults exist here.
+        master_weight_dtype, store_param_remainders, capturable: part of TE's interface; only their defaults
+            exist here.
 
     Raises:
         ValueError: an unsupported type or mode; the message names the Megatron argument.
@@ -74,8 +78,8 @@ class AdamW(torch.optim.Optimizer):
             )
         if master_weights and store_param_remainders:
             raise ValueError(
-                "OptimizerConfig.store_param_remainders is True: 16-bit remainders in place of fp32 master weights are "
-                "not supported; set it to False"
+                "OptimizerConfig.store_param_remainders is True: 16-bit remainders in place of fp32 master "
+                "weights are not supported; set it to False"
             )
         if capturable:
             raise ValueError(
@@ -180,19 +184,18 @@ class AdamW(torch.optim.Optimizer):
             state[state_name] = torch.empty_like(param, dtype=self.name_to_dtype_map[state_name])
         if not unscaled_state.is_floating_point():
             raise ValueError(
-                f"{state_name} to load has type {unscaled_state.dtype}: the checkpoint holds 16-bit remainders in place of "
-                "fp32 master weights; save it with OptimizerConfig.store_param_remainders=False"
+                f"{state_name} to load has type {unscaled_state.dtype}: the checkpoint holds remainders "
+                "in place of fp32 master weights; save it with store_param_remainders=False"
             )
         state[state_name].copy_(unscaled_state)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with every state tensor in fp32."""
         state_dict = super().state_dict()
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        state_dict["state"] = {
-            index: {name: self.get_unscaled_state(params[index], name) for name in names}
-            for index, names in state_dict["state"].items()
-        }
+        for index, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+            if index in state_dict["state"]:
+                names = state_dict["state"][index]
+                state_dict["state"][index] = {name: self.get_unscaled_state(param, name) for name in names}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

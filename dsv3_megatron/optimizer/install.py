@@ -10,7 +10,7 @@ Implementation = Literal["transformer_engine", "apex", "dsv3_megatron"]
 
 
 def implementation() -> Implementation:
-    """Whose AdamW runs: TE's or (fp32 moments only) Apex's fused kernels on a GPU where present, else ours."""
+    """Whose AdamW runs: on a GPU the fused one of TE or Apex (fp32 moments only) if present, else ours."""
     from megatron.core.optimizer import Adam  # what Megatron could import, or ours after install()
 
     package = Adam.__module__.partition(".")[0]

@@ -1,8 +1,9 @@
-"""`_get_megatron_optimizer_based_on_param_groups`: `--optimizer adam` builds our AdamW where no fused kernel runs.
+"""`megatron.core.optimizer`'s choice of Adam: `--optimizer adam` builds ours where no fused kernel runs.
 
-Megatron picks its Adam once, by import: Transformer Engine's, else Apex's, else `torch.optim.AdamW`. The last has no
-bf16 moments, and the distributed optimizer cannot load a checkpoint with it. Ours has TE's interface, so Megatron's own
-path for TE is taken. The replaced function only checks that this choice still stands.
+Megatron picks its Adam once, by import: Transformer Engine's, else Apex's, else `torch.optim.AdamW`. The
+last has no bf16 moments, and the distributed optimizer cannot load a checkpoint with it. Ours has TE's
+interface, so Megatron's own path for TE is taken. The replaced function only checks that this choice still
+stands.
 """
 
 import functools
@@ -14,8 +15,9 @@ from dsv3_megatron.patching import Patch, PatchMismatch
 def _globals() -> list[tuple[Any, str, Any]]:
     """Megatron's import-time choice: (module, global, value that selects our class)."""
     import megatron.core.optimizer as factory
-    from dsv3_megatron.optimizer.adamw import AdamW
     from megatron.core.optimizer import distrib_optimizer
+
+    from dsv3_megatron.optimizer.adamw import AdamW
 
     return [
         (factory, "Adam", AdamW),
@@ -54,6 +56,6 @@ PATCH = Patch(
         "intra_dist_opt_group=None, distributed_optimizer_instance_id=0, pg_collection=None, "
         "skip_megatron_wrapping=False)"
     ),
-    why="--optimizer adam uses our AdamW (bf16 moments, loadable checkpoints) where TE's and Apex's cannot run",
+    why="--optimizer adam is our AdamW (bf16 moments, loadable checkpoints) where TE's and Apex's cannot run",
     install=_install,
 )

@@ -30,7 +30,8 @@ def _install(original: Any) -> Any:
             if tracker["avg_group"] is not None:
                 dist.all_reduce(sums_and_tokens, group=tracker["avg_group"])
             # Equal on all ranks now, so Megatron's own average leaves it as it is.
-            tracker["loss_values"].copy_(sums_and_tokens[0] / sums_and_tokens[1].clamp(min=1))
+            tracker["mean_losses"] = sums_and_tokens[0] / sums_and_tokens[1].clamp(min=1)
+            tracker["loss_values"].copy_(tracker["mean_losses"])
             loss_scale = 1.0
         original.__func__(loss_scale, iteration, writer, wandb_writer, total_loss_dict)
 

@@ -1,9 +1,9 @@
-"""`OptimizerConfig.__post_init__`: `--use-precision-aware-optimizer` with our AdamW, and whole fp32 master weights.
+"""`OptimizerConfig.__post_init__`: precision-aware optimizer with our AdamW, and whole fp32 master weights.
 
-Megatron accepts the option only when it can import Transformer Engine's `FusedAdam`; where ours takes its place
-(`dsv3_megatron.optimizer.install`), Megatron's check is shown ours. Megatron also has no argument for
-`store_param_remainders`, which is on with Transformer Engine: such checkpoints hold 16 bits of each master weight and
-load neither in the fully reshardable format nor with another optimizer, so it is turned off.
+Megatron accepts the option only when it can import Transformer Engine's `FusedAdam`; where ours takes its
+place (`dsv3_megatron.optimizer.install`), Megatron's check is shown ours. Megatron also has no argument for
+`store_param_remainders`, which is on with Transformer Engine: such checkpoints hold 16 bits of each master
+weight and load neither in the fully reshardable format nor with another optimizer, so it is turned off.
 """
 
 import functools
@@ -28,8 +28,9 @@ def _modules_with_fused_adam() -> dict[str, types.ModuleType]:
 def _install(original: Any) -> Any:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
-        from dsv3_megatron.optimizer import implementation
         from megatron.core.utils import get_te_version
+
+        from dsv3_megatron.optimizer import implementation
 
         if not self.use_precision_aware_optimizer or implementation() != "dsv3_megatron":
             original(self)

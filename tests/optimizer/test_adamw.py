@@ -1,7 +1,9 @@
 """The optimizer's arithmetic against an independent AdamW, PyTorch's own, and exact rounding."""
 
 import copy
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,11 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.optimizer import AdamW
 
-HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+HYPER: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def reference_step(p, m, v, g, t, lr, betas, eps, weight_decay, decoupled=True):
-    """AdamW on Python floats, written from the paper (Loshchilov & Hutter, algorithm 2); returns new p, m, v."""
+    """AdamW on Python floats, written from the paper (Loshchilov & Hutter, algorithm 2)."""
     beta1, beta2 = betas
     if not decoupled:
         g = g + weight_decay * p
@@ -67,10 +69,11 @@ def test_each_step_matches_the_written_out_algorithm(moments, decoupled):
                 torch.testing.assert_close(
                     found, expected[:, column], rtol=1e-5, atol=1e-6 * float(found.abs().max())
                 )
-            else:  # fp32 arithmetic lands on the other side of a rounding boundary now and then: one ulp, rarely
+            else:  # fp32 arithmetic lands on the other side of a rounding boundary now and then: one ulp
                 torch.testing.assert_close(found, expected[:, column], rtol=2**-7, atol=0.0)
                 assert (found == expected[:, column]).double().mean() > 0.9
-        # Follow the optimizer's stored values, so that one flipped rounding is not counted at every later step.
+        # Follow the optimizer's stored values, so that one flipped rounding is not counted at every later
+        # step.
         columns = (p.tolist(), state["exp_avg"].tolist(), state["exp_avg_sq"].tolist())
         rows = list(zip(*columns, strict=True))
 
@@ -134,7 +137,7 @@ def test_result_of_an_element_does_not_depend_on_where_its_shard_begins(size, cu
             optimizer.step()
         return torch.cat(params)
 
-    assert torch.equal(train([(0, size)]), train(list(zip(bounds, bounds[1:], strict=False))))
+    assert torch.equal(train([(0, size)]), train(list(itertools.pairwise(bounds))))
 
 
 def test_master_weights_keep_what_bf16_parameters_lose():
@@ -169,7 +172,7 @@ def test_nan_gradients_are_not_hidden():
 
 
 def trained(moments: torch.dtype, steps: int, start: dict | None = None, seed: int = 0):
-    """A bf16 parameter with fp32 master, trained `steps` on reproducible gradients, from a state dict if given."""
+    """A bf16 parameter with fp32 master weights, trained from zero moments or from a state dict."""
     generator = torch.Generator().manual_seed(seed)
     p = parameter(torch.randn(50, generator=torch.Generator().manual_seed(9)).bfloat16())
     optimizer = AdamW(
@@ -269,6 +272,6 @@ def test_what_is_not_supported_is_refused_by_name(options, message):
 def test_master_weights_stored_as_remainders_are_refused():
     p, optimizer = trained(torch.bfloat16, 1)
     with pytest.raises(
-        ValueError, match="master_param to load has type torch.int16.*store_param_remainders=False"
+        ValueError, match=r"master_param to load has type torch.int16.*store_param_remainders=False"
     ):
         optimizer.set_scaled_state(p, "master_param", torch.zeros(50, dtype=torch.int16))
