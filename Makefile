@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-te test-gpu lint clean
+.PHONY: help setup demo bench-pipeline test test-all test-te test-gpu lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ test-te: setup  ## Transformer Engine's real modules, constructed on CPU (builds
 
 test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a report in runs/gpu_report
 	$(PY) -m tests.gpu.run
+
+bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
+	$(PY) -m dsv3_megatron.pipeline.bench
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""`build_schedule`: from a schedule's name and sizes to its table, or to an error that says what to change."""
+"""`build_schedule`: from a schedule's name and sizes to its table, or an error that says what to change."""
 
 from .actions import Action, Schedule
 from .dualpipe import dualpipe, dualpipev

@@ -18,6 +18,9 @@ MESSAGE_SHAPE = (8, 1, 1)  # as Megatron sends it: sequence, microbatch size, hi
 MESSAGE_DTYPE = torch.float64  # of the time stamps
 
 
+_WAKE_UP = 1.5e-4  # seconds
+
+
 @dataclass(frozen=True)
 class Durations:
     """Seconds of one stage's passes: forward, backward for the input, backward for the weights, link
@@ -51,22 +54,31 @@ class _Sleep(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, stage: SleepingStage) -> Tensor:
         ctx.stage = stage
         _arrive(x, stage.durations.activation_latency)
-        time.sleep(stage.durations.forward)
+        take(stage.durations.forward)
         return stamped()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         durations = ctx.stage.durations
         _arrive(gradient, durations.gradient_latency)
-        time.sleep(durations.backward_input)
-        ctx.stage.weight_gradients.put(lambda: time.sleep(durations.backward_weight))
+        take(durations.backward_input)
+        ctx.stage.weight_gradients.put(lambda: take(durations.backward_weight))
         return stamped(), None, None
 
 
 def _arrive(message: Tensor, latency: float) -> None:
     """Wait until `message` has crossed its link."""
     if latency > 0:
-        time.sleep(max(0.0, message.flatten()[0].item() + latency - time.perf_counter()))
+        take(message.flatten()[0].item() + latency - time.perf_counter())
+
+
+def take(seconds: float) -> None:
+    """Let exactly this time pass: asleep, but for the last moment, since a sleeper wakes up ~0.1 ms late."""
+    end = time.perf_counter() + seconds
+    if seconds > _WAKE_UP:
+        time.sleep(seconds - _WAKE_UP)
+    while time.perf_counter() < end:
+        pass
 
 
 def stamped() -> Tensor:

@@ -11,7 +11,7 @@ from dsv3_megatron.pipeline.bench import _build, main
 
 
 def test_bench_measures_every_schedule_and_megatrons_own():
-    """Two ranks with 10 ms units. The bounds are wide: the machine may be busy, but nobody sleeps too short."""
+    """Two ranks, 10 ms units. The bounds are wide: the machine may be busy, but nobody sleeps too short."""
     module = [sys.executable, "-m", "dsv3_megatron.pipeline.bench"]
     done = subprocess.run(
         [

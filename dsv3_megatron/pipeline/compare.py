@@ -1,0 +1,120 @@
+"""DualPipe against interleaved 1F1B with overlap: `python -m dsv3_megatron.pipeline.compare`.
+
+Simulates every schedule on the same model twice: on the same ranks, and with the same number of stages.
+Prints the tables of `docs/dualpipe.md`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .build import build_schedule
+from .simulate import Costs, simulate
+
+# Milliseconds of one of 16 stages of DeepSeek-V3 on H800 (B is full): Table 4 of arXiv 2505.09343, read as
+# rank 0 of DualPipe's loop.
+V3_COSTS = {"f": 49.0, "b": 107.0, "w": 32.0, "fb": 144.0}
+
+
+class Row(NamedTuple):
+    """One schedule on one number of ranks.
+
+    Attributes:
+        parameters: per rank, in `num_stages`-ths of the model.
+        activations: peak per rank, in microbatches through one `num_stages`-th of the model.
+        step: in the unit of the costs.
+        bubble: of the worst rank, as a share of the step.
+    """
+
+    schedule: str
+    ranks: int
+    stages: int
+    parameters: float
+    activations: float
+    step: float
+    bubble: float
+
+
+def compare(
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    num_model_chunks: int | None = None,
+    costs: dict[str, float] = V3_COSTS,
+    num_stages: int = 16,
+) -> Row:
+    """Simulate `name`; `costs` are those of one `num_stages`-th of the model, whatever the schedule's stages
+    are."""
+    schedule = build_schedule(name, num_ranks, num_microbatches, num_model_chunks=num_model_chunks)
+    length = num_stages / schedule.num_stages
+    simulation = simulate(schedule, Costs(**{key: cost * length for key, cost in costs.items()}))
+    return Row(
+        name if num_model_chunks is None else f"{name}, {num_model_chunks} chunks",
+        num_ranks,
+        schedule.num_stages,
+        len(schedule.stages_of(0)) * length,
+        max(simulation.peak_in_flight) * length,
+        simulation.makespan,
+        max(simulation.bubble) / simulation.makespan,
+    )
+
+
+def same_ranks(num_ranks: int = 16, num_microbatches: int = 128) -> list[Row]:
+    """The same model and batch on the same ranks."""
+    rows = [compare(name, num_ranks, num_microbatches) for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
+    return rows + [
+        compare("interleaved_1f1b_overlap", num_ranks, num_microbatches, chunks) for chunks in (2, 4)
+    ]
+
+
+def same_stages(num_stages: int = 16, num_microbatches: int = 128) -> list[Row]:
+    """The same stages: DualPipe holds each twice on `num_stages` ranks, the others once on half as many.
+
+    Two pipelines of the half-size layouts fill the ranks of one DualPipe, each with half of the microbatches.
+    """
+    half = num_stages // 2
+    return [
+        compare("dualpipe", num_stages, num_microbatches),
+        compare("dualpipev", half, num_microbatches // 2),
+        compare("interleaved_1f1b_overlap", half, num_microbatches // 2, 2),
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As Markdown."""
+    lines = [
+        "| schedule | ranks | stages | parameters/16 | activations/16 | step, s | bubble |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.schedule} | {row.ranks} | {row.stages} | {row.parameters:g} | {row.activations:g} | "
+            f"{row.step / 1000:.2f} | {row.bubble:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def report(num_microbatches: int) -> str:
+    """Both tables for 16 ranks, with their headings."""
+    return (
+        f"Same 16 ranks, {num_microbatches} microbatches:\n\n{table(same_ranks(16, num_microbatches))}\n\n"
+        f"Same 16 stages, {num_microbatches} microbatches on 16 ranks:\n\n"
+        f"{table(same_stages(16, num_microbatches))}\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dsv3_megatron.pipeline.compare")
+    parser.add_argument(
+        "--microbatches", type=int, nargs="+", default=[32, 128], help="per pipeline of 16 ranks"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for num_microbatches in args.microbatches:
+            print(report(num_microbatches))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
