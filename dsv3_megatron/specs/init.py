@@ -6,6 +6,7 @@ in any layout, under any schedule, in either backend, and copies of a parameter 
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -37,7 +38,11 @@ def initial_weight(name: str, shape: tuple[int, ...], std: float, seed: int) -> 
         return torch.ones(shape)
     if name.endswith("expert_bias"):
         return torch.zeros(shape)
-    return torch.empty(shape).normal_(0.0, std, generator=generator(seed, name))
+    numel = math.prod(shape)
+    # torch draws in blocks of 16; whole blocks make the values independent of what follows them, so that a
+    # vocabulary padded for another tensor-parallel size has the same first rows.
+    drawn = torch.empty(-(-numel // 16) * 16).normal_(0.0, std, generator=generator(seed, name))
+    return drawn[:numel].view(shape)
 
 
 @torch.no_grad()

@@ -35,6 +35,11 @@ def test_distribution() -> None:
     )
 
 
+def test_padding_the_vocabulary_keeps_the_first_rows() -> None:
+    short, long = (initial_weight("output_layer.weight", (rows, 9), 0.006, 1) for rows in (25, 32))
+    assert torch.equal(short, long[:25])
+
+
 def test_every_name_and_seed_has_its_own_values() -> None:
     draws = {
         tuple(initial_weight(f"decoder.layers.{layer}.{module}.weight", (4,), 1.0, seed).tolist())
