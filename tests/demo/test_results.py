@@ -100,5 +100,5 @@ def test_folder_of_other_settings_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert saved_iteration(tmp_path / "checkpoints") == 0
     (tmp_path / "settings.json").write_text('{"train_iters": 100}')
-    with pytest.raises(ValueError, match="train_iters 100 there, 240 asked"):
+    with pytest.raises(ValueError, match="train_iters 100 there, 200 asked"):
         run_demo(tmp_path, DemoSettings(), more_iters=10)
