@@ -30,7 +30,7 @@ def test_bench_measures_every_schedule_and_megatrons_own():
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
