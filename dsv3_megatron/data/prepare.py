@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -244,13 +245,18 @@ def _encode(
         return counts
     # spawn: the tokenizers library has threads here by now, which do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), context) as pool:
+    # Ctrl-C reaches the workers too; left to themselves they finish the shards under way, which then count.
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(
+        min(workers, len(todo)), context, initializer=signal.signal, initargs=ignore_interrupts
+    ) as pool:
         futures = {pool.submit(encode_shard, *job(index)): index for index in todo}
         try:
             for future in as_completed(futures):
                 counts += future.result()
                 progress.add(sizes[futures[future]])
         except BaseException:
+            _say("stopping: shards under way are finished, the others are left for next time")
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return counts

@@ -89,7 +89,7 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         "max_position_embeddings=256",
         "global_batch_size=16",
         "micro_batch_size=4",
-        # The report's 0.001 moves the bias by 0.2 at most in 200 iterations, too little to balance the experts.
+        # The report's 0.001 moves the bias by at most 0.2 in 200 iterations: too little for balance.
         "moe_router_bias_update_rate=0.01",
         "allow_deviation=[moe_router_bias_update_rate]",
         f"seed={settings.seed}",
