@@ -17,6 +17,7 @@ from dsv3_megatron.dualpipe.chunk import ChunkStage, Step, overlapped
 from dsv3_megatron.dualpipe.embedding import shares_embedding
 from dsv3_megatron.dualpipe.gradients import GradientReduce
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.dualpipe.reports import share
 from dsv3_megatron.pipeline import build_schedule
 from dsv3_megatron.pipeline.comms import Message
 from dsv3_megatron.pipeline.p2p import PipelineP2P
@@ -121,7 +122,9 @@ class PipelineSchedule:
             )
         if timers is not None:
             timers("forward-backward").stop()
-        return step.losses if collect_non_loss_data else self._everywhere(step.losses, groups)
+        if collect_non_loss_data or self.placement is None:
+            return step.losses
+        return share(step.losses, groups.pp, training=not forward_only)
 
     # --- built once
 
@@ -197,16 +200,6 @@ class PipelineSchedule:
             iterators[0], num_microbatches, mirror, parallel_state.get_data_parallel_group()
         )
 
-    def _everywhere(self, losses: list, groups: Any) -> list:
-        """The losses of the rank that has them, on every rank of its pipeline group."""
-        if self.placement is None or groups.pp.size() == 1:
-            return losses
-        device = torch.cuda.current_device()
-        box = [[{key: value.cpu() for key, value in loss.items()} for loss in losses]]
-        source = dist.get_process_group_ranks(groups.pp)[0]
-        dist.broadcast_object_list(box, src=source, group=groups.pp)
-        return [{key: value.to(device) for key, value in loss.items()} for loss in box[0]]
-
 
 def uses_plans(config: Any) -> bool:
     """Whether chunks run through schedule plans: where there is an all-to-all to overlap.
@@ -215,8 +208,3 @@ def uses_plans(config: Any) -> bool:
     its input), and there is nothing to overlap.
     """
     return bool(config.num_moe_experts) and config.expert_model_parallel_size > 1
-
-
-def model_of(chunk: Any) -> Any:
-    """The GPTModel inside its wrappers."""
-    return get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)

@@ -4,11 +4,13 @@ Importing Megatron takes seconds per process; forking a process that has importe
 memory, and gives every test untouched globals, so nothing has to be reset between tests.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -51,6 +53,7 @@ def _rank_main(
     kwargs: dict,
 ) -> None:
     """Body of one rank: environment, process group, the test's function; sends ("ok" | "error", pickled)."""
+    os.setsid()  # whatever the rank starts (a checkpoint writer, data loaders) ends with it
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -115,8 +118,8 @@ def run_distributed(
                 pipe.close()
             for process in ranks:
                 process.join(0.5)
-                if process.is_alive():
-                    process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.join()
         errors = []
         for rank, (status, payload) in enumerate(outcomes):

@@ -1,6 +1,7 @@
 """The harness itself: values come back in order, and each way to fail is reported."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -54,3 +55,15 @@ def test_all_ranks_come_from_one_process_that_has_imported_megatron() -> None:
     second = run_distributed(where_from, world_size=2)
     assert first == second
     assert all(imported for _, imported in first)
+
+
+def start_a_child(rank: int, world_size: int) -> int:
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
+
+
+def test_what_a_rank_starts_ends_with_it() -> None:
+    for pid in run_distributed(start_a_child, world_size=2, init=False):
+        with pytest.raises(ProcessLookupError):
+            for _ in range(50):  # killed, and reaped soon after
+                os.kill(pid, 0)
+                time.sleep(0.1)
