@@ -84,7 +84,6 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         f"train_iters={iterations}",
         # The learning rate has its course in the first run, and stays at its end when more iterations follow.
         f"lr_decay_iters={settings.train_iters}",
-        f"lr_warmup_iters={min(20, settings.train_iters // 4)}",
         "seq_length=256",
         "max_position_embeddings=256",
         "global_batch_size=16",
