@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from dsv3_megatron.arguments.errors import RefusedArgument, exits_cleanly
 
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None, **pretrain_options: Any) -> dict[str
     """
     started = time.time()
     device, words = _split_device(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        _help()
     words = _use_device(device, words)
 
     from dsv3_megatron.arguments import complete
@@ -85,6 +87,14 @@ def _last_iteration(args: Any) -> int:
     """Steps done since the beginning; `args.iteration` is where a checkpoint left off."""
     trained = args.do_train and not args.skip_train and args.iteration < args.train_iters
     return args.curr_iteration + 1 if trained else args.iteration
+
+
+def _help() -> NoReturn:
+    from dsv3_megatron.arguments import megatron_parser
+
+    megatron_parser().print_help()
+    print((__doc__ or "").strip())
+    raise SystemExit(0)
 
 
 def _split_device(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -113,6 +113,12 @@ def _cp_comm_type(args: Namespace) -> Any:
     return "all_gather" if gathers else NOT_SET
 
 
+def _bf16_moments(value: Any) -> Callable[[Namespace], Any]:
+    """Megatron stores moments in bf16 only in its distributed optimizer; an fp32 run keeps fp32."""
+    wanted = ("bf16", "use_distributed_optimizer")
+    return lambda args: value if all(getattr(args, name, False) for name in wanted) else NOT_SET
+
+
 MODEL = "R§4.2; V3 config.json"
 ROUTING = "R§2.1.2; V3 Gate.forward"
 
@@ -325,6 +331,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("adam_eps", 1e-8, "", "run", "unpublished; Megatron's default is kept"),
     Setting("weight_decay", 0.1, "--weight-decay", "recipe", "R§4.2"),
     Setting("clip_grad", 1.0, "", "recipe", "R§4.2"),
+    Setting("grad_reduce_in_bf16", False, "", "recipe", "R§3.3.3: gradients are accumulated in fp32"),
+    Setting("main_grads_dtype", "fp32", "", "recipe", "R§3.3.3"),
+    Setting("main_params_dtype", "fp32", "", "recipe", "R§3.3.3"),
+    Setting(
+        "use_precision_aware_optimizer",
+        _bf16_moments(True),
+        "--use-precision-aware-optimizer",
+        "run",
+        "R§3.3.3",
+    ),
+    Setting("exp_avg_dtype", _bf16_moments("bf16"), "--exp-avg-dtype", "recipe", "R§3.3.3", ("fp32",)),
+    Setting("exp_avg_sq_dtype", _bf16_moments("bf16"), "--exp-avg-sq-dtype", "recipe", "R§3.3.3", ("fp32",)),
     # Pipeline.
     Setting(
         "pipeline_model_parallel_layout",

@@ -60,8 +60,8 @@ def _refusal_section() -> str:
 
 def _settings_section() -> str:
     text = (
-        "## Settings\n\n*size* and *run*: filled in when not given, any value is accepted. *fixed*: another value "
-        "is refused.\n*recipe*: refused unless `--allow-deviation NAME` says that it is meant.\n\n"
+        "## Settings\n\n*size* and *run*: filled in when not given, any value is accepted. *fixed*: another "
+        "value is refused.\n*recipe*: refused unless `--allow-deviation NAME` says that it is meant.\n\n"
     )
     rows = [(_code(s.flag or s.dest), _value(s), s.kind, s.source) for s in SETTINGS]
     return text + _table(("option", "DeepSeek-V3", "kind", "source"), rows)

@@ -24,6 +24,8 @@ def world_of_8(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
 
 
+# Some settings apply only to half precision with the distributed optimizer.
+HALF = argparse.Namespace(bf16=True, use_distributed_optimizer=True)
 LOCAL = ["--transformer-impl", "local"]
 
 
@@ -119,7 +121,7 @@ def test_what_is_given_is_not_filled_in_again(parser, setting, world_of_8):
 
 def contradicting_words(setting, parser) -> list[str] | None:
     """Words that set another value than DeepSeek-V3's, None where Megatron has no such option."""
-    wanted = setting.value_for(argparse.Namespace())
+    wanted = setting.value_for(HALF)
     accepted = (wanted, *setting.also)
     for action in parser._actions:
         if action.dest != setting.dest:
@@ -146,10 +148,10 @@ def test_contradiction_is_refused(parser, setting):
         # Nothing can contradict it: DeepSeek-V3's values are the only ones that Megatron has.
         actions = [action for action in parser._actions if action.dest == setting.dest]
         possible = {value for action in actions for value in (action.choices or [action.const])}
-        assert possible == {setting.value_for(argparse.Namespace()), *setting.also} and setting.flag
+        assert possible == {setting.value_for(HALF), *setting.also} and setting.flag
         return
     with pytest.raises(RefusedArgument) as refused:
-        complete([*LOCAL, *MICRO, *words], parser)
+        complete([*LOCAL, *MICRO, "--bf16", "--use-distributed-optimizer", *words], parser)
     text = str(refused.value)
     assert text.startswith(f"{words[0]} ") and setting.dest in text and setting.source in text
     assert "Leave" in text and (not setting.flag or f"or give {setting.flag}" in text)

@@ -13,7 +13,14 @@ from dsv3_megatron.arguments.surroundings import Surroundings, detect
 
 __all__ = ["REFUSALS", "Refusal", "check"]
 
-REFUSALS: tuple[Refusal, ...] = (*run.ROWS, *model.ROWS, *layout.ROWS, *overlap.ROWS, *schedule.ROWS, *backend.ROWS)
+REFUSALS: tuple[Refusal, ...] = (
+    *run.ROWS,
+    *model.ROWS,
+    *layout.ROWS,
+    *overlap.ROWS,
+    *schedule.ROWS,
+    *backend.ROWS,
+)
 
 
 def check(args: Namespace, around: Surroundings | None = None) -> None:

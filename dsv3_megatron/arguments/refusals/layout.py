@@ -156,6 +156,16 @@ ROWS = (
         "--tensor-model-parallel-size 2",
     ),
     Refusal(
+        "sequence_parallel_without_tp",
+        TP,
+        "--sequence-parallel",
+        "",
+        lambda a, s: a.sequence_parallel and a.tensor_model_parallel_size == 1,
+        "there is one tensor-parallel rank, and Megatron would switch it off with a warning",
+        "--tensor-model-parallel-size 2 or more, or leave it out",
+        "--sequence-parallel",
+    ),
+    Refusal(
         "heads_over_tp",
         TP,
         "--num-attention-heads",

@@ -77,6 +77,16 @@ ROWS = (
         "--use-checkpoint-args",
     ),
     Refusal(
+        "async_save",
+        "Checkpoints",
+        "--async-save",
+        "",
+        lambda a, s: a.async_save and not a.use_persistent_ckpt_worker,
+        "Megatron would save synchronously with only a warning",
+        "--use-persistent-ckpt-worker as well",
+        "--async-save",
+    ),
+    Refusal(
         "yaml_arguments",
         "Command line",
         "--yaml-cfg",
