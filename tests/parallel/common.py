@@ -196,9 +196,7 @@ def prepare(chunks: list[torch.nn.Module], problem: Problem) -> dict[str, Tensor
     counts: dict[str, Tensor] = {}
 
     def record_and_finalize(model, *args, **kwargs):
-        counts.update(
-            (name, router.local_tokens_per_expert.clone()) for name, router in routers(chunks)
-        )
+        counts.update((name, router.local_tokens_per_expert.clone()) for name, router in routers(chunks))
         finalize_model_grads(model, *args, **kwargs)
 
     config.finalize_model_grads_func = record_and_finalize
@@ -383,7 +381,12 @@ def run_step(layout: Layout, problem: Problem, timeout: float = 120, **kwargs: A
     """One step on `layout.world_size` ranks; kwargs go to `train_rank`."""
     return join(
         run_distributed(
-            train_rank, world_size=layout.world_size, timeout=timeout, layout=layout, problem=problem, **kwargs
+            train_rank,
+            world_size=layout.world_size,
+            timeout=timeout,
+            layout=layout,
+            problem=problem,
+            **kwargs,
         )
     )
 

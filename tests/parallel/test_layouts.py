@@ -39,13 +39,14 @@ def test_same_step_as_one_process(name) -> None:
     assert_same_step(run_step(LAYOUTS[name], Problem()), whole(Problem()))
 
 
-@pytest.mark.parametrize("name", ["tp2", "cp2", "pp2_vpp2", "tp2_ep2"])
+@pytest.mark.parametrize("name", ["tp2_ep2", "cp2", "pp2_vpp2"])
 def test_padded_tokens_in_every_layout(name) -> None:
     """Padding of different lengths under per-token loss: neither counted nor in any loss, however it is split."""
-    problem = Problem(padded_tokens=(0, 4, 1, 0, 7, 0, 16, 2), per_token_loss=True)
+    # With sequence parallelism Megatron shifts MTP's mask within each rank's part, so without MTP there.
+    no_mtp = (("mtp_num_layers", None),) if LAYOUTS[name].tp > 1 else ()
+    problem = Problem(padded_tokens=(0, 4, 1, 0, 7, 0, 16, 2), per_token_loss=True, overrides=no_mtp)
     got = run_step(LAYOUTS[name], problem)
-    # Megatron shifts the mask for MTP before the layer cuts it, so MTP's own counts depend on the layout.
-    assert_same_step(got, whole(problem), skip="mtp." if name in ("tp2", "tp2_ep2") else None)
+    assert_same_step(got, whole(problem))
     valid = 8 * 16 - 30
     assert all(c.sum() == 3 * valid for n, c in got.counts.items() if n.startswith("decoder."))
 

@@ -46,6 +46,7 @@ def train(rank: int, world_size: int, layout: Layout, problem: Problem) -> list[
         group["lr"], group["weight_decay"] = 1e-3, 0.1 * group.get("wd_mult", 1.0)
     results = []
     for iteration in range(NUM_STEPS):
+        optimizer.zero_grad()  # as the trainer does; else the first microbatch would be added twice
         losses = step(chunks, problem, problem.global_batch(config.vocab_size, seed=iteration))
         logged = log_losses(chunks, problem, iteration + 1)
         result = collect(chunks, losses, counts, logged)  # before the step clips the gradients
@@ -82,15 +83,16 @@ def test_steps_agree_with_one_process(name) -> None:
     for got, expected in zip(steps, whole(), strict=True):
         gathered = torch.stack([g.double().norm() for g in got.grads.values()]).norm().item()
         assert got.grad_norm == pytest.approx(gathered, rel=1e-5)
-        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
+        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
         assert {r[0].grad_norm for r in ranks} == {ranks[0][0].grad_norm}
-        assert got.lm_loss == pytest.approx(expected.lm_loss, rel=1e-4)
-        assert got.logged == pytest.approx(expected.logged, rel=1e-3)
+        assert got.lm_loss == pytest.approx(expected.lm_loss, rel=1e-5)
+        assert got.logged == pytest.approx(expected.logged, rel=1e-4)
+        assert all(torch.equal(got.counts[n], count) for n, count in expected.counts.items())
         assert got.logged.keys() == {"seq_load_balancing_loss", "mtp_1 loss"}
     first, last = steps[0], steps[-1]
     moved = [n for n, w in last.weights.items() if not torch.equal(w, first.weights[n])]
     assert len(moved) == len(last.weights)
-    assert max(relative_difference(last.weights[n], whole()[-1].weights[n]) for n in moved) < 2e-2
+    assert max(relative_difference(last.weights[n], whole()[-1].weights[n]) for n in moved) < 1e-3
 
 
 def test_copies_include_the_embedding_of_the_mtp_stage() -> None:

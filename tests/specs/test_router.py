@@ -96,6 +96,13 @@ def test_where_megatrons_router_differs() -> None:
     assert megatron[0].nonzero().flatten().tolist() == [0, 2, 3]
 
 
+def test_megatrons_router_cannot_count_with_a_padding_mask() -> None:
+    """The reason why the counting is ours: [T, E] & [T] has no meaning."""
+    megatron = router(cls=TopKRouter, moe_aux_loss_coeff=0.0)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        megatron(hidden(), torch.zeros(6, 2, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
 def test_bias_and_counts_survive_a_cast_of_the_model(cast) -> None:
     made = router()
