@@ -4,10 +4,10 @@
     split = run_step(Layout(pp=2, ep=2, world_size=4), Problem())
     assert_same_step(split, whole)
 
-`train_rank` is what a rank does: it builds the chunks, splits the fixed global batch, runs the schedule through
-Megatron's DDP and `finalize_model_grads`, and returns its part. `join` merges the ranks' parts by global name and
-checks that copies of a parameter agree. Both take the schedule and the builder as arguments, so that other schedules
-and placements are compared with the same code.
+`train_rank` is what a rank does: it builds the chunks, splits the fixed global batch, runs the schedule
+through Megatron's DDP and `finalize_model_grads`, and returns its part. `join` merges the ranks' parts by
+global name and checks that copies of a parameter agree. Both take the schedule and the builder as
+arguments, so that other schedules and placements are compared with the same code.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ SEED = 1234
 class Layout:
     """How the model is spread over `world_size` ranks; data parallelism takes the rest.
 
-    `stages` is Megatron's layer layout as a list of lists, pipeline-major (chunk 0 of all ranks, then chunk 1, …);
-    None splits the decoder layers evenly.
+    `stages` is Megatron's layer layout as a list of lists, pipeline-major (chunk 0 of all ranks, then chunk
+    1, …); None splits the decoder layers evenly.
     """
 
     world_size: int = 1
@@ -82,7 +82,8 @@ class Problem:
     Attributes:
         num_sequences: global batch; with `micro_batch_size` it gives each rank's microbatches.
         valid_tokens: per sequence, how many of its tokens have a loss; None means all.
-        padded_tokens: per sequence, how many tokens at its end are padding (not routed for the record, no loss).
+        padded_tokens: per sequence, how many tokens at its end are padding (not routed for the record, no
+            loss).
         per_token_loss: divide by the valid tokens of the global batch rather than average microbatch means.
         dtype: parameters' dtype; in fp64 the cross-entropy and the router compute in fp64 too.
         overrides: further fields of MLATransformerConfig, as pairs (hashable).
@@ -191,7 +192,7 @@ def build_chunks(config: DSV3ModelConfig, problem: Problem) -> list[torch.nn.Mod
 
 
 def prepare(chunks: list[torch.nn.Module], problem: Problem) -> dict[str, Tensor]:
-    """Set what the trainer sets on the config before its loop; returns where each step's counts will be put."""
+    """Set what the trainer sets on the config before its loop; returns the dict for each step's counts."""
     config = get_attr_wrapped_model(chunks[0], "config")
     counts: dict[str, Tensor] = {}
 
@@ -211,7 +212,7 @@ def prepare(chunks: list[torch.nn.Module], problem: Problem) -> dict[str, Tensor
 
 
 def exact_cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
-    """[B, S] losses of [B, S] labels and [S, B, V] logits in the logits' dtype (Megatron's computes in fp32)."""
+    """[B, S] losses of [B, S] labels and [S, B, V] logits in the logits' dtype (Megatron's: fp32)."""
     return F.cross_entropy(logits.transpose(0, 1).flatten(0, 1), labels.flatten(), reduction="none").view_as(
         labels
     )
@@ -255,7 +256,7 @@ def step(
     batch: dict[str, Tensor],
     forward_backward: Callable[..., list] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward of one global batch through a schedule of Megatron's signature, gradients finalised."""
+    """Forward and backward of one global batch through a schedule; gradients are finalised."""
     dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     cp_group = parallel_state.get_context_parallel_group()
 

@@ -41,7 +41,7 @@ def test_same_step_as_one_process(name) -> None:
 
 @pytest.mark.parametrize("name", ["tp2_ep2", "cp2", "pp2_vpp2"])
 def test_padded_tokens_in_every_layout(name) -> None:
-    """Padding of different lengths under per-token loss: neither counted nor in any loss, however it is split."""
+    """Padding of different lengths under per-token loss: neither counted nor in any loss."""
     # With sequence parallelism Megatron shifts MTP's mask within each rank's part, so without MTP there.
     no_mtp = (("mtp_num_layers", None),) if LAYOUTS[name].tp > 1 else ()
     problem = Problem(padded_tokens=(0, 4, 1, 0, 7, 0, 16, 2), per_token_loss=True, overrides=no_mtp)

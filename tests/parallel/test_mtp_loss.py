@@ -26,7 +26,7 @@ def problem(per_token: bool, micro_batch_size: int = 1) -> Problem:
 
 
 def explicit(rank: int, world_size: int, problem: Problem) -> tuple[dict[str, Tensor], float, float]:
-    """Gradients of main + λ·MTP written out over the whole batch, and both means; Megatron scales nothing here."""
+    """Gradients of main + λ·MTP written out over the whole batch, and both means."""
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
     Layout().initialize()
@@ -98,7 +98,7 @@ def unpatched(rank: int, world_size: int, **kwargs) -> object:
 
 
 def test_megatrons_own_scaling_is_noticed() -> None:
-    """Without the patches, two ranks with uneven tokens train another MTP gradient and log another MTP loss."""
+    """Without the patches, two ranks with uneven tokens get another gradient and log another MTP loss."""
     case = problem(per_token=True)
     gradients, _, mtp = reference(case)
     got = join_ranks(run_distributed(unpatched, world_size=2, layout=Layout(2), problem=case))

@@ -1,4 +1,4 @@
-"""Several optimizer steps: logged losses on every step, bit-equal copies, gradient norm (known failures 2, 3, 5)."""
+"""Several optimizer steps: losses logged on each, bit-equal copies, gradient norm (known failures 2, 3, 5)."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_steps_agree_with_one_process(name) -> None:
-    """Under a time limit: losses logged on every step, the norm of all gradients, bit-equal copies of weights."""
+    """Under a time limit: losses logged on every step, norm of all gradients, bit-equal copies."""
     steps, ranks = train_all(LAYOUTS[name])
     for got, expected in zip(steps, whole(), strict=True):
         gathered = torch.stack([g.double().norm() for g in got.grads.values()]).norm().item()
@@ -96,7 +96,7 @@ def test_steps_agree_with_one_process(name) -> None:
 
 
 def test_copies_include_the_embedding_of_the_mtp_stage() -> None:
-    """First and last stage both hold the embedding; with ZeRO-1 as well they stay bit-equal (joined above all)."""
+    """First and last stage both hold the embedding; with ZeRO-1 as well they stay bit-equal."""
     sharded = Problem(ddp=(("use_distributed_optimizer", True),))
     ranks = run_distributed(train, world_size=4, timeout=60, layout=Layout(4, pp=2), problem=sharded)
     name = "embedding.word_embeddings.weight"
