@@ -21,6 +21,14 @@ SECTIONS = {
     "placement": ("last_stage_extra",),
     "corpus": ("dir",),
 }
+# Arguments of which Megatron takes one: the one on the command line displaces what a file sets.
+ALTERNATIVES = (
+    ("train_iters", "train_samples"),
+    ("lr_decay_iters", "lr_decay_samples"),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    ("global_batch_size", "step_batch_size_schedule"),
+)
 
 
 def groups() -> dict[str, list[str]]:
@@ -50,6 +58,7 @@ def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     _check_sections(cfg)
+    _displace_alternatives(cfg, {override.key_or_group for override in parsed})
     _resolve_processes(cfg, processes)
     _resolve_layout(cfg)
     check(cfg)
@@ -98,6 +107,14 @@ def _check_sections(cfg: DictConfig) -> None:
     for section in SECTIONS:
         if section in cfg and not isinstance(cfg[section], DictConfig):
             raise ConfigError(f"{section}={cfg[section]}: set its entries instead, for instance {section}.NAME=VALUE")
+
+
+def _displace_alternatives(cfg: DictConfig, given: set[str]) -> None:
+    for names in ALTERNATIVES:
+        if given.intersection(names):
+            for name in names:
+                if name in cfg and name not in given:
+                    cfg[name] = None
 
 
 def _resolve_processes(cfg: DictConfig, started: int | None) -> None:

@@ -73,7 +73,7 @@ def build_rank(cfg: DictConfig, rank: int, progress: bool = False) -> RankReport
             print(text, file=sys.stderr, flush=True)
 
     say(f"rank {rank}: making Megatron's groups")
-    with FakeWorld(cfg, rank) as world:
+    with FakeWorld.of(cfg, rank) as world:
         num_stages = world.groups.pp.size()
         num_layers = world.args.num_layers
         of_model: list[Weight] = []

@@ -22,7 +22,7 @@ from dsv3_megatron.cpu import CPU_FLAGS
 
 
 class FakeWorld:
-    """Rank `rank` of the job that `cfg` describes; a context manager that makes and destroys the fake groups.
+    """One rank of a job; a context manager that makes and destroys the fake groups.
 
     Attributes:
         args: Megatron's validated arguments.
@@ -33,17 +33,21 @@ class FakeWorld:
     Transformer Engine's and which needs nothing installed.
     """
 
-    def __init__(self, cfg: DictConfig, rank: int) -> None:
-        world = world_size(cfg)
-        if not 0 <= rank < world:
-            raise ConfigError(f"rank={rank}: cluster={cfg.cluster.name} has ranks 0 to {world - 1}")
-        self.rank, self.world_size = rank, world
+    def __init__(self, words: list[str], rank: int, world_size: int, ranks_per_node: int) -> None:
+        """words: arguments of `dsv3_megatron.train`, without `--device`."""
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank}: the job has {world_size} ranks, 0 to {world_size - 1}")
+        self.rank, self.world_size, self.ranks_per_node = rank, world_size, ranks_per_node
         # The same job with the modules that exist everywhere; the last word wins.
-        self._ranks_per_node = cfg.cluster.gpus_per_node
-        self._argv = [*to_megatron_argv(cfg), *CPU_FLAGS]
+        self.words = [*words, *CPU_FLAGS]
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
+
+    @classmethod
+    def of(cls, cfg: DictConfig, rank: int) -> "FakeWorld":
+        """For a configuration from `dsv3_megatron.conf.compose`."""
+        return cls(to_megatron_argv(cfg), rank, world_size(cfg), cfg.cluster.gpus_per_node)
 
     def __enter__(self) -> "FakeWorld":
         from megatron.core import parallel_state
@@ -53,7 +57,7 @@ class FakeWorld:
 
         if dist.is_initialized():
             raise RuntimeError("a dry run needs a process of its own: torch.distributed is initialised already")
-        self.args = _megatron_args(self._argv, self.rank, self.world_size, self._ranks_per_node)
+        self.args = _megatron_args(self.words, self.rank, self.world_size, self.ranks_per_node)
         self.model_config = _model_config(self.args)
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.world_size)
         try:
@@ -138,7 +142,7 @@ class FakeWorld:
             del members[elsewhere]
 
 
-def _megatron_args(argv: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
+def _megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
     """What Megatron's own parsing and validation make of our argument list, on that rank."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -150,7 +154,7 @@ def _megatron_args(argv: list[str], rank: int, world: int, ranks_per_node: int) 
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(ranks_per_node),
     }
-    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(argv)]):
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(words)]):
         args = parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):
             try:

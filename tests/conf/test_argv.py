@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dsv3_megatron.arguments import complete, refusals
-from dsv3_megatron.arguments.errors import RefusedArgument
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.conf import ConfigError, compose, groups, to_argv, to_command
 from dsv3_megatron.conf.argv import options, parser, to_megatron_argv

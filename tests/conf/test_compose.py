@@ -109,6 +109,13 @@ def test_processes_that_torchrun_started() -> None:
     assert world_size(compose(["model=v3_16b", "layout=pp8_ep8", "cluster.nodes=8"], processes=64)) == 64
 
 
+def test_an_override_displaces_its_alternatives() -> None:
+    cfg = compose(["train_samples=1000", "lr_warmup_iters=5"])
+    assert cfg.train_iters is None and cfg.train_samples == 1000
+    assert cfg.lr_warmup_fraction is None and cfg.lr_warmup_iters == 5
+    assert compose([]).lr_warmup_fraction == 0.1
+
+
 def test_virtual_stages_become_a_layer_layout() -> None:
     cfg = compose(["num_virtual_stages_per_pipeline_rank=2"])
     assert cfg.pipeline_model_parallel_layout == "Et|(t|)*2tmL"

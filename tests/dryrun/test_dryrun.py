@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from dsv3_megatron.arguments.errors import RefusedArgument
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.conf import compose
+from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.dryrun import FakeWorld, build_rank, weights_of
 from dsv3_megatron.dryrun.count import Weight, kind_of, total
 
@@ -60,7 +61,7 @@ def test_a_671b_rank_takes_less_than_a_minute(last_rank) -> None:
 
 
 def test_first_rank() -> None:
-    with FakeWorld(compose(V3), 0) as world:
+    with FakeWorld.of(compose(V3), 0) as world:
         (chunk,) = world.build_chunks()
         weights = weights_of(chunk)
         assert all(parameter.device.type == "meta" for parameter in chunk.parameters())
@@ -92,36 +93,35 @@ SMALL = ["model=micro"]
 def test_ranks_together_hold_the_model(layout: str, overrides: list[str]) -> None:
     """Every rank built as itself (no stage built for another): distinct tensors and shards add up to the totals."""
     cfg = compose([*SMALL, f"layout={layout}", *overrides])
-    reports, shards = [], {}
-    from dsv3_megatron.conf.check import world_size
-
+    shards = {}
     for rank in range(world_size(cfg)):
-        with FakeWorld(cfg, rank) as world:
+        with FakeWorld.of(cfg, rank) as world:
             place = world.groups.tp.rank(), world.groups.expt_tp.rank()
             for chunk in world.build_chunks():
                 for weight in weights_of(chunk):
                     split = weight.shape != weight.full_shape
                     which = place[weight.kind == "routed_experts"] if split else 0
                     shards[weight.name, which] = weight
-    reports.append(build_rank(cfg, 0))
-    assert sum(w.local_size for w in shards.values()) == reports[0].total_parameters
+    report = build_rank(cfg, 0)
+    assert sum(w.local_size for w in shards.values()) == report.total_parameters
     without = sum(w.local_size for w in shards.values() if not w.mtp)
-    assert without == reports[0].total_parameters_without_mtp
+    assert without == report.total_parameters_without_mtp
 
 
 def test_stages_built_for_another_are_what_that_rank_builds() -> None:
     """build_chunks(k) on rank 0 equals build_chunks() on the rank that stands at k, name by name."""
     cfg = compose([*SMALL, "layout=cpu_pp4_ep2"])
-    with FakeWorld(cfg, 0) as world:
+    with FakeWorld.of(cfg, 0) as world:
         by_proxy = [[weights_of(c) for c in world.build_chunks(stage)] for stage in range(4)]
     for rank in (0, 2, 4, 6):  # expert rank 0 of each stage
-        with FakeWorld(cfg, rank) as world:
+        with FakeWorld.of(cfg, rank) as world:
             assert world.group_sizes()["ep"] == 2
             assert [weights_of(c) for c in world.build_chunks()] == by_proxy[world.pipeline_rank]
 
 
-def test_data_parallel_groups_over_the_context_parallel_ranks() -> None:
-    cfg = compose([*SMALL, "layout=cpu_ep4", "tensor_model_parallel_size=2", "sequence_parallel=true", "cluster.gpus_per_node=8"])
+def test_expert_tensor_parallel_group() -> None:
+    tensor_parallel = ["tensor_model_parallel_size=2", "sequence_parallel=true"]
+    cfg = compose([*SMALL, "layout=cpu_ep4", *tensor_parallel, "cluster.gpus_per_node=8"])
     assert build_rank(cfg, 7).groups == {"dp": 4, "expt_dp": 1, "ep": 4, "pp": 1, "tp": 2, "cp": 1, "etp": 2}
 
 
@@ -142,7 +142,7 @@ def test_an_unknown_parameter_is_not_overlooked() -> None:
 @pytest.mark.parametrize(
     ("overrides", "rank", "message"),
     [
-        ([], 4, "rank=4: cluster=laptop_cpu has ranks 0 to 3"),
+        ([], 4, "rank=4: the job has 4 ranks, 0 to 3"),
         ([], -1, "rank=-1"),
         (["pipeline_model_parallel_layout=Ettt|mL"], 0, "--num-layers 4"),
         (["weight_decay=0.3"], 0, "weight_decay"),

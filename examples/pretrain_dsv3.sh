@@ -1,0 +1,79 @@
+#!/bin/bash
+# DeepSeek-V3 through a Megatron launch script: ordinary Megatron arguments, and one flag more, --spec dsv3, which fills
+# in the model (671B unless sizes are given) and the settings it was trained with.
+#
+#   examples/pretrain_dsv3.sh DATA_PREFIX TOKENIZER_DIR CHECKPOINT_DIR      on each node
+#   DRY_RUN=1 examples/pretrain_dsv3.sh data tokenizer checkpoints          prints the command
+#
+# NUM_NODES × GPUS_PER_NODE must be a multiple of PP × EP. Not run on GPUs; dry-run in tests/examples.
+set -euo pipefail
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+DATA_PREFIX=${1:?prefix of the .bin and .idx files}
+TOKENIZER_DIR=${2:?folder of the tokenizer}
+CHECKPOINT_DIR=${3:?folder for checkpoints}
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+NUM_NODES=${NUM_NODES:-256}
+PP=${PP:-16}
+EP=${EP:-64}
+# 4 layers on all stages but the last, which has 1, the MTP layer (m) and the head.
+LAYER_LAYOUT=${LAYER_LAYOUT:-'Et*4|(t*4|)*14tmL'}
+
+DISTRIBUTED_ARGS=(
+    --nnodes "$NUM_NODES"
+    --nproc-per-node "$GPUS_PER_NODE"
+    --rdzv-backend c10d
+    --rdzv-id "${RUN_ID:-dsv3}"
+    --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500}"
+)
+MODEL_ARGS=(
+    --spec dsv3
+    --padded-vocab-size 129280
+)
+PARALLEL_ARGS=(
+    --pipeline-model-parallel-size "$PP"
+    --pipeline-model-parallel-layout "$LAYER_LAYOUT"
+    --expert-model-parallel-size "$EP"
+    --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
+)
+TRAINING_ARGS=(
+    --bf16
+    --global-batch-size "${GLOBAL_BATCH_SIZE:-15360}"
+    --train-iters "${TRAIN_ITERS:-235240}"
+    --lr 2.2e-4
+    --min-lr 2.2e-5
+    --lr-warmup-iters "${LR_WARMUP_ITERS:-2000}"
+    --lr-decay-style WSD
+    --lr-decay-iters "${LR_DECAY_ITERS:-227292}"
+    --lr-wsd-decay-style cosine
+    --lr-wsd-decay-iters "${LR_WSD_DECAY_ITERS:-68347}"
+)
+DATA_ARGS=(
+    --data-path "$DATA_PREFIX"
+    --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model "$TOKENIZER_DIR"
+    --split 999,1,0
+)
+LOGGING_ARGS=(
+    --log-interval 10
+    --eval-interval 1000
+    --eval-iters 8
+    --save-interval 500
+    --save "$CHECKPOINT_DIR"
+    --load "$CHECKPOINT_DIR"
+    --tensorboard-dir "$CHECKPOINT_DIR/tensorboard"
+)
+
+COMMAND=(
+    torchrun "${DISTRIBUTED_ARGS[@]}" -m dsv3_megatron.train
+    "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}"
+)
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "${COMMAND[@]}"
+    echo
+else
+    exec "${COMMAND[@]}"
+fi

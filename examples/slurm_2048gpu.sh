@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --job-name=dsv3
+#SBATCH --nodes=256
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=7-00:00:00
+#SBATCH --output=%x-%j.log
+# DeepSeek-V3 671B on 2048 GPUs in the published layout: 16 pipeline stages, experts over 64 GPUs (report §3.2).
+#
+#   sbatch examples/slurm_2048gpu.sh DATA_PREFIX TOKENIZER_DIR CHECKPOINT_DIR
+#
+# Not run; dry-run in tests/examples (DRY_RUN=1 prints the command of one node).
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+
+export NUM_NODES=256 GPUS_PER_NODE=8 PP=16 EP=64
+export RUN_ID=${SLURM_JOB_ID:-dsv3}
+export MASTER_PORT=${MASTER_PORT:-29500}
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+    exec bash examples/pretrain_dsv3.sh "$@"
+fi
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+exec srun --kill-on-bad-exit=1 bash examples/pretrain_dsv3.sh "$@"
