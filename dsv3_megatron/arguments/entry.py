@@ -20,6 +20,6 @@ def complete_command_line(parser: ArgumentParser) -> None:
 
     add_arguments(parser)
     words = sys.argv[1:]
-    if any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
+    if "--spec=dsv3" in words or any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
         # Megatron itself refuses words that nobody knows.
         sys.argv[1:] = complete(words, parser, known_only=True)

@@ -96,6 +96,10 @@ def _scaling_factor(args: Namespace) -> float:
     return 40.0 if getattr(args, "rope_type", "rope") == "yarn" else 1.0
 
 
+def _rope_fusion(args: Namespace) -> Any:
+    return NOT_SET if getattr(args, "rope_type", "rope") == "yarn" else False
+
+
 def _unless_given(dest: str, value: Any) -> Callable[[Namespace], Any]:
     return lambda args: NOT_SET if hasattr(args, dest) else value
 
@@ -227,6 +231,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("rotary_seq_len_interpolation_factor", None, "", "fixed", "R§4.3: YaRN instead"),
     Setting("use_rope_scaling", False, "", "fixed", "R§4.3: YaRN instead"),
     Setting("rotary_interleaved", False, "", "fixed", "MLA interleaves by itself"),
+    Setting(
+        "apply_rope_fusion",
+        _rope_fusion,
+        "--no-rope-fusion",
+        "size",
+        "Megatron fuses MLA's rope under YaRN only",
+    ),
     # Layers.
     Setting("normalization", "RMSNorm", "--normalization", "fixed", MODEL),
     Setting("layernorm_epsilon", 1e-6, "--norm-epsilon", "fixed", "V3 config.json"),
