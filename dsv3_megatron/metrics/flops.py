@@ -52,7 +52,7 @@ class ModelSizes:
         given |= {"padded_vocab_size": padded_vocab_size, "seq_length": seq_length}
         given["num_moe_layers"] = sum(_moe_layers(config))
         absent = {name: 0 for name, value in given.items() if value is None and name != "q_lora_rank"}
-        return cls(**{**given, **absent})
+        return cls(**{**given, **absent})  # type: ignore[arg-type]
 
 
 def _moe_layers(config: Any) -> list[bool]:

@@ -1,5 +1,6 @@
 """Hooks the metrics into Megatron's training loop: two patches call back here."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,23 @@ def _sums_with_this_step(call: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return steps, losses
 
 
-def _losses(steps: int, sums: dict[str, Any], mtp_num_layers: int) -> tuple[float | None, float | None]:
-    """Main loss and mean of the MTP losses over the interval, from the last rank to all."""
+def _from_last_rank(
+    seconds: float, steps: int, sums: dict[str, Any], mtp_num_layers: int
+) -> tuple[float, float | None, float | None]:
+    """Seconds, main loss and mean of the MTP losses over the interval, as the last rank has them."""
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    nan = torch.full((), torch.nan, device=torch.cuda.current_device())
-    mtp = nan
+    device = torch.cuda.current_device()
+    main = torch.as_tensor(sums.get("lm loss", torch.nan), device=device).sum()
+    mtp = torch.tensor(torch.nan, device=device)
     if mtp_num_layers and "mean_losses" in MTPLossLoggingHelper.tracker:
         before = sum(sums.get(f"mtp_{depth + 1} loss", 0) for depth in range(mtp_num_layers))
-        mtp = (before + MTPLossLoggingHelper.tracker["mean_losses"].sum()) / mtp_num_layers
-    main = torch.as_tensor(sums.get("lm loss", nan), device=nan.device).sum()
-    values = torch.stack([main, mtp.sum()]).float() / max(1, steps)
+        mtp = (before + MTPLossLoggingHelper.tracker["mean_losses"].sum()).sum() / mtp_num_layers
+    values = torch.stack([torch.tensor(seconds, device=device), main / max(1, steps), mtp / max(1, steps)])
     torch.distributed.broadcast(values, src=torch.distributed.get_world_size() - 1)
-    lm_loss, mtp_loss = (None if torch.isnan(value) else float(value) for value in values)
-    return lm_loss, mtp_loss
+    seconds, *losses = values.tolist()
+    lm_loss, mtp_loss = (None if math.isnan(loss) else loss for loss in losses)
+    return seconds, lm_loss, mtp_loss
 
 
 def _report(args: Any, call: dict[str, Any], seconds: float, steps: int, sums: dict[str, Any]) -> None:
@@ -117,7 +121,7 @@ def _report(args: Any, call: dict[str, Any], seconds: float, steps: int, sums: d
     from megatron.training.utils import print_rank_last
 
     layers = _collector.reduce()
-    lm_loss, mtp_loss = _losses(steps, sums, args.mtp_num_layers or 0)
+    seconds, lm_loss, mtp_loss = _from_last_rank(seconds, steps, sums, args.mtp_num_layers or 0)
     tokens_per_s = _interval.samples * args.seq_length / seconds
     sizes = ModelSizes.from_config(_collector.config, args.padded_vocab_size, args.seq_length)
     flops = {name: flops_per_token(sizes, causal=name == "causal") for name in ("causal", "non_causal")}
