@@ -1,4 +1,4 @@
-"""`python -m dsv3_megatron.cpu <script.py | -m module> ...`: activate, then run the script or module as `__main__`."""
+"""`python -m dsv3_megatron.cpu <script.py | -m module> ...`: activate, then run it as `__main__`."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""Imported by Python's fork server before it forks: its children have the CPU runtime before they import Megatron."""
+"""Imported by Python's fork server before it forks, so that its children have the CPU runtime."""
 
 from dsv3_megatron.cpu import activate
 

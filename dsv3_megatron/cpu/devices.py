@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def to_cpu(device: Any) -> Any:
-    """`"cuda"`, `"cuda:1"`, `torch.device("cuda")` or a device index -> the CPU device; anything else as it is."""
+    """CPU for `"cuda"`, `"cuda:1"`, `torch.device("cuda")` or a device index; anything else as it is."""
     if isinstance(device, torch.device):
         return CPU if device.type == "cuda" else device
     if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):

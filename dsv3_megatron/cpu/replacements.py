@@ -1,7 +1,7 @@
 """The table of everything the CPU runtime replaces, and its installation.
 
-A target inside Megatron is replaced right after its module has been executed, so that modules that import it by
-name get the stand-in. A target that does not exist is an error, not a skip.
+A target inside Megatron is replaced right after its module has been executed, so that modules that import it
+by name get the stand-in. A target that does not exist is an error, not a skip.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch.utils._device import _device_constructors
 
-from dsv3_megatron.cpu import devices, distributed, megatron, streams
+from dsv3_megatron.cpu import devices, distributed, megatron, refusals, streams
 
 
 class ReplacementError(RuntimeError):
@@ -42,9 +42,16 @@ def _is(value: Any) -> Callable[[Any], Any]:
 # Functions such as torch.empty and torch.tensor, as torch itself lists them. torch caches the list, with the
 # original functions, on this first call: `with torch.device("meta")` keeps recognising them.
 FACTORIES = tuple(sorted(f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f))
+LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 
 TABLE: tuple[Replacement, ...] = (
-    Replacement("torch", FACTORIES, devices.redirect_keyword, "`device='cuda'` means the CPU"),
+    Replacement("torch", FACTORIES + LIKE, devices.redirect_keyword, "`device='cuda'` means the CPU"),
+    Replacement(
+        "torch.utils._device.DeviceContext",
+        ("__init__",),
+        devices.redirect_first,
+        "`with torch.device('cuda')` means the CPU",
+    ),
     Replacement("torch", ("Generator",), devices.redirect_generator, "`device='cuda'` means the CPU"),
     Replacement(
         "torch.Tensor",
@@ -163,6 +170,12 @@ TABLE: tuple[Replacement, ...] = (
     Replacement("torch.distributed", ("init_process_group",), distributed.init_process_group, "nccl -> gloo"),
     Replacement("torch.distributed", ("new_group",), distributed.new_group, "nccl -> gloo"),
     Replacement(
+        "megatron.training.arguments",
+        ("parse_and_validate_args",),
+        refusals.checked_parsing,
+        "refuses, by name, what cannot work on CPU",
+    ),
+    Replacement(
         "megatron.core.datasets.utils",
         ("compile_helpers",),
         megatron.compile_helpers,
@@ -190,8 +203,8 @@ TABLE: tuple[Replacement, ...] = (
         "megatron.core.optimizer.distrib_optimizer",
         ("DistributedOptimizer",),
         megatron.distributed_optimizer,
-        "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded `step` would be "
-        "one tensor shared by all parameters",
+        "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded `step` would "
+        "be one tensor shared by all parameters",
     ),
 )
 
@@ -209,8 +222,8 @@ def _apply(replacement: Replacement, owner: Any) -> None:
     for name in replacement.names:
         if not hasattr(owner, name):
             raise ReplacementError(
-                f"dsv3_megatron.cpu replaces {replacement.owner}.{name}, which torch {torch.__version__} / the installed "
-                "Megatron does not have. Supported: megatron-core 0.19; see dsv3_megatron/cpu/replacements.py."
+                f"dsv3_megatron.cpu replaces {replacement.owner}.{name}, which the installed version does not have "
+                f"(torch {torch.__version__}). Supported: megatron-core 0.19."
             )
         setattr(owner, name, replacement.make(getattr(owner, name)))
 

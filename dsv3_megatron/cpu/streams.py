@@ -1,22 +1,30 @@
-"""Stand-in CUDA streams and events: work runs at once, in issue order; events keep wall time."""
+"""Stand-in CUDA streams and events: work runs at once, in issue order; events keep wall time.
+
+While `record.record_streams()` is active they also tell the recorder who waits for whom.
+"""
 
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional
 
+if TYPE_CHECKING:
+    from dsv3_megatron.cpu.record import Recorder
+
+recorder: Optional["Recorder"] = None
 _local = threading.local()
 
 
 class Stream:
-    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
-        self.priority = priority
+    def __init__(self, device: Any = None, priority: int = 0, name: str = "", **_kwargs: Any) -> None:
         self.device = device
+        self.priority = priority
+        self.name = name or f"stream {id(self):#x}"
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return 0, -1
 
-    def record_event(self, event: "Event | None" = None) -> "Event":
+    def record_event(self, event: Optional["Event"] = None) -> "Event":
         event = event or Event()
         event.record(self)
         return event
@@ -28,7 +36,7 @@ class Stream:
         self.wait_event(stream.record_event())
 
     def synchronize(self) -> None:
-        pass
+        self.record_event().synchronize()
 
     def query(self) -> bool:
         return True
@@ -37,19 +45,27 @@ class Stream:
     def cuda_stream(self) -> int:
         return id(self)
 
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
 
 class Event:
-    def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         self.time = 0.0
+        self.clock: dict[Any, int] = {}
 
     def record(self, stream: Stream | None = None) -> None:
         self.time = time.perf_counter()
+        if recorder is not None:
+            self.clock = recorder.clock(stream or current_stream())
 
     def wait(self, stream: Stream | None = None) -> None:
-        pass
+        if recorder is not None:
+            recorder.order_after(stream or current_stream(), self.clock)
 
     def synchronize(self) -> None:
-        pass
+        if recorder is not None:
+            recorder.order_host_after(self.clock)
 
     def query(self) -> bool:
         return True
@@ -59,24 +75,32 @@ class Event:
         return (end.time - self.time) * 1e3
 
 
-_default_stream = Stream()
+_default_stream = Stream(name="default stream")
 
 
 def default_stream(device: Any = None) -> Stream:
     return _default_stream
 
 
-def current_stream(device: Any = None) -> Stream:
+def thread_stream() -> Stream:
+    """The stream set last in this thread."""
     return getattr(_local, "stream", _default_stream)
+
+
+def current_stream(device: Any = None) -> Stream:
+    return thread_stream() if recorder is None else recorder.current_stream()
 
 
 def set_stream(stream: Stream | None) -> None:
     if stream is not None:
         _local.stream = stream
+        if recorder is not None:
+            recorder.stream_was_set()
 
 
 def synchronize(device: Any = None) -> None:
-    pass
+    if recorder is not None:
+        recorder.synchronize()
 
 
 class stream:

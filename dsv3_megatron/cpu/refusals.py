@@ -1,0 +1,182 @@
+"""Megatron arguments that cannot work on CPU: refused by name before anything is built."""
+
+import functools
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+
+class RefusedOnCpu(ValueError):
+    """An argument asks for something that does not exist on CPU."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """`refuses(value)` is asked about `args.<name>` of a Megatron command line."""
+
+    name: str
+    refuses: Callable[[Any], bool]
+    flag: str
+    why: str
+    fix: str
+
+
+def is_true(value: Any) -> bool:
+    return bool(value)
+
+
+def is_false(value: Any) -> bool:
+    return not value
+
+
+def equals(*refused: Any) -> Callable[[Any], bool]:
+    return lambda value: value in refused
+
+
+def differs(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in allowed
+
+
+FUSED = "a fused CUDA kernel"
+TE = "Transformer Engine kernels"
+
+REFUSALS: tuple[Refusal, ...] = (
+    # On by default; CPU_FLAGS turns them off.
+    Refusal("transformer_impl", differs("local"), "--transformer-impl", TE, "--transformer-impl local"),
+    Refusal("apply_rope_fusion", is_true, "--apply-rope-fusion (default)", FUSED, "--no-rope-fusion"),
+    Refusal(
+        "no_persist_layer_norm", is_false, "persistent layer norm (default)", FUSED, "--no-persist-layer-norm"
+    ),
+    Refusal(
+        "masked_softmax_fusion",
+        is_true,
+        "--masked-softmax-fusion (default)",
+        FUSED,
+        "--no-masked-softmax-fusion",
+    ),
+    Refusal(
+        "gradient_accumulation_fusion",
+        is_true,
+        "--gradient-accumulation-fusion (default)",
+        FUSED,
+        "--no-gradient-accumulation-fusion",
+    ),
+    # Kernels
+    Refusal("fp8", is_true, "--fp8-format", TE, "leave it out (bf16 or fp32)"),
+    Refusal("fp4", is_true, "--fp4-format", TE, "leave it out (bf16 or fp32)"),
+    Refusal("moe_grouped_gemm", is_true, "--moe-grouped-gemm", TE, "leave it out (one GEMM per expert)"),
+    Refusal("moe_permute_fusion", is_true, "--moe-permute-fusion", TE, "leave it out"),
+    Refusal("moe_router_fusion", is_true, "--moe-router-fusion", TE, "leave it out"),
+    Refusal("fused_residual_rmsnorm", is_true, "--fused-residual-rmsnorm", TE, "leave it out"),
+    Refusal("use_flash_attn", is_true, "--use-flash-attn", "FlashAttention", "leave it out"),
+    Refusal("batch_invariant_mode", is_true, "--batch-invariant-mode", "Triton kernels", "leave it out"),
+    Refusal("te_rng_tracker", is_true, "--te-rng-tracker", TE, "leave it out"),
+    Refusal(
+        "tp_comm_overlap", is_true, "--tp-comm-overlap", "Transformer Engine user buffers", "leave it out"
+    ),
+    # CUDA graphs
+    Refusal(
+        "cuda_graph_impl", differs("none", None), "--cuda-graph-impl", "CUDA graphs", "--cuda-graph-impl none"
+    ),
+    Refusal("enable_cuda_graph", is_true, "--enable-cuda-graph", "CUDA graphs", "leave it out"),
+    Refusal("external_cuda_graph", is_true, "--external-cuda-graph", "CUDA graphs", "leave it out"),
+    Refusal("optimizer_cuda_graph", is_true, "--optimizer-cuda-graph", "CUDA graphs", "leave it out"),
+    # Communication
+    Refusal(
+        "moe_token_dispatcher_type",
+        equals("flex"),
+        "--moe-token-dispatcher-type flex",
+        "DeepEP or HybridEP (NVLink, RDMA)",
+        "--moe-token-dispatcher-type alltoall",
+    ),
+    Refusal("moe_enable_deepep", is_true, "--moe-enable-deepep", "DeepEP", "leave it out"),
+    Refusal("nccl_ub", is_true, "--use-nccl-ub", "NCCL user buffers", "leave it out"),
+    Refusal("use_sharp", is_true, "--use-sharp", "NCCL SHARP", "leave it out"),
+    Refusal(
+        "nccl_communicator_config_path",
+        is_true,
+        "--nccl-communicator-config-path",
+        "NCCL options",
+        "leave it out",
+    ),
+    Refusal(
+        "high_priority_stream_groups",
+        is_true,
+        "--high-priority-stream-groups",
+        "NCCL options",
+        "leave it out",
+    ),
+    # Memory
+    Refusal(
+        "use_megatron_fsdp", is_true, "--use-megatron-fsdp", "CUDA memory", "--use-distributed-optimizer"
+    ),
+    Refusal("use_torch_fsdp2", is_true, "--use-torch-fsdp2", "CUDA memory", "--use-distributed-optimizer"),
+    Refusal("optimizer_cpu_offload", is_true, "--optimizer-cpu-offload", "two memories", "leave it out"),
+    Refusal(
+        "cpu_offloading_num_layers", is_true, "--cpu-offloading-num-layers", "two memories", "leave it out"
+    ),
+    Refusal(
+        "fine_grained_activation_offloading",
+        is_true,
+        "--fine-grained-activation-offloading",
+        "two memories",
+        "leave it out",
+    ),
+    # Tools
+    Refusal("profile", is_true, "--profile", "the CUDA profiler", "leave it out"),
+    Refusal(
+        "record_memory_history", is_true, "--record-memory-history", "the CUDA allocator", "leave it out"
+    ),
+    Refusal("log_energy", is_true, "--log-energy", "NVML", "leave it out"),
+)
+
+
+def check(args: Namespace, allow_te: bool = False) -> None:
+    """Raise `RefusedOnCpu` naming every argument of `args` that cannot work on CPU, its value and the fix."""
+    problems = []
+    for refusal in REFUSALS:
+        if allow_te and refusal.why == TE:
+            continue  # construction only: the caller builds Transformer Engine modules and does not run them
+        value = getattr(args, refusal.name, None)
+        if value is not None and refusal.refuses(value):
+            problems.append(
+                f"{refusal.flag} ({refusal.name}={value!r}) needs {refusal.why}, which CPU does not have: "
+                f"use {refusal.fix}"
+            )
+    if getattr(args, "async_save", False):
+        if not args.use_persistent_ckpt_worker:
+            problems.append(
+                "--async-save is ignored by Megatron without --use-persistent-ckpt-worker: add it"
+            )
+        elif args.async_strategy != "mcore":
+            problems.append(
+                f"--async-strategy {args.async_strategy} needs nvidia-resiliency-ext, whose workers do not have "
+                "the CPU runtime: use --async-strategy mcore"
+            )
+    if problems:
+        raise RefusedOnCpu("dsv3_megatron.cpu: " + "\n".join(problems))
+
+
+def checked_parsing(original: Callable) -> Callable:
+    """Stand-in for `megatron.training.arguments.parse_and_validate_args`, which trainers call.
+
+    `validate_args` itself stays as it is: a dry run validates the arguments of a job for GPUs with it.
+    """
+
+    @functools.wraps(original)
+    def parse_and_validate_args(*args: Any, **kwargs: Any) -> Any:
+        arguments = sys.modules[original.__module__]
+        validate_args = arguments.validate_args  # type: ignore[attr-defined]
+
+        def check_and_validate(parsed: Namespace, *more: Any) -> Any:
+            # sys.modules holds None for it unless the caller asked for Transformer Engine.
+            check(parsed, allow_te=sys.modules.get("transformer_engine", False) is not None)
+            return validate_args(parsed, *more)
+
+        with mock.patch.object(arguments, "validate_args", check_and_validate):
+            return original(*args, **kwargs)
+
+    return parse_and_validate_args
