@@ -57,7 +57,7 @@ def _divided_by_main_tokens(given: dict[str, Any], mask: torch.Tensor) -> Any:
         if given["is_training"]:
             _add_to_log((mask * loss).sum(), depth, given["config"].mtp_num_layers)
         depth += 1
-        return loss * (own_tokens / main_tokens)
+        return loss * (own_tokens.to(loss.dtype) / main_tokens)
 
     return scaled_loss
 
