@@ -1,9 +1,12 @@
-"""Train from Hydra's groups: they resolve to the ordinary arguments of `dsv3_megatron.train`, which does the rest.
+"""Train from Hydra's groups: they resolve to the ordinary arguments of `dsv3_megatron.train`, which does the
+rest.
 
-    torchrun --nproc-per-node 4 -m dsv3_megatron.train_hydra model=tiny layout=cpu_pp2_ep2 device=cpu train_iters=50
+    torchrun --nproc-per-node 4 -m dsv3_megatron.train_hydra model=tiny layout=cpu_pp2_ep2 device=cpu
+    train_iters=50
 
-`--cfg command` prints the equivalent `torchrun … --spec dsv3 …` line, `--cfg job` the composed configuration; neither
-trains. Hydra's launcher is not used: no output folder, no change of directory, no logging of its own.
+`--cfg command` prints the equivalent `torchrun … --spec dsv3 …` line, `--cfg job` the composed
+configuration; neither trains. Hydra's launcher is not used: no output folder, no change of directory, no
+logging of its own.
 """
 
 import os
@@ -12,8 +15,8 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.conf import ConfigError, compose, groups, to_argv, to_command
+from dsv3_megatron.errors import exits_cleanly
 
 SHOWN = ("command", "job")
 
@@ -67,9 +70,9 @@ def _split_show(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _help() -> str:
-    usage = ["usage: torchrun … -m dsv3_megatron.train_hydra [--cfg command|job] [GROUP=OPTION ...] [ARGUMENT=VALUE ...]"]
+    usage = ["usage: torchrun … -m dsv3_megatron.train_hydra [--cfg command|job] [NAME=VALUE ...]"]
     usage += [f"  {group}= {', '.join(options)}" for group, options in groups().items()]
-    usage += ["Any Megatron argument is an ARGUMENT, with underscores: train_iters=50 no_rope_fusion=true"]
+    usage += ["and any argument of Megatron, with underscores: train_iters=50 no_rope_fusion=true"]
     return "\n".join(usage)
 
 

@@ -34,13 +34,15 @@ def options() -> dict[str, tuple[str, argparse.Action]]:
 
 
 def to_argv(cfg: DictConfig) -> list[str]:
-    """The argument list of `dsv3_megatron.train` for a composed configuration, checked by Megatron's own parser.
+    """The argument list of `dsv3_megatron.train` for a composed configuration, checked by Megatron's own
+    parser.
 
-    `true` gives a flag without value, `false` and `null` give nothing (or `--no-x` where Megatron has one beside
+    `true` gives a flag without value, `false` and `null` give nothing (or `--no-x` where Megatron has one
+    beside
     `--x`), a list gives several values. `--device` comes first.
 
-    Errors: ConfigError naming the unknown argument and the nearest valid one, RefusedArgument with the value that the
-    parser cannot read.
+    Errors: ConfigError naming the unknown argument and the nearest valid one, RefusedArgument with the value
+    that the parser cannot read.
     """
     device = cfg.get("device") or DEVICES[0]
     if device not in DEVICES:
@@ -66,7 +68,14 @@ def to_command(cfg: DictConfig) -> str:
     cluster = cfg.cluster
     launch = ["torchrun", "--nnodes", str(cluster.nodes), "--nproc-per-node", str(cluster.gpus_per_node)]
     if cluster.nodes > 1:
-        launch += ["--rdzv-backend", "c10d", "--rdzv-id", "dsv3", "--rdzv-endpoint", '"$MASTER_ADDR:$MASTER_PORT"']
+        launch += [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "dsv3",
+            "--rdzv-endpoint",
+            '"$MASTER_ADDR:$MASTER_PORT"',
+        ]
     return f"{' '.join(launch)} -m dsv3_megatron.train {shlex.join(to_argv(cfg))}"
 
 
@@ -90,7 +99,8 @@ def _argument(name: str, value: Any) -> list[str]:
             if item not in action.choices:
                 choices = [str(choice) for choice in action.choices]
                 raise ConfigError(
-                    f"{name}={item}: not possible{nearest(str(item), choices)} Available: {', '.join(choices)}"
+                    f"{name}={item}: not possible{nearest(str(item), choices)}"
+                    f" Available: {', '.join(choices)}"
                 )
     if len(values) > 1 and action.nargs not in ("+", "*"):
         raise ConfigError(f"{name}={values}: takes one value")
@@ -109,5 +119,7 @@ def _hint(name: str) -> str:
 
 
 def _flags_named_otherwise() -> Iterator[tuple[str, argparse.Action]]:
-    """Arguments whose attribute in Megatron's args differs from their name (`no_rope_fusion`, `apply_rope_fusion`)."""
+    """Arguments whose attribute in Megatron's args differs from their name (`no_rope_fusion`,
+    `apply_rope_fusion`).
+    """
     return ((name, action) for name, (_, action) in options().items() if action.dest != name)

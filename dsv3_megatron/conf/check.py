@@ -62,15 +62,16 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"tensor_model_parallel_size={tp} does not divide num_attention_heads={heads}")
     if cp > 1 and positive(cfg, "seq_length") % (2 * cp):
         raise ConfigError(
-            f"seq_length={cfg.seq_length} is not a multiple of 2 × context_parallel_size = {2 * cp} (each rank holds"
-            " one piece from either end)"
+            f"seq_length={cfg.seq_length} is not a multiple of 2 × context_parallel_size = {2 * cp} (each"
+            " rank holds one piece from either end)"
         )
     if cfg.get("global_batch_size") is not None:
         batch, micro = positive(cfg, "global_batch_size"), positive(cfg, "micro_batch_size")
         dp = data_parallel_size(cfg)
         if batch % (micro * dp):
             raise ConfigError(
-                f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} × {dp} data-parallel ranks"
+                f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} × {dp} data-"
+                "parallel ranks"
             )
 
 

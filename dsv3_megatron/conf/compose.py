@@ -43,9 +43,10 @@ def groups() -> dict[str, list[str]]:
 def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
     """The configuration that `overrides` ask for, with every `auto` resolved.
 
-    overrides: Hydra's syntax: `group=option`, `argument=value`, `cluster.nodes=8`. Any Megatron argument may be set
-        whether or not a file mentions it; `null` takes away what a file sets. Argument names are those of the command
-        line with underscores for hyphens; `to_argv` checks them against Megatron's parser.
+    overrides: Hydra's syntax: `group=option`, `argument=value`, `cluster.nodes=8`. Any Megatron argument may
+        be set whether or not a file mentions it; `null` takes away what a file sets. Argument names are
+        those of the command line with underscores for hyphens; `to_argv` checks them against Megatron's
+        parser.
     processes: how many torchrun has started. None: the cluster's nodes × gpus_per_node.
 
     Errors: ConfigError naming the override and the nearest valid one, or the sizes that do not divide.
@@ -54,7 +55,7 @@ def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="dsv3"):
             cfg = hydra_compose("config", overrides=[_hydra_override(o) for o in parsed])
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     _check_sections(cfg)
@@ -69,7 +70,9 @@ def _parse(overrides: list[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
-            raise ConfigError(f"{text!r} is no override: write NAME=VALUE, for instance model=tiny or train_iters=50")
+            raise ConfigError(
+                f"{text!r} is no override: write NAME=VALUE, for instance model=tiny or train_iters=50"
+            )
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
@@ -106,7 +109,9 @@ def _hydra_override(override: Override) -> str:
 def _check_sections(cfg: DictConfig) -> None:
     for section in SECTIONS:
         if section in cfg and not isinstance(cfg[section], DictConfig):
-            raise ConfigError(f"{section}={cfg[section]}: set its entries instead, for instance {section}.NAME=VALUE")
+            raise ConfigError(
+                f"{section}={cfg[section]}: set its entries instead, for instance {section}.NAME=VALUE"
+            )
 
 
 def _displace_alternatives(cfg: DictConfig, given: set[str]) -> None:
@@ -125,16 +130,16 @@ def _resolve_processes(cfg: DictConfig, started: int | None) -> None:
         wanted = needed if started is None else started
         if wanted % needed:
             raise ConfigError(
-                f"the layout needs {needed} processes or a multiple ({parallelism(cfg)}), but {started} started: use"
-                f" torchrun --nproc-per-node {needed}, or another layout"
+                f"the layout needs {needed} processes or a multiple ({parallelism(cfg)}), but {started}"
+                f" started: use torchrun --nproc-per-node {needed}, or another layout"
             )
         if wanted % positive(cluster, "nodes"):
             raise ConfigError(f"cluster.nodes={cluster.nodes} does not divide {wanted} processes")
         cluster.gpus_per_node = wanted // cluster.nodes
     elif started not in (None, world_size(cfg)):
         raise ConfigError(
-            f"cluster={cluster.name} has {cluster.nodes} × {cluster.gpus_per_node} processes, but torchrun has started"
-            f" {started}: choose another cluster, or set cluster.nodes and cluster.gpus_per_node"
+            f"cluster={cluster.name} has {cluster.nodes} × {cluster.gpus_per_node} processes, but torchrun"
+            f" has started {started}: choose another cluster, or set cluster.nodes and cluster.gpus_per_node"
         )
 
 

@@ -6,15 +6,15 @@ from dsv3_megatron.conf.errors import ConfigError
 def layers_per_stage(num_layers: int, num_stages: int, last_stage_extra: int = 0) -> list[int]:
     """Decoder layers of each stage, as even as whole layers allow.
 
-    The last stage is counted as if it held `last_stage_extra` layers already (MTP, output head). What does not divide
-    goes to the first stages. 61 layers over 16 stages with an extra of 3 are 15 × 4 and 1.
+    The last stage is counted as if it held `last_stage_extra` layers already (MTP, output head). What does
+    not divide goes to the first stages. 61 layers over 16 stages with an extra of 3 are 15 × 4 and 1.
 
     Errors: ConfigError when a stage other than the last would be empty, or the last one holds nothing.
     """
     if num_layers < num_stages - 1 + (last_stage_extra == 0):
         raise ConfigError(
-            f"pipeline_model_parallel_size: {num_stages} stages are too many for num_layers={num_layers}; use a layout"
-            " with fewer stages, or a larger model"
+            f"pipeline_model_parallel_size: {num_stages} stages are too many for num_layers={num_layers}; use"
+            " a layout with fewer stages, or a larger model"
         )
     extra = last_stage_extra
     # A small model cannot pay a large extra without emptying its last stage below nothing.
@@ -29,7 +29,8 @@ def layers_per_stage(num_layers: int, num_stages: int, last_stage_extra: int = 0
 def layer_layout(counts: list[int], mtp_num_layers: int) -> str:
     """Megatron's notation for `--pipeline-model-parallel-layout`.
 
-    `E` embedding, `t` decoder layer, `m` MTP layer, `L` loss, `|` between stages; equal neighbours are folded:
+    `E` embedding, `t` decoder layer, `m` MTP layer, `L` loss, `|` between stages; equal neighbours are
+    folded:
     `[4] * 15 + [1]` with one MTP layer is `Et*4|(t*4|)*14tmL`.
     """
 

@@ -1,7 +1,9 @@
 """Build any rank of any layout without its cluster: real Megatron groups and modules, no memory, no network.
 
-`build_rank(cfg, rank)` answers what a rank holds; `FakeWorld` is the process that pretends to be that rank, for who
-wants the modules themselves. Command: `python -m dsv3_megatron.dryrun model=v3_671b layout=pp16_ep64 rank=2047`.
+`build_rank(cfg, rank)` answers what a rank holds; `FakeWorld` is the process that pretends to be that rank,
+for who wants the modules themselves.
+
+    python -m dsv3_megatron.dryrun model=v3_671b layout=pp16_ep64 rank=2047
 """
 
 from dsv3_megatron.dryrun.count import Weight, total, weights_of

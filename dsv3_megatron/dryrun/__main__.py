@@ -6,12 +6,13 @@ import os
 import sys
 import warnings
 
-from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.conf import ConfigError, compose
+from dsv3_megatron.errors import exits_cleanly
 
-USAGE = """usage: python -m dsv3_megatron.dryrun [rank=N] [output=table|json] [overrides of dsv3_megatron.train_hydra ...]
+USAGE = """usage: python -m dsv3_megatron.dryrun [rank=N] [output=table|json] [NAME=VALUE ...]
 
-Builds one rank of a layout on the meta device with Megatron's own groups and modules, without GPU or network."""
+Builds one rank of a layout on the meta device with Megatron's own groups and modules, without GPU or network.
+NAME=VALUE: as in dsv3_megatron.train_hydra."""
 
 
 @exits_cleanly
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"rank={own['rank']}: a rank is a whole number from 0")
     cfg = compose(overrides)
 
-    warnings.simplefilter("ignore")  # what Megatron misses (Apex, Transformer Engine, a GPU) is not needed here
+    # What Megatron misses (Apex, Transformer Engine, a GPU) is not needed here.
+    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     # Nothing is computed, and one way for all machines: hide GPUs, stand in for CUDA.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

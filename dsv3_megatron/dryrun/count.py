@@ -29,11 +29,12 @@ class Weight:
         name: global name, the same in every layout (`dsv3_megatron.specs.names`).
         shape: what this rank holds.
         full_shape: over all tensor-parallel ranks.
-        kind: module kind: embedding, output_head, norm, attention, routed_experts, shared_experts, router, dense_mlp
-            or mtp_projection.
+        kind: module kind: embedding, output_head, norm, attention, routed_experts, shared_experts, router,
+            dense_mlp or mtp_projection.
         layer: number of the decoder layer from 0, or of the MTP layer from 0 when `mtp`; None outside layers.
         mtp: belongs to multi-token prediction alone.
-        copies: how many of its like there are beside it, one on each expert-parallel rank; 1 for what is no expert.
+        copies: how many of its like there are beside it, one on each expert-parallel rank; 1 for what is no
+            expert.
     """
 
     name: str
@@ -94,7 +95,8 @@ def weights_of(chunk: Any) -> list[Weight]:
 def total(weights: Iterable[Weight], mtp: bool = True) -> int:
     """Elements of the whole model, from the parameters of all pipeline stages.
 
-    A tensor that stands on several stages (MTP's copy of the embedding) counts once. mtp: count MTP's own parameters.
+    A tensor that stands on several stages (MTP's copy of the embedding) counts once. mtp: count MTP's own
+    parameters.
     """
     unique = {weight.name: weight.full_size for weight in weights if mtp or not weight.mtp}
     return sum(unique.values())

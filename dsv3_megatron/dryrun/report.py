@@ -59,11 +59,11 @@ class RankReport:
 
 
 def build_rank(cfg: DictConfig, rank: int, progress: bool = False) -> RankReport:
-    """Build rank `rank` of the job that `cfg` (from `dsv3_megatron.conf.compose`) describes, and all stages for the
-    totals.
+    """Build rank `rank` of the job that `cfg` (from `dsv3_megatron.conf.compose`) describes, and all stages
+    for the totals.
 
-    Needs a process without torch.distributed, and where no GPU is, `dsv3_megatron.cpu.activate()` first. progress:
-    say on stderr what is being done.
+    Needs a process without torch.distributed, in which `dsv3_megatron.cpu.activate()` was called. With
+    `progress`, stderr says what is being done.
 
     Errors: ConfigError when the job has no such rank or Megatron refuses its arguments.
     """

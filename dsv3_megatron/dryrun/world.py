@@ -1,7 +1,8 @@
 """One process that pretends to be one rank of a large job.
 
-torch's fake process group answers every collective at once, so that Megatron's own `initialize_model_parallel` makes
-its real groups at the real world size; modules are built on the meta device, which has shapes and no memory.
+torch's fake process group answers every collective at once, so that Megatron's own
+`initialize_model_parallel` makes its real groups at the real world size; modules are built on the meta
+device, which has shapes and no memory.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ class FakeWorld:
         model_config: the `DSV3ModelConfig` the trainer would build from.
         groups: Megatron's `ProcessGroupCollection` of this rank.
 
-    The modules are those of the reference backend (`--transformer-impl local`), whose parameters have the shapes of
-    Transformer Engine's and which needs nothing installed.
+    The modules are those of the reference backend (`--transformer-impl local`), whose parameters have the
+    shapes of Transformer Engine's and which needs nothing installed.
     """
 
     def __init__(self, words: list[str], rank: int, world_size: int, ranks_per_node: int) -> None:
@@ -56,9 +57,11 @@ class FakeWorld:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         if dist.is_initialized():
-            raise RuntimeError("a dry run needs a process of its own: torch.distributed is initialised already")
-        self.args = _megatron_args(self.words, self.rank, self.world_size, self.ranks_per_node)
-        self.model_config = _model_config(self.args)
+            raise RuntimeError(
+                "a dry run needs a process of its own: torch.distributed is initialised already"
+            )
+        self.args = megatron_args(self.words, self.rank, self.world_size, self.ranks_per_node)
+        self.model_config = model_config(self.args)
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.world_size)
         try:
             args = self.args
@@ -106,8 +109,10 @@ class FakeWorld:
         return {name: group.size() for name, group in named.items()}
 
     def build_chunks(self, pipeline_rank: int | None = None) -> list[Any]:
-        """The model chunks (one, or one per virtual stage) of a pipeline rank: of this rank when None, else of the
-        rank that is at `pipeline_rank` of the same pipeline and stands in the same expert group position."""
+        """The model chunks (one, or one per virtual stage) of a pipeline rank: of this rank when None, else
+        of the rank that is at `pipeline_rank` of the same pipeline and stands in the same expert group
+        position.
+        """
         from dsv3_megatron.specs.builder import DSV3ModelBuilder
 
         at = self.pipeline_rank if pipeline_rank is None else pipeline_rank
@@ -121,7 +126,9 @@ class FakeWorld:
 
     @contextlib.contextmanager
     def _standing_at(self, pipeline_rank: int) -> Iterator[Any]:
-        """Megatron's groups as the rank at `pipeline_rank` sees them: only its place in the pipeline differs."""
+        """Megatron's groups as the rank at `pipeline_rank` sees them: only its place in the pipeline
+        differs.
+        """
         from megatron.core import parallel_state
         from torch import distributed as dist
 
@@ -142,7 +149,7 @@ class FakeWorld:
             del members[elsewhere]
 
 
-def _megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
+def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
     """What Megatron's own parsing and validation make of our argument list, on that rank."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -164,7 +171,8 @@ def _megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int)
     return args
 
 
-def _model_config(args: Namespace) -> Any:
+def model_config(args: Namespace) -> Any:
+    """The `DSV3ModelConfig` of validated arguments, as the trainer makes it."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     from dsv3_megatron.specs.builder import DSV3ModelConfig

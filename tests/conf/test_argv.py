@@ -6,12 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from dsv3_megatron.arguments import complete, refusals
-from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.conf import ConfigError, compose, groups, to_argv, to_command
 from dsv3_megatron.conf.argv import options, parser, to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.conf.compose import SECTIONS
+from dsv3_megatron.errors import RefusedArgument
 
 
 def read_back(overrides: list[str]):
@@ -24,7 +24,7 @@ def test_every_setting_arrives(model: str) -> None:
     layout = "pp8_ep8" if model == "v3_16b" else "pp16_ep64" if model == "v3_671b" else "cpu_pp2_ep2"
     cfg = compose([f"model={model}", f"layout={layout}"])
     args = parser().parse_args(to_megatron_argv(cfg))
-    for name, value in cfg.items():
+    for name, value in ((str(name), value) for name, value in cfg.items()):
         if name in (*SECTIONS, "device") or value is None:
             continue
         got = getattr(args, options()[name][1].dest)
@@ -83,8 +83,8 @@ def test_wrong_arguments_name_the_nearest_valid_one(override: str, message: str)
 
 
 def fitting_combinations() -> list[list[str]]:
-    """Every model with every layout it fits, its cluster, recipe and precision coming with them; and the rest of the
-    options on the default model."""
+    """Every model with every layout it fits, its cluster, recipe and precision coming with them; and the
+    rest of the options on the default model."""
     fitting = []
     for model in groups()["model"]:
         for layout in groups()["layout"]:
@@ -99,14 +99,19 @@ def fitting_combinations() -> list[list[str]]:
 
 
 def test_every_combination_is_a_deepseek_v3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None contradicts a DeepSeek-V3 setting or is refused on its own cluster: `complete` is what the trainer runs."""
+    """None contradicts a DeepSeek-V3 setting or is refused on its own cluster: `complete` is what the
+    trainer runs.
+    """
     combinations = fitting_combinations()
     assert len(combinations) >= 25
     for overrides in combinations:
         cfg = compose(overrides)
         on_cpu = cfg.get("device") == "cpu"
         there = Surroundings(
-            world_size=world_size(cfg), ranks_per_node=cfg.cluster.gpus_per_node, on_cpu=on_cpu, has_te=not on_cpu
+            world_size=world_size(cfg),
+            ranks_per_node=cfg.cluster.gpus_per_node,
+            on_cpu=on_cpu,
+            has_te=not on_cpu,
         )
         monkeypatch.setattr(refusals, "detect", lambda there=there: there)
         complete(to_megatron_argv(cfg), parser())
@@ -114,13 +119,18 @@ def test_every_combination_is_a_deepseek_v3(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_deviation_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "detect", lambda: Surroundings(world_size=4, on_cpu=True))
-    with pytest.raises(RefusedArgument, match="--weight-decay 0.3 contradicts DeepSeek-V3"):
+    with pytest.raises(RefusedArgument, match=r"--weight-decay 0\.3 contradicts DeepSeek-V3"):
         complete(to_megatron_argv(compose(["weight_decay=0.3"])), parser())
     complete(to_megatron_argv(compose(["weight_decay=0.3", "allow_deviation=[weight_decay]"])), parser())
 
 
 def test_command_is_the_same_training() -> None:
-    overrides = ["model=tiny", "layout=cpu_pp2_ep2", "train_iters=50", "pipeline_model_parallel_layout=Et*3|tmL"]
+    overrides = [
+        "model=tiny",
+        "layout=cpu_pp2_ep2",
+        "train_iters=50",
+        "pipeline_model_parallel_layout=Et*3|tmL",
+    ]
     cfg = compose(overrides)
     words = shlex.split(to_command(cfg))
     at = words.index("dsv3_megatron.train")

@@ -58,7 +58,11 @@ def test_pretraining_constants() -> None:
     assert tokens_per_step * cfg.lr_wsd_decay_iters == pytest.approx(4.3e12, rel=1e-5)
     assert (cfg.lr, cfg.min_lr, cfg.lr_warmup_iters) == (2.2e-4, 2.2e-5, 2000)
     assert (cfg.adam_beta1, cfg.adam_beta2, cfg.weight_decay, cfg.clip_grad) == (0.9, 0.95, 0.1, 1.0)
-    assert (cfg.moe_router_bias_update_rate, cfg.moe_aux_loss_coeff, cfg.mtp_loss_scaling_factor) == (1e-3, 1e-4, 0.3)
+    assert (cfg.moe_router_bias_update_rate, cfg.moe_aux_loss_coeff, cfg.mtp_loss_scaling_factor) == (
+        1e-3,
+        1e-4,
+        0.3,
+    )
 
 
 def test_a_layout_brings_cluster_and_precision_and_the_command_line_wins() -> None:
@@ -80,12 +84,18 @@ def test_a_layout_brings_cluster_and_precision_and_the_command_line_wins() -> No
         ("lr=1e-3,1e-4", "asks for several values"),
         ("pipeline_model_parallel_layout=E(t|)*3L", "quote values with special characters"),
         ("cluster.nodes=three", "nodes=three: a positive whole number is needed"),
-        ("pipeline_model_parallel_size=0", "pipeline_model_parallel_size=0: a positive whole number is needed"),
+        (
+            "pipeline_model_parallel_size=0",
+            "pipeline_model_parallel_size=0: a positive whole number is needed",
+        ),
         ("num_experts=7", "expert_model_parallel_size=2 does not divide num_experts=7"),
         ("global_batch_size=6", "global_batch_size=6 is not a multiple of micro_batch_size=2 × 2"),
         ("pipeline_model_parallel_size=5", "5 stages are too many for num_layers=4"),
         ("cluster.gpus_per_node=6", "cluster=laptop_cpu has 6 processes, which the layout's 4"),
-        ("tensor_model_parallel_size=3", "tensor_model_parallel_size=3 does not divide num_attention_heads=4"),
+        (
+            "tensor_model_parallel_size=3",
+            "tensor_model_parallel_size=3 does not divide num_attention_heads=4",
+        ),
         ("cluster=laptop_gpu", "did you mean 'laptop_cpu'?"),
     ],
 )
@@ -96,7 +106,9 @@ def test_wrong_overrides_name_the_nearest_valid_one(override: str, message: str)
 
 
 def test_context_parallel_cuts_the_sequence_in_pairs() -> None:
-    with pytest.raises(ConfigError, match="seq_length=130 is not a multiple of 2 × context_parallel_size = 4"):
+    with pytest.raises(
+        ConfigError, match="seq_length=130 is not a multiple of 2 × context_parallel_size = 4"
+    ):
         compose(["layout=cpu_single", "context_parallel_size=2", "seq_length=130"])
 
 
@@ -104,7 +116,9 @@ def test_processes_that_torchrun_started() -> None:
     assert world_size(compose([], processes=8)) == 8
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 4"):
         compose([], processes=3)
-    with pytest.raises(ConfigError, match="cluster=h100_256 has 32 × 8 processes, but torchrun has started 8"):
+    with pytest.raises(
+        ConfigError, match="cluster=h100_256 has 32 × 8 processes, but torchrun has started 8"
+    ):
         compose(["model=v3_16b", "layout=pp8_ep8"], processes=8)
     assert world_size(compose(["model=v3_16b", "layout=pp8_ep8", "cluster.nodes=8"], processes=64)) == 64
 
@@ -149,7 +163,9 @@ def test_every_model_with_every_layout_and_cluster() -> None:
                 assert cfg.cluster.name == cluster
                 assert world_size(cfg) % cfg.pipeline_model_parallel_size == 0
             else:
-                with pytest.raises(ConfigError, match=r"too many for num_layers|do not divide|does not divide"):
+                with pytest.raises(
+                    ConfigError, match=r"too many for num_layers|do not divide|does not divide"
+                ):
                     compose(overrides)
 
 

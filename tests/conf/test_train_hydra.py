@@ -24,7 +24,9 @@ def test_prints_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
 def test_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     train_hydra.main(["model=micro", "--cfg", "command", "layout=cpu_single"])
     out = capsys.readouterr().out
-    assert out.startswith("torchrun --nnodes 1 --nproc-per-node 1 -m dsv3_megatron.train --device cpu --spec dsv3 ")
+    assert out.startswith(
+        "torchrun --nnodes 1 --nproc-per-node 1 -m dsv3_megatron.train --device cpu --spec dsv3 "
+    )
 
 
 def test_only_rank_0_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.conf import compose
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.dryrun import FakeWorld, build_rank, weights_of
 from dsv3_megatron.dryrun.count import Weight, kind_of, total
+from dsv3_megatron.errors import RefusedArgument
 
 V3 = ["model=v3_671b", "layout=pp16_ep64"]
 
@@ -34,8 +34,12 @@ def test_total_by_hand(last_rank) -> None:
     """The sizes of the report multiplied out, module by module, apart from any module of ours."""
     hidden, heads = 7168, 128
     attention = (
-        hidden * 1536 + 1536 + 1536 * heads * (128 + 64)  # queries
-        + hidden * (512 + 64) + 512 + 512 * heads * (128 + 128)  # keys and values
+        hidden * 1536
+        + 1536
+        + 1536 * heads * (128 + 64)  # queries
+        + hidden * (512 + 64)
+        + 512
+        + 512 * heads * (128 + 128)  # keys and values
         + heads * 128 * hidden
     )
     expert = 3 * hidden * 2048
@@ -91,7 +95,9 @@ SMALL = ["model=micro"]
     ],
 )
 def test_ranks_together_hold_the_model(layout: str, overrides: list[str]) -> None:
-    """Every rank built as itself (no stage built for another): distinct tensors and shards add up to the totals."""
+    """Every rank built as itself (no stage built for another): distinct tensors and shards add up to the
+    totals.
+    """
     cfg = compose([*SMALL, f"layout={layout}", *overrides])
     shards = {}
     for rank in range(world_size(cfg)):
@@ -176,7 +182,9 @@ def test_command_prints_one_json_line_last() -> None:
         (["layout=pp16_ep46"], "did you mean 'pp16_ep64'?"),
     ],
 )
-def test_command_refuses_in_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses_in_one_message(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from dsv3_megatron.dryrun.__main__ import main
 
     with pytest.raises(SystemExit) as exit_:

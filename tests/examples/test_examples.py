@@ -1,5 +1,6 @@
 """The launch scripts: their shell, and the command they would run, built rank by rank as far as a CPU can."""
 
+import functools
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from dsv3_megatron.arguments import complete, megatron_parser, refusals
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.dryrun import FakeWorld, weights_of
+from dsv3_megatron.dryrun.world import megatron_args, model_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
@@ -25,13 +27,19 @@ RUNS = [
 ]
 
 
-def dry_run(script: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+@functools.cache
+def dry_run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "DRY_RUN": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     # What a batch system or an outer torchrun would set must not leak in.
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "SLURM_JOB_ID", "SLURM_SUBMIT_DIR"):
         env.pop(name, None)
     return subprocess.run(
-        ["bash", f"examples/{script}", *words], capture_output=True, text=True, env=env, cwd=EXAMPLES.parent, timeout=120
+        ["bash", f"examples/{script}", *words],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=EXAMPLES.parent,
+        timeout=120,
     )
 
 
@@ -47,7 +55,7 @@ def test_shell_syntax(script: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_missing_words_are_named(script: Path) -> None:
-    done = dry_run(script.name, [])
+    done = dry_run(script.name)
     assert done.returncode != 0 and ("folder" in done.stderr or "prefix" in done.stderr)
 
 
@@ -59,7 +67,7 @@ def option(words: list[str], name: str) -> str:
 def test_dry_run(
     script: str, words: list[str], gpus: int, pp: int, ep: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = dry_run(script, words)
+    done = dry_run(script, *words)
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout.splitlines()[-1])
     assert command[0] == "torchrun"
@@ -74,6 +82,8 @@ def test_dry_run(
     with monkeypatch.context() as patch:
         patch.setattr(refusals, "detect", lambda: there)
         completed = complete(arguments)
+        # Megatron accepts them as they are, Transformer Engine's backend and all.
+        assert model_config(megatron_args(arguments, 0, gpus, 8)).transformer.bf16
     args = megatron_parser().parse_args(completed)
     assert (args.pipeline_model_parallel_size, args.expert_model_parallel_size) == (pp, ep)
     assert args.global_batch_size == batch and args.bf16 and args.num_layers == 61
@@ -90,8 +100,8 @@ def test_dry_run(
 def test_hydra_and_plain_scripts_train_alike() -> None:
     """Both describe the same model, layout, schedule of the learning rate and batch."""
     parsed = []
-    for script, words in (("slurm_2048gpu.sh", ["d", "t", "c"]), ("slurm_2048gpu_hydra.sh", ["d", "c"])):
-        command = shlex.split(dry_run(script, words).stdout.splitlines()[-1])
+    for script, words in (run[:2] for run in RUNS if run[0].startswith("slurm_2048gpu")):
+        command = shlex.split(dry_run(script, *words).stdout.splitlines()[-1])
         parser = megatron_parser()
         parsed.append(vars(parser.parse_args(_on_2048(command[command.index("dsv3_megatron.train") + 1 :]))))
     plain, hydra = parsed
