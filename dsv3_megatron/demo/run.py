@@ -84,6 +84,8 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         f"train_iters={iterations}",
         # The learning rate has its course in the first run, and stays at its end when more iterations follow.
         f"lr_decay_iters={settings.train_iters}",
+        # Megatron compares train_iters (as the course of the weight decay, constant here) with the checkpoint's.
+        "override_opt_param_scheduler=true",
         "seq_length=256",
         "max_position_embeddings=256",
         "global_batch_size=16",

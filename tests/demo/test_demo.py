@@ -77,8 +77,8 @@ def test_whole_demo_learns_in_time(tmp_path):
     result, _ = demo(tmp_path, timeout=900)
     seconds = time.monotonic() - start
     assert result["val_loss"] < result["unigram_loss"] - 1.0
-    assert result["shuffled_context_loss"] > result["val_loss"] + 0.05
-    assert result["max_over_mean_expert_load"] < 3.0
+    assert result["shuffled_context_loss"] > result["val_loss"] + 0.2
+    assert result["max_over_mean_expert_load"] < 2.0
     assert seconds < 300
 
 
