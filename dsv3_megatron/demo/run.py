@@ -1,6 +1,7 @@
 """The demo from corpus to result: prepare, train in four processes, evaluate, draw."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
     print(f"[demo] a unigram model of the corpus has a held-out loss of {baseline:.4f}", flush=True)
 
     _announce(cfg, resumed_from, iterations)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the ranks: the demo is one of the CPU runtime
     words = [
         "--corpus",
         str(corpus),
@@ -82,9 +84,9 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         f"corpus.dir={_quoted(run_dir / 'corpus')}",
         f"data_cache_path={_quoted(run_dir / 'corpus' / 'cache')}",
         f"train_iters={iterations}",
-        # The learning rate has its course in the first run, and stays at its end when more iterations follow.
+        # The learning rate has its course in the first run, and stays at its end in later ones.
         f"lr_decay_iters={settings.train_iters}",
-        # Megatron compares train_iters (as the course of the weight decay, constant here) with the checkpoint's.
+        # Megatron compares train_iters, as the length of the weight decay's course, with the checkpoint's.
         "override_opt_param_scheduler=true",
         "seq_length=256",
         "max_position_embeddings=256",
