@@ -5,6 +5,7 @@
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +23,6 @@ def initialize_model_parallel(original: Callable, placement: Placement, *args: A
     renumbered by `Placement.global_rank`, and two virtual stages are declared afterwards, because Megatron refuses them
     on a single pipeline rank, which DualPipe on two ranks is to it.
     """
-    import inspect
-
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = bound.arguments
@@ -42,6 +41,8 @@ def initialize_model_parallel(original: Callable, placement: Placement, *args: A
         )
     arguments["pipeline_model_parallel_size"] = placement.v_size
     arguments["virtual_pipeline_model_parallel_size"] = None
+    # First stage, last stage and MTP share one embedding on one rank: there is no copy to keep equal.
+    arguments["get_embedding_ranks"] = lambda ranks, *_: [ranks[0]]
     with _renumbered(placement, world_size):
         original(*bound.args, **bound.kwargs)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(2)

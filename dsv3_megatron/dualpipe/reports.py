@@ -15,7 +15,9 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 _MTP_VALUES = ("loss_values", "correct_values", "total_values", "loss_sums")
 
 
-def share(losses: list[dict[str, torch.Tensor]], pp_group: Any, training: bool) -> list[dict[str, torch.Tensor]]:
+def share(
+    losses: list[dict[str, torch.Tensor]], pp_group: Any, training: bool
+) -> list[dict[str, torch.Tensor]]:
     """The losses of the group's first rank, on all of its ranks; in training its MTP log too.
 
     Args:

@@ -42,7 +42,9 @@ class ScheduledProblem(common.Problem):
         return config
 
 
-def train_rank(rank: int, world_size: int, layout: ScheduledLayout, problem: ScheduledProblem) -> common.RankResult:
+def train_rank(
+    rank: int, world_size: int, layout: ScheduledLayout, problem: ScheduledProblem
+) -> common.RankResult:
     """As `tests.parallel.common.train_rank`, through the schedule's own forward-backward function."""
     from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
