@@ -16,8 +16,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--pipeline-schedule",
         choices=SCHEDULES,
         default="1f1b",
-        help="1f1b: Megatron's own (interleaved with its virtual stages); zb1p: 1F1B with weight gradients in the bubble; "
-        "dualpipe: bidirectional, each stage on two ranks; dualpipev: the same on half the ranks, each stage once",
+        help="1f1b: Megatron's own (interleaved with its virtual stages); zb1p: 1F1B with weight gradients in the "
+        "bubble; dualpipe: bidirectional, each stage on two ranks; dualpipev: the same on half the ranks",
     )
     group.add_argument(
         "--pipeline-timeout-s",

@@ -32,8 +32,8 @@ def initialize_model_parallel(original: Callable, placement: Placement, *args: A
     ) * arguments["expert_model_parallel_size"]
     if placement.mirrored and columns % expert_block:
         raise ValueError(
-            f"--expert-model-parallel-size {arguments['expert_model_parallel_size']}: an expert-parallel group must lie "
-            f"in one direction of the pipeline; it must divide the {columns} ranks beside each other on a pipeline rank"
+            f"--expert-model-parallel-size {arguments['expert_model_parallel_size']}: an expert-parallel group must "
+            f"lie on one pipeline rank, so it must divide the {columns} ranks beside each other there"
         )
     if arguments["order"] != "tp-cp-ep-dp-pp":
         raise ValueError(

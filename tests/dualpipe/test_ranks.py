@@ -37,7 +37,8 @@ def groups_of(rank: int, world_size: int, num_ranks: int, expert_parallel: int) 
 
     from dsv3_megatron import dualpipe
 
-    dualpipe.activate(Placement("dualpipe", num_ranks))
+    dualpipe.install()
+    dualpipe.activate("dualpipe", Placement("dualpipe", num_ranks))
     mpu.initialize_model_parallel(
         pipeline_model_parallel_size=num_ranks, expert_model_parallel_size=expert_parallel
     )
@@ -63,7 +64,8 @@ def refused(rank: int, world_size: int, **sizes: int) -> str:
 
     from dsv3_megatron import dualpipe
 
-    dualpipe.activate(Placement("dualpipe", 2))
+    dualpipe.install()
+    dualpipe.activate("dualpipe", Placement("dualpipe", 2))
     with pytest.raises(ValueError) as error:
         mpu.initialize_model_parallel(**sizes)
     return str(error.value)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the order of imports is the point here
 """Imported once by the fork server: everything that is slow to import, so that a rank starts in milliseconds."""
 
 import os
@@ -13,7 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 
-import megatron.core  # noqa: E402
+import megatron.core
 import megatron.core.parallel_state
 import megatron.training  # noqa: F401
 
