@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -86,6 +87,9 @@ class PipelineP2P:
                 f"pipeline rank {self.rank} got no {message} within {self.timeout_s:g} s; a rank of the "
                 "pipeline has failed or is slower than the time limit"
             ) from error
+        if buffer.is_cuda:
+            # NCCL's wait only ordered the streams; somebody has to notice when nothing ever comes.
+            self._sends.add(message, work, buffer)
         self._post(message.channel)
         return buffer
 
@@ -122,9 +126,10 @@ class PipelineP2P:
 
 
 class _SendReaper:
-    """Waits for sends in a thread, in the order of posting, and lets their tensors go.
+    """Waits for sends (on NCCL for awaited receives too) in a thread, in order, and lets their tensors go.
 
-    A gloo send is finished only by waiting for it, which the computing thread must not do.
+    A gloo send is finished only by waiting for it, which the computing thread must not do. On NCCL waiting would order
+    the computing stream behind the message, so there the thread asks until it is complete.
     """
 
     def __init__(self, rank: int, timeout_s: float) -> None:
@@ -150,13 +155,24 @@ class _SendReaper:
             message, work, tensor = self._pending.get()
             try:
                 if self._error is None:
-                    work.wait(timedelta(seconds=self._timeout_s))
+                    self._wait(work, tensor)
             except RuntimeError as error:
+                verb = "send" if message.channel.source == self._rank else "receive"
                 self._error = PipelineTimeout(
-                    f"pipeline rank {self._rank} could not send {message} within {self._timeout_s:g} s; a "
+                    f"pipeline rank {self._rank} could not {verb} {message} within {self._timeout_s:g} s; a "
                     "rank of the pipeline has failed or is slower than the time limit"
                 )
                 self._error.__cause__ = error
             finally:
                 del message, work, tensor
                 self._pending.task_done()
+
+    def _wait(self, work: dist.Work, tensor: torch.Tensor) -> None:
+        if not tensor.is_cuda:
+            work.wait(timedelta(seconds=self._timeout_s))
+            return
+        deadline = time.monotonic() + self._timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError("the work did not complete")
+            time.sleep(1e-4)
