@@ -24,6 +24,7 @@ __all__ = [
 PATCHES = (
     "validate_args",
     "initialize_model_parallel",
+    "build_distributed_models",
     "is_pipeline_last_stage",
     "is_pp_last_stage",
     "get_pp_last_rank",
@@ -37,6 +38,7 @@ class _Active:
     schedule: str = "1f1b"
     placement: Placement | None = None
     timeout_s: float = 600.0
+    pair_order: str = "megatron"
     function: Any = None
 
 
@@ -50,10 +52,15 @@ def install() -> None:
     install_patches(PATCHES)
 
 
-def activate(schedule: str, placement: Placement | None, timeout_s: float = 600.0) -> None:
-    """Use a schedule (a name of `arguments.SCHEDULES`) for the rest of this process."""
+def activate(
+    schedule: str,
+    placement: Placement | None,
+    timeout_s: float = 600.0,
+    pair_order: str = "megatron",
+) -> None:
+    """Use a schedule (names: `arguments.SCHEDULES`, `arguments.PAIR_ORDERS`) for the rest of this process."""
     global _active
-    _active = _Active(schedule, placement, timeout_s)
+    _active = _Active(schedule, placement, timeout_s, pair_order)
 
 
 def placement() -> Placement | None:
@@ -76,5 +83,7 @@ def forward_backward_func() -> Any:
         from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
         num_ranks = get_args().pipeline_model_parallel_size
-        _active.function = PipelineSchedule(_active.schedule, num_ranks, _active.placement, _active.timeout_s)
+        _active.function = PipelineSchedule(
+            _active.schedule, num_ranks, _active.placement, _active.timeout_s, _active.pair_order
+        )
     return _active.function

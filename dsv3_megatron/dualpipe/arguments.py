@@ -7,6 +7,7 @@ from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
 from dsv3_megatron.dualpipe.ranks import Placement
 
 SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")
+PAIR_ORDERS = ("megatron", "report")  # the keys of overlap.ORDERS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -24,6 +25,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=600.0,
         help="a pipeline message that takes longer ends the run with an error that names it",
+    )
+    group.add_argument(
+        "--pipeline-pair-order",
+        choices=PAIR_ORDERS,
+        default="megatron",
+        help="what follows what in an overlapped pair: megatron: as Megatron's schedule plans run it; report: as "
+        "DeepSeek's profile of training shows it",
     )
 
 
@@ -66,7 +74,7 @@ def place(args: Any) -> None:
     from dsv3_megatron import dualpipe
 
     placement = placement_of(args)
-    dualpipe.activate(args.pipeline_schedule, placement, args.pipeline_timeout_s)
+    dualpipe.activate(args.pipeline_schedule, placement, args.pipeline_timeout_s, args.pipeline_pair_order)
     if placement is not None:
         from dsv3_megatron.dualpipe.layout import VLayout
 

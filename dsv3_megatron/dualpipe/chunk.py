@@ -12,7 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from dsv3_megatron.dualpipe.gradients import GradientReduce
-from dsv3_megatron.pipeline.stage import Half, Pass
+from dsv3_megatron.pipeline.stage import Pass
 from dsv3_megatron.specs.linear import run_pending_weight_grads
 
 
@@ -206,26 +206,3 @@ def _keep_weight_gradients_for_later(plan: TransformerModelChunkSchedulePlan) ->
     for layer in plan._transformer_layers:
         for node in (layer.pre_dispatch_computation, layer.mlp, layer.mtp_post_process):
             node.delay_wgrad_compute = False  # read by `node.backward_dw` only: "nothing was delayed"
-
-
-def overlapped(forward: Half, backward: Half) -> None:
-    """An overlapped pair in Megatron's order, through the plans' own `run`; see `Overlap` in pipeline/stage.py."""
-    f, b = forward.stage, backward.stage
-    assert isinstance(f, ChunkStage) and isinstance(b, ChunkStage)
-    if not f.step.use_plans:
-        forward.send(f.forward(forward.which, forward.receive()))
-        backward.send(b.backward(backward.which, backward.receive()))
-        return
-    activation = forward.receive()
-    f_plan, loss_func = f.plan(forward.which, activation)
-    saved, gradient = b.start_backward(backward.which, backward.receive())
-
-    def send_backward(grad: Tensor, vp_stage: Any) -> None:
-        if saved.activation is not None:
-            backward.send(grad)
-
-    output = f_plan.run(f_plan, saved.plan, b_grad=gradient, post_backward=send_backward)
-    if saved.activation is None:
-        backward.send(None)
-    forward.send(f.planned(forward.which, activation, f_plan, loss_func, output))
-    b.finish_planned_backward(backward.which)

@@ -13,9 +13,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from dsv3_megatron.dualpipe.batches import chunk_iterators
-from dsv3_megatron.dualpipe.chunk import ChunkStage, Step, overlapped
+from dsv3_megatron.dualpipe.chunk import ChunkStage, Step
 from dsv3_megatron.dualpipe.embedding import shares_embedding
 from dsv3_megatron.dualpipe.gradients import GradientReduce
+from dsv3_megatron.dualpipe.overlap import PairRunner
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.dualpipe.reports import share
 from dsv3_megatron.pipeline import build_schedule
@@ -36,13 +37,22 @@ class PipelineSchedule:
         num_ranks: pipeline ranks of the job.
         placement: the V-shaped placement, None where Megatron's own holds (zb1p).
         timeout_s: a pipeline message that takes longer is an error.
+        pair_order: a name of `overlap.ORDERS`.
     """
 
-    def __init__(self, name: str, num_ranks: int, placement: Placement | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_ranks: int,
+        placement: Placement | None,
+        timeout_s: float,
+        pair_order: str = "megatron",
+    ) -> None:
         self.name = name
         self.num_ranks = num_ranks
         self.placement = placement
         self.timeout_s = timeout_s
+        self.pairs = PairRunner(pair_order)
         self.profile: Callable[[list[Event]], None] | None = None
         self._p2p: PipelineP2P | None = None
         self._shape: tuple[int, ...] = ()
@@ -166,7 +176,7 @@ class PipelineSchedule:
             if forward_only:
                 table = table.forward_only()
             self._runners[key] = PipelineRunner(
-                table, self.pipeline_rank, self._stages, self._p2p, overlapped
+                table, self.pipeline_rank, self._stages, self._p2p, self.pairs
             )
         return self._runners[key]
 

@@ -16,6 +16,7 @@ class ScheduledLayout(common.Layout):
     """A layout whose pipeline runs under `schedule` ("zb1p", "dualpipe" or "dualpipev") of `pp` ranks."""
 
     schedule: str = "dualpipe"
+    pair_order: str = "megatron"
 
     @property
     def placement(self) -> Placement | None:
@@ -48,7 +49,7 @@ def train_rank(
     """As `tests.parallel.common.train_rank`, through the schedule's own forward-backward function."""
     from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
-    function = PipelineSchedule(layout.schedule, layout.pp, layout.placement, timeout_s=60)
+    function = PipelineSchedule(layout.schedule, layout.pp, layout.placement, 60, layout.pair_order)
     return common.train_rank(rank, world_size, layout, problem, forward_backward=function)
 
 

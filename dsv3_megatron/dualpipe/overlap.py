@@ -1,0 +1,273 @@
+"""An overlapped pair of a forward and a backward: the nodes of two schedule plans, in the order of a table.
+
+A layer of a plan is four nodes (attention, dispatch, MLP, combine) and, in the MTP layer, a fifth at its end. While a
+communicating node of one half is under way, a computing node of the other runs. On a GPU the two are on two streams,
+as Megatron's nodes do by themselves. On CPU there is one stream: a thread stands in for the communication stream, and
+gloo's all-to-all waits there.
+"""
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from megatron.core.models.common.model_chunk_schedule_plan import (
+    TransformerLayerSchedulePlan,
+    TransformerModelChunkSchedulePlan,
+)
+from megatron.core.pipeline_parallel.utils import NoopScheduleNode
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from torch import Tensor
+
+from dsv3_megatron import cpu
+from dsv3_megatron.cpu import streams
+from dsv3_megatron.dualpipe.chunk import ChunkStage
+from dsv3_megatron.pipeline.stage import Half, one_after_the_other
+
+
+class NodeStep(NamedTuple):
+    """One entry of an order: `operation` ("forward", "backward", "backward_dw") of a layer's `node`, for one half."""
+
+    half: Literal["F", "B"]
+    node: str
+    operation: str
+
+
+_ATTENTION, _DISPATCH, _MLP, _COMBINE, _MTP = (
+    "pre_dispatch_computation",  # with the router and the shared expert
+    "moe_dispatch",
+    "mlp",
+    "moe_combine",
+    "mtp_post_process",
+)
+_COMMUNICATION = (_DISPATCH, _COMBINE)
+
+# Per layer; nodes that a layer does not have are passed over. Both begin and end with the MTP layer's last node.
+ORDERS: dict[str, tuple[NodeStep, ...]] = {
+    # As `TransformerLayerSchedulePlan.run`.
+    "megatron": (
+        NodeStep("B", _MTP, "backward"),
+        NodeStep("B", _COMBINE, "backward"),
+        NodeStep("F", _ATTENTION, "forward"),
+        NodeStep("B", _MLP, "backward"),
+        NodeStep("F", _DISPATCH, "forward"),
+        NodeStep("B", _MLP, "backward_dw"),
+        NodeStep("B", _DISPATCH, "backward"),
+        NodeStep("F", _MLP, "forward"),
+        NodeStep("F", _COMBINE, "forward"),
+        NodeStep("B", _ATTENTION, "backward"),
+        NodeStep("F", _MTP, "forward"),
+        NodeStep("B", _ATTENTION, "backward_dw"),
+    ),
+    # As DeepSeek's profile of training shows it (report §3.2.1, figure 4; the published trace).
+    "report": (
+        NodeStep("B", _MTP, "backward"),
+        NodeStep("B", _COMBINE, "backward"),
+        NodeStep("F", _ATTENTION, "forward"),
+        NodeStep("B", _MLP, "backward"),
+        NodeStep("F", _DISPATCH, "forward"),
+        NodeStep("B", _DISPATCH, "backward"),
+        NodeStep("B", _MLP, "backward_dw"),
+        NodeStep("F", _MLP, "forward"),
+        NodeStep("B", _ATTENTION, "backward"),
+        NodeStep("B", _ATTENTION, "backward_dw"),
+        NodeStep("F", _COMBINE, "forward"),
+        NodeStep("F", _MTP, "forward"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEvent:
+    """A measured node of a pair: `layer` counts within the chunk, times are `time.perf_counter()` in seconds."""
+
+    step: NodeStep
+    layer: int
+    start: float
+    end: float
+
+    @property
+    def communicates(self) -> bool:
+        return self.step.node in _COMMUNICATION
+
+
+class CommunicationThread:
+    """Runs functions one after the other in a thread of its own: what a communication stream is on a GPU."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        # Daemonic: a process that ends on an error must not wait for a collective that never will.
+        threading.Thread(target=_serve, args=(self._queue,), name="pair-communication", daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
+
+    def submit(self, function: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        self._queue.put((future, function))
+        return future
+
+
+def _serve(tasks: queue.SimpleQueue) -> None:
+    while (task := tasks.get()) is not None:
+        future, function = task
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+        del task, future, function
+
+
+class PairRunner:
+    """Runs overlapped pairs of `ChunkStage`s; an `Overlap` of the pipeline runner (pipeline/stage.py).
+
+    Args:
+        order: a name of `ORDERS`.
+
+    Attributes:
+        events: set to a list to have the nodes of all following pairs measured, in the order of their ends. On a GPU these
+            are the times of issuing. Measured pairs go through our own loop in either order.
+        thread: takes the communicating nodes; None (as on a GPU) runs them where they stand in the order.
+    """
+
+    def __init__(self, order: str = "megatron") -> None:
+        if order not in ORDERS:
+            raise ValueError(f"--pipeline-pair-order {order}: choose from {', '.join(ORDERS)}")
+        self.order = order
+        self.events: list[NodeEvent] | None = None
+        self.thread = CommunicationThread() if cpu.is_active() else None
+
+    def __call__(self, forward: Half, backward: Half) -> None:
+        """Run the pair; results are sent as soon as they are there."""
+        f, b = forward.stage, backward.stage
+        assert isinstance(f, ChunkStage) and isinstance(b, ChunkStage)
+        if not f.step.use_plans:
+            one_after_the_other(forward, backward)
+            return
+        activation = forward.receive()
+        plan, loss_func = f.plan(forward.which, activation)
+        saved, gradient = b.start_backward(backward.which, backward.receive())
+        assert saved.plan is not None
+
+        def send_backward(gradient: Tensor, vp_stage: Any = None) -> None:
+            backward.send(None if saved.activation is None else gradient)
+
+        thread = None if streams.recorder is not None else self.thread  # a record of streams sees one thread
+        if self.order == "megatron" and thread is None and self.events is None:
+            output = plan.run(plan, saved.plan, b_grad=gradient, post_backward=send_backward)
+        else:
+            output = run_pair(
+                ORDERS[self.order], plan, saved.plan, gradient, send_backward, thread, self.events
+            )
+        forward.send(f.planned(forward.which, activation, plan, loss_func, output))
+        b.finish_planned_backward(backward.which)
+
+
+def run_pair(
+    order: Sequence[NodeStep],
+    forward: TransformerModelChunkSchedulePlan,
+    backward: TransformerModelChunkSchedulePlan,
+    gradient: Tensor,
+    send_backward: Callable[[Tensor], None],
+    thread: CommunicationThread | None = None,
+    events: list[NodeEvent] | None = None,
+) -> Tensor:
+    """The forward of one plan beside the backward of another; what `TransformerModelChunkSchedulePlan.run` does.
+
+    The n-th layer forward runs with the n-th last layer backward; where one chunk has more layers, its rest runs alone.
+
+    Args:
+        order: what happens in each layer.
+        forward: not yet run.
+        backward: its forward has run.
+        gradient: of `backward`'s output.
+        send_backward: called with the gradient of `backward`'s input, when it is there and weight gradients are not.
+        thread: takes the communicating nodes.
+        events: measured nodes are appended.
+
+    Returns:
+        The output of `forward`.
+    """
+    forward.record_current_stream()
+    values: dict[str, Any] = {"F": forward.pre_process.forward()}  # what a half has come to, perhaps a Future
+    backward.record_current_stream()
+    values["B"] = gradient if backward.post_process is None else backward.post_process.backward(gradient)
+    num_forward, num_backward = forward.num_layers(), backward.num_layers()
+    for i in range(max(num_forward, num_backward)):
+        layers: dict[str, TransformerLayerSchedulePlan] = {}
+        if i < num_forward:
+            layers["F"] = forward.get_layer(i)
+        if i < num_backward:
+            layers["B"] = backward.pop_layer()
+        for step in order:
+            if step.half not in layers:
+                continue
+            layer = layers[step.half]
+            node = getattr(layer, step.node)
+            if isinstance(node, NoopScheduleNode):
+                continue
+            number = i if step.half == "F" else num_backward - 1 - i
+            if step.operation == "backward_dw":
+                _measured(node.backward_dw, step, number, events)
+                continue
+            call = _call(layer, node, step, values[step.half], number, events)
+            if thread is not None and step.node in _COMMUNICATION:
+                values[step.half] = thread.submit(call)
+                if _uses_random_state(layer):
+                    values[step.half].result()
+            else:
+                values[step.half] = call()
+            if step == ("B", _ATTENTION, "backward") and i == num_backward - 1:
+                backward.wait_current_stream()
+                send_backward(values["B"])
+        if "B" in layers:
+            layers["B"].release_state()
+    if num_backward == 0:
+        send_backward(values["B"])
+    output = _result(values["F"])
+    if forward.post_process is not None:
+        output = forward.post_process.forward(output)
+    backward.pre_process.backward(_result(values["B"]))
+    forward.wait_current_stream()
+    backward.wait_current_stream()
+    backward.release_state()
+    return output
+
+
+def _call(
+    layer: TransformerLayerSchedulePlan,
+    node: Any,
+    step: NodeStep,
+    value: Any,
+    number: int,
+    events: list[NodeEvent] | None,
+) -> Callable[[], Any]:
+    def call() -> Any:
+        arrived = _result(value)
+        if step.operation == "backward":
+            return _measured(lambda: node.backward(arrived), step, number, events)
+        with layer.get_low_precision_context():
+            return _measured(lambda: node.forward(arrived), step, number, events)
+
+    return call
+
+
+def _measured(function: Callable[[], Any], step: NodeStep, layer: int, events: list[NodeEvent] | None) -> Any:
+    if events is None:
+        return function()
+    start = time.perf_counter()
+    result = function()
+    events.append(NodeEvent(step, layer, start, time.perf_counter()))
+    return result
+
+
+def _result(value: Any) -> Any:
+    return value.result() if isinstance(value, Future) else value
+
+
+def _uses_random_state(layer: TransformerLayerSchedulePlan) -> bool:
+    """Whether communicating nodes use Megatron's random state, which only one thread may do at a time."""
+    forks = isinstance(layer.layer, MultiTokenPredictionLayer) and layer.config.sequence_parallel
+    return forks or layer.config.hidden_dropout > 0
