@@ -1,4 +1,4 @@
-"""AdamW with bf16 moments and fp32 master weights (report §3.3.2, §4.2), for machines without a fused kernel.
+"""AdamW with bf16 moments and fp32 master weights (report §3.3.3, §4.2), for machines without a fused kernel.
 
 The class has the interface that Megatron's distributed optimizer expects of Transformer Engine's
 `FusedAdam`: the same constructor, state keys (`exp_avg`, `exp_avg_sq`, `master_param`), `step` kept per

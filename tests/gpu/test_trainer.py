@@ -14,11 +14,11 @@ pytestmark = pytest.mark.gpu
 ITERATIONS = 20
 WORDS = (
     "--spec dsv3 --num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 "
-    "--q-lora-rank 128 --kv-lora-rank 128 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128 --num-experts 8 "
-    "--moe-layer-freq [0]*1+[1]*3 --moe-ffn-hidden-size 128 --moe-router-topk 4 --moe-router-num-groups 4 "
-    "--moe-router-group-topk 2 --vocab-size 1024 --seq-length 256 --init-method-std 0.02 --mock-data "
-    f"--micro-batch-size 1 --global-batch-size 16 --train-iters {ITERATIONS} --eval-iters 0 --lr 1e-3 "
-    "--log-interval 1 --bf16 --use-distributed-optimizer"
+    "--q-lora-rank 128 --kv-lora-rank 128 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128 "
+    "--num-experts 8 --moe-layer-freq [0]*1+[1]*3 --moe-ffn-hidden-size 128 --moe-router-topk 4 "
+    "--moe-router-num-groups 4 --moe-router-group-topk 2 --vocab-size 1024 --seq-length 256 --mock-data "
+    f"--init-method-std 0.02 --micro-batch-size 1 --global-batch-size 16 --train-iters {ITERATIONS} "
+    "--eval-iters 0 --lr 1e-3 --log-interval 1 --bf16 --use-distributed-optimizer"
 ).split()
 LAYOUTS = {
     1: [],

@@ -1,0 +1,49 @@
+"""bf16 moments by Megatron's own arguments, through the trainer, saved and resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.arguments.lines import MICRO
+from tests.harness import run_distributed
+
+OPTIONS = (
+    "--spec dsv3 --device cpu --bf16 --use-distributed-optimizer --expert-model-parallel-size 2 "
+    "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 "
+    "--main-params-dtype fp32 --main-grads-dtype fp32 --log-interval 2 --lr-decay-iters 10"
+)
+WORDS = [*MICRO, *OPTIONS.split()]
+
+
+def train(rank: int, world_size: int, words: list[str]) -> tuple[float, set[torch.dtype]]:
+    """Mean loss of the last two steps, and the types of the optimizer's states."""
+    from dsv3_megatron import metrics
+    from dsv3_megatron.optimizer import AdamW
+    from dsv3_megatron.train import main
+
+    types: set[Any] = set()
+    original = AdamW.step
+
+    def step(self: AdamW) -> None:
+        original(self)
+        types.update((name, tensor.dtype) for state in self.state.values() for name, tensor in state.items())
+
+    AdamW.step = step  # type: ignore[method-assign, assignment]
+    main([*WORDS, *words])
+    return metrics.latest()["lm_loss"], types
+
+
+def test_training_saving_and_resuming(tmp_path: Path) -> None:
+    save = ["--save", str(tmp_path), "--save-interval", "2", "--dist-ckpt-optim-fully-reshardable"]
+    whole = run_distributed(train, world_size=2, init=False, words=["--train-iters", "4", *save])
+    for later in tmp_path.glob("iter_0000004/*"):
+        later.unlink()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    again = run_distributed(
+        train, world_size=2, init=False, words=["--train-iters", "4", "--load", str(tmp_path)]
+    )
+    moments = {("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16), ("master_param", torch.float32)}
+    for (loss, types), (resumed_loss, resumed_types) in zip(whole, again, strict=True):
+        assert types == resumed_types == moments
+        assert loss == resumed_loss
