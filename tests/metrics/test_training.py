@@ -129,7 +129,7 @@ def test_one_process_without_parallelism_has_the_same_figures(run):
         assert alone[name] == latest[name]
 
 
-def drop_by_capacity(rank: int, world_size: int, capacity: float | None) -> tuple[int, int]:
+def drop_by_capacity(rank: int, world_size: int, capacity: float | None) -> tuple[int | None, int]:
     """Pairs dropped as reported, and as counted from the routing map of Megatron's own router."""
     import dataclasses
 
