@@ -30,6 +30,8 @@ PATCHES = (
     "get_pp_last_rank",
     "reports_loss",
     "get_forward_backward_func",
+    "get_rng_state",
+    "fully_reshardable_offsets",
 )
 
 

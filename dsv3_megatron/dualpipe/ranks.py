@@ -63,6 +63,10 @@ class Placement:
             return v * columns + column
         return (self.num_ranks - 1 - v) * columns + column - columns
 
+    def pipeline_rank(self, global_rank: int, world_size: int) -> int:
+        """Pipeline rank of a rank of the job."""
+        return global_rank // (world_size // self.num_ranks)
+
     def pipeline_ranks(self, global_rank: int, world_size: int) -> list[int]:
         """Global ranks of the pipeline that `global_rank` belongs to, in the order of pipeline ranks."""
         columns = world_size // self.num_ranks

@@ -162,7 +162,7 @@ class PipelineSchedule:
     def pipeline_rank(self) -> int:
         if self.placement is None:
             return parallel_state.get_pipeline_model_parallel_rank()
-        return dist.get_rank() // (dist.get_world_size() // self.num_ranks)
+        return self.placement.pipeline_rank(dist.get_rank(), dist.get_world_size())
 
     def _pipeline_ranks(self) -> list[int]:
         if self.placement is None:
