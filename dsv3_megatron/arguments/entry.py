@@ -4,9 +4,9 @@ So `pretrain_gpt.py --spec dsv3` runs with the same arguments as `dsv3_megatron.
 """
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
-from dsv3_megatron.arguments.errors import exits_cleanly
+from dsv3_megatron.arguments.errors import RefusedArgument, exits_cleanly
 
 
 @exits_cleanly
@@ -23,3 +23,19 @@ def complete_command_line(parser: ArgumentParser) -> None:
     if "--spec=dsv3" in words or any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
         # Megatron itself refuses words that nobody knows.
         sys.argv[1:] = complete(words, parser, known_only=True)
+        _use_schedule(parser.parse_known_args()[0])
+
+
+def _use_schedule(args: Namespace) -> None:
+    """Make `--pipeline-schedule` work in Megatron's own entry point."""
+    if args.pipeline_schedule == "1f1b":
+        return
+    if args.expert_model_parallel_size > 1 and not args.bf16:
+        raise RefusedArgument(
+            f"--pipeline-schedule {args.pipeline_schedule} with --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size}: pretrain_gpt.py gives schedule plans in half precision only. "
+            "Use --bf16, or python -m dsv3_megatron.train."
+        )
+    from dsv3_megatron import dualpipe
+
+    dualpipe.install()

@@ -1,5 +1,6 @@
 """A Megatron model chunk as a stage of the pipeline runner."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from megatron.core.models.common.model_chunk_schedule_plan import TransformerMod
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
 from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import global_vars
 from torch import Tensor
 
 from dsv3_megatron.dualpipe.gradients import GradientReduce
@@ -125,7 +127,8 @@ class ChunkStage:
         schedules.set_current_microbatch(self.model, which.microbatch)
         get_attr_wrapped_model(self.model, "set_input_tensor")([activation])
         inner = get_attr_wrapped_model(self.model, "build_schedule_plan", return_model_obj=True)
-        return self.step.forward_step_func(self._data, inner, return_schedule_plan=True)
+        with _plans_allowed():
+            return self.step.forward_step_func(self._data, inner, return_schedule_plan=True)
 
     def planned(
         self,
@@ -199,6 +202,20 @@ class ChunkStage:
     def _finish_gradients(self, which: Pass) -> None:
         if which.last:
             self.step.reduce.complete(self.stage)
+
+
+@contextlib.contextmanager
+def _plans_allowed() -> Iterator[None]:
+    """The forward step of Megatron's `pretrain_gpt.py` gives a plan only where its own overlap is switched on."""
+    args = global_vars._GLOBAL_ARGS
+    if args is None or not args.bf16:
+        yield  # a forward step of ours, or a test's: it gives plans without asking
+        return
+    args.overlap_moe_expert_parallel_comm = True
+    try:
+        yield
+    finally:
+        args.overlap_moe_expert_parallel_comm = False
 
 
 def _keep_weight_gradients_for_later(plan: TransformerModelChunkSchedulePlan) -> None:

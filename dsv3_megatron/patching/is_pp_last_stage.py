@@ -25,6 +25,7 @@ PATCH = Patch(
     why="DualPipe, DualPipeV: the last stage is on pipeline rank 0, beside the first",
     install=_install,
     also=(
+        "megatron.training.models.gpt:is_pp_last_stage",
         "megatron.core.models.common.language_module.language_module:is_pp_last_stage",
         "megatron.core.distributed.finalize_model_grads:is_pp_last_stage",
     ),

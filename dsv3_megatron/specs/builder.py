@@ -8,7 +8,6 @@ from megatron.core.pipeline_parallel import utils as pipeline  # is_pp_last_stag
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from dsv3_megatron import dualpipe
 from dsv3_megatron.specs.block import dsv3
 from dsv3_megatron.specs.init import initialize
 
@@ -33,7 +32,8 @@ class DSV3ModelBuilder(GPTModelBuilder):
     """Builds GPTModel chunks from `dsv3` and fills them by global name.
 
     Decoder and MTP both come from our specs (through the patch `mtp_block_spec`, which importing them
-    installs).
+    installs). Under `--pipeline-schedule` the chunks of a rank are those of its V (patch
+    `build_distributed_models`).
     """
 
     def is_first_stage(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> bool:
@@ -77,18 +77,3 @@ class DSV3ModelBuilder(GPTModelBuilder):
         if perform_initialization:
             initialize(model, self._model_config.seed)
         return model
-
-    def build_distributed_models(
-        self, pg_collection: ProcessGroupCollection, ddp_config: Any = None, **options: Any
-    ) -> list[GPTModel]:
-        """Build and wrap all chunks of this rank; arguments as Megatron's, two chunks under a V-shaped placement."""
-        if dualpipe.delays_weight_gradients():
-            # Megatron allows the flag with its own overlapped schedule only; the modules ask the configuration.
-            self._model_config.transformer.delay_wgrad_compute = True
-            if ddp_config is not None:
-                ddp_config.delay_wgrad_compute = True
-        if dualpipe.placement() is None:
-            return super().build_distributed_models(pg_collection, ddp_config, **options)
-        from dsv3_megatron.dualpipe.build import build_chunks
-
-        return build_chunks(self, pg_collection, ddp_config=ddp_config, **options)

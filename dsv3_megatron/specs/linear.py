@@ -7,7 +7,7 @@ Megatron's local ones do not.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -241,17 +241,21 @@ class DuplicatedLinear(DelayedWeightGrad, torch.nn.Module):
         return f"in_features={self.weight.size(1)}, out_features={self.weight.size(0)}"
 
 
-def _delayed_layers(module: torch.nn.Module) -> Iterator[DelayedWeightGrad]:
-    return (layer for layer in module.modules() if isinstance(layer, DelayedWeightGrad))
+def _num_pending(layer: torch.nn.Module) -> int:
+    """Weight gradients queued in one layer of either backend."""
+    if isinstance(layer, DelayedWeightGrad):
+        return len(layer._pending)
+    store = getattr(layer, "wgrad_store", None)  # Transformer Engine's modules
+    return store.context.qsize() if store is not None and store.delay_wgrad_compute() else 0
 
 
 def num_pending_weight_grads(module: torch.nn.Module) -> int:
     """Weight gradients still queued anywhere in `module`; must be 0 at the end of a step."""
-    return sum(len(layer._pending) for layer in _delayed_layers(module))
+    return sum(_num_pending(layer) for layer in module.modules())
 
 
 def run_pending_weight_grads(module: torch.nn.Module) -> None:
     """`backward_dw()` once on every layer in `module` that has something queued: the W of one microbatch."""
-    for layer in _delayed_layers(module):
-        if layer._pending:
-            layer.backward_dw()
+    for layer in module.modules():
+        if _num_pending(layer):
+            layer.backward_dw()  # type: ignore[operator]

@@ -129,6 +129,20 @@ def test_c_patched_pretrain_gpt(trainer_losses, script, patched_megatron):
     assert losses(output)[3] == pytest.approx(trainer_losses, rel=2e-6)
 
 
+def test_c_under_dualpipe(trainer_losses, script, patched_megatron):
+    """Megatron's own entry point, builder and forward step under our schedule."""
+    words = [*LAYOUT, "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "1"]
+    words += ["--pipeline-schedule", "dualpipe"]
+    output = launch(script, ["--spec", "dsv3", *CPU_FLAGS, *MICRO, *words], megatron=patched_megatron)
+    assert losses(output)[3] == pytest.approx(trainer_losses, rel=1e-5)
+
+
+def test_c_schedule_plans_need_half_precision(script, patched_megatron):
+    words = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--pipeline-schedule", "zb1p"]
+    output = launch(script, ["--spec", "dsv3", *CPU_FLAGS, *MICRO, *words], megatron=patched_megatron, num_ranks=4)
+    assert "error: --pipeline-schedule zb1p with --expert-model-parallel-size 2" in output
+
+
 def test_c_contradiction_is_refused_cleanly(script, patched_megatron):
     words = ["--spec", "dsv3", *CPU_FLAGS, *MICRO, "--normalization", "LayerNorm"]
     output = launch(script, words, megatron=patched_megatron, num_ranks=1)
