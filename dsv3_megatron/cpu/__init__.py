@@ -9,6 +9,11 @@ every replacement with its reason.
 
 import os
 import sys
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv3_megatron.cpu.record import Recorder
 
 # Megatron turns fused kernels on by default; none of them exists on CPU.
 CPU_FLAGS: tuple[str, ...] = (
@@ -69,8 +74,15 @@ def is_active() -> bool:
     return _active
 
 
+def record_streams() -> "AbstractContextManager[Recorder]":
+    """See `record.record_streams`."""
+    from dsv3_megatron.cpu import record
+
+    return record.record_streams()
+
+
 def reset() -> None:
-    """Forget what the stand-ins keep between runs: current streams and the generator's state."""
+    """Forget what the stand-ins keep between runs: the current stream."""
     if _active:
         from dsv3_megatron.cpu import streams
 

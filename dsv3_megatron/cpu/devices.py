@@ -37,7 +37,7 @@ def redirect_keyword(function: Callable) -> Callable:
 
 
 def redirect_first(function: Callable) -> Callable:
-    """Wrap a method whose device may also be its first positional argument (`Tensor.to`, `Module.to`)."""
+    """Wrap a method whose device may be its first positional argument (`Tensor.to`, `Module.to`)."""
 
     @functools.wraps(function)
     def redirected(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,17 +129,13 @@ def manual_seed(_original: Any) -> Callable:
     return seed_cpu
 
 
-def refused(what: str) -> Callable[[Any], type]:
-    """A stand-in class for what has no meaning on CPU: constructing it is an error."""
+def refused(original: type) -> type:
+    """A class of the same name that cannot be constructed."""
 
-    class Refused:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            raise_refused(what)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.cuda.{original.__name__} does not exist on CPU; it was asked for while dsv3_megatron.cpu is "
+            "active."
+        )
 
-    return lambda _original: Refused
-
-
-def raise_refused(what: str) -> NoReturn:
-    raise NotImplementedError(
-        f"{what} does not exist on CPU; it was asked for while dsv3_megatron.cpu is active."
-    )
+    return type(original.__name__, (), {"__init__": refuse})

@@ -49,7 +49,7 @@ def torch_norm(original: type) -> type:
     return WrappedTorchNorm
 
 
-def distributed_optimizer(original: type) -> type:
+def distributed_optimizer(original: Any) -> Any:
     """With torch.optim.AdamW in place of a fused Adam, `step` is part of each parameter's state."""
     state_dict, load_state_dict = original.state_dict, original.load_state_dict
     set_states = original._set_main_param_and_optimizer_states
@@ -79,7 +79,7 @@ def distributed_optimizer(original: type) -> type:
         # The step was loaded with the parameter groups; here it is missing or that of the new optimizer.
         set_states(self, model_param, {**tensors, "step": None})
 
-    original.state_dict = state_dict_before_first_step  # type: ignore[attr-defined]
-    original.load_state_dict = load_state_dict_with_own_steps  # type: ignore[attr-defined]
-    original._set_main_param_and_optimizer_states = set_states_except_step  # type: ignore[attr-defined]
+    original.state_dict = state_dict_before_first_step
+    original.load_state_dict = load_state_dict_with_own_steps
+    original._set_main_param_and_optimizer_states = set_states_except_step
     return original

@@ -41,9 +41,9 @@ Clock = dict[Any, int]
 IN_PLACE = ("allreduce", "allreduce_coalesced", "broadcast", "reduce")
 OUTPUT_INPUT = (
     "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
-    "allgather_into_tensor_coalesced", "all_gather_single_coalesced", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced", "alltoall", "alltoall_base",
-    "all_to_all_single", "gather", "gather_single", "scatter",
+    "allgather_into_tensor_coalesced", "all_gather_single_coalesced", "reduce_scatter", "_reduce_scatter_base",
+    "reduce_scatter_single", "reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced", "alltoall",
+    "alltoall_base", "all_to_all_single", "gather", "gather_single", "scatter",
 )  # fmt: skip
 SEND, RECEIVE = ("send",), ("recv", "recv_anysource")
 
@@ -55,11 +55,11 @@ HOST_WAITS = (
     "aten::equal",
     "aten::_unique2",
 )
-NO_KERNEL = (
+EMPTY = (
     "aten::empty",
-    "aten::new_empty",
-    "aten::empty_strided",
     "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
     "aten::new_empty_strided",
 )
 
@@ -194,9 +194,9 @@ class Recorder:
             if isinstance(tensor, torch.Tensor):
                 if tensor.untyped_storage()._cdata in inputs:
                     aliases = True
-                elif schema.name not in NO_KERNEL:
+                elif schema.name not in EMPTY:
                     writes.append(tensor)
-        if (aliases and not writes) or schema.name in NO_KERNEL:
+        if (aliases and not writes) or schema.name in EMPTY:
             return  # a view, or memory without content
         stream = self.current_stream()
         self.access(stream, schema.name, reads, writes)
@@ -367,7 +367,7 @@ def record_streams() -> Iterator[Recorder]:
         return result
 
     with (
-        mock.patch.multiple(group, **replaced),
+        mock.patch.multiple(group, **replaced),  # type: ignore[call-overload]
         mock.patch.object(work, "wait", recorded_wait),
         mock.patch.object(Variable, "_execution_engine", _Engine(engine, recorder)),
         mock.patch.object(streams, "recorder", recorder),

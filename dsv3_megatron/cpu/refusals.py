@@ -41,97 +41,60 @@ def differs(*allowed: Any) -> Callable[[Any], bool]:
 
 
 FUSED = "a fused CUDA kernel"
-TE = "Transformer Engine kernels"
+TE = "Transformer Engine"
+GRAPHS = "CUDA graphs"
+NCCL = "NCCL"
+OFFLOAD = "a memory besides the device's"
+OMIT = "leave it out"
 
+# fmt: off
 REFUSALS: tuple[Refusal, ...] = (
     # On by default; CPU_FLAGS turns them off.
     Refusal("transformer_impl", differs("local"), "--transformer-impl", TE, "--transformer-impl local"),
-    Refusal("apply_rope_fusion", is_true, "--apply-rope-fusion (default)", FUSED, "--no-rope-fusion"),
-    Refusal(
-        "no_persist_layer_norm", is_false, "persistent layer norm (default)", FUSED, "--no-persist-layer-norm"
-    ),
-    Refusal(
-        "masked_softmax_fusion",
-        is_true,
-        "--masked-softmax-fusion (default)",
-        FUSED,
-        "--no-masked-softmax-fusion",
-    ),
-    Refusal(
-        "gradient_accumulation_fusion",
-        is_true,
-        "--gradient-accumulation-fusion (default)",
-        FUSED,
-        "--no-gradient-accumulation-fusion",
-    ),
+    Refusal("apply_rope_fusion", is_true, "RoPE fusion (on by default)", FUSED, "--no-rope-fusion"),
+    Refusal("no_persist_layer_norm", is_false, "persistent layer norm (on by default)", FUSED,
+            "--no-persist-layer-norm"),
+    Refusal("masked_softmax_fusion", is_true, "masked softmax fusion (on by default)", FUSED,
+            "--no-masked-softmax-fusion"),
+    Refusal("gradient_accumulation_fusion", is_true, "gradient accumulation fusion (on by default)", FUSED,
+            "--no-gradient-accumulation-fusion"),
     # Kernels
     Refusal("fp8", is_true, "--fp8-format", TE, "leave it out (bf16 or fp32)"),
     Refusal("fp4", is_true, "--fp4-format", TE, "leave it out (bf16 or fp32)"),
     Refusal("moe_grouped_gemm", is_true, "--moe-grouped-gemm", TE, "leave it out (one GEMM per expert)"),
-    Refusal("moe_permute_fusion", is_true, "--moe-permute-fusion", TE, "leave it out"),
-    Refusal("moe_router_fusion", is_true, "--moe-router-fusion", TE, "leave it out"),
-    Refusal("fused_residual_rmsnorm", is_true, "--fused-residual-rmsnorm", TE, "leave it out"),
-    Refusal("use_flash_attn", is_true, "--use-flash-attn", "FlashAttention", "leave it out"),
-    Refusal("batch_invariant_mode", is_true, "--batch-invariant-mode", "Triton kernels", "leave it out"),
-    Refusal("te_rng_tracker", is_true, "--te-rng-tracker", TE, "leave it out"),
-    Refusal(
-        "tp_comm_overlap", is_true, "--tp-comm-overlap", "Transformer Engine user buffers", "leave it out"
-    ),
+    Refusal("moe_permute_fusion", is_true, "--moe-permute-fusion", TE, OMIT),
+    Refusal("moe_router_fusion", is_true, "--moe-router-fusion", TE, OMIT),
+    Refusal("fused_residual_rmsnorm", is_true, "--fused-residual-rmsnorm", TE, OMIT),
+    Refusal("te_rng_tracker", is_true, "--te-rng-tracker", TE, OMIT),
+    Refusal("tp_comm_overlap", is_true, "--tp-comm-overlap", TE, OMIT),
+    Refusal("use_flash_attn", is_true, "--use-flash-attn", "FlashAttention", OMIT),
+    Refusal("batch_invariant_mode", is_true, "--batch-invariant-mode", "Triton kernels", OMIT),
     # CUDA graphs
-    Refusal(
-        "cuda_graph_impl", differs("none", None), "--cuda-graph-impl", "CUDA graphs", "--cuda-graph-impl none"
-    ),
-    Refusal("enable_cuda_graph", is_true, "--enable-cuda-graph", "CUDA graphs", "leave it out"),
-    Refusal("external_cuda_graph", is_true, "--external-cuda-graph", "CUDA graphs", "leave it out"),
-    Refusal("optimizer_cuda_graph", is_true, "--optimizer-cuda-graph", "CUDA graphs", "leave it out"),
+    Refusal("cuda_graph_impl", differs("none"), "--cuda-graph-impl", GRAPHS, "--cuda-graph-impl none"),
+    Refusal("enable_cuda_graph", is_true, "--enable-cuda-graph", GRAPHS, OMIT),
+    Refusal("external_cuda_graph", is_true, "--external-cuda-graph", GRAPHS, OMIT),
+    Refusal("optimizer_cuda_graph", is_true, "--optimizer-cuda-graph", GRAPHS, OMIT),
     # Communication
-    Refusal(
-        "moe_token_dispatcher_type",
-        equals("flex"),
-        "--moe-token-dispatcher-type flex",
-        "DeepEP or HybridEP (NVLink, RDMA)",
-        "--moe-token-dispatcher-type alltoall",
-    ),
-    Refusal("moe_enable_deepep", is_true, "--moe-enable-deepep", "DeepEP", "leave it out"),
-    Refusal("nccl_ub", is_true, "--use-nccl-ub", "NCCL user buffers", "leave it out"),
-    Refusal("use_sharp", is_true, "--use-sharp", "NCCL SHARP", "leave it out"),
-    Refusal(
-        "nccl_communicator_config_path",
-        is_true,
-        "--nccl-communicator-config-path",
-        "NCCL options",
-        "leave it out",
-    ),
-    Refusal(
-        "high_priority_stream_groups",
-        is_true,
-        "--high-priority-stream-groups",
-        "NCCL options",
-        "leave it out",
-    ),
+    Refusal("moe_token_dispatcher_type", equals("flex"), "--moe-token-dispatcher-type", "DeepEP or HybridEP",
+            "--moe-token-dispatcher-type alltoall"),
+    Refusal("moe_enable_deepep", is_true, "--moe-enable-deepep", "DeepEP", OMIT),
+    Refusal("nccl_ub", is_true, "--use-nccl-ub", NCCL, OMIT),
+    Refusal("use_sharp", is_true, "--use-sharp", NCCL, OMIT),
+    Refusal("nccl_communicator_config_path", is_true, "--nccl-communicator-config-path", NCCL, OMIT),
+    Refusal("high_priority_stream_groups", is_true, "--high-priority-stream-groups", NCCL, OMIT),
     # Memory
-    Refusal(
-        "use_megatron_fsdp", is_true, "--use-megatron-fsdp", "CUDA memory", "--use-distributed-optimizer"
-    ),
-    Refusal("use_torch_fsdp2", is_true, "--use-torch-fsdp2", "CUDA memory", "--use-distributed-optimizer"),
-    Refusal("optimizer_cpu_offload", is_true, "--optimizer-cpu-offload", "two memories", "leave it out"),
-    Refusal(
-        "cpu_offloading_num_layers", is_true, "--cpu-offloading-num-layers", "two memories", "leave it out"
-    ),
-    Refusal(
-        "fine_grained_activation_offloading",
-        is_true,
-        "--fine-grained-activation-offloading",
-        "two memories",
-        "leave it out",
-    ),
+    Refusal("use_megatron_fsdp", is_true, "--use-megatron-fsdp", "the CUDA allocator",
+            "--use-distributed-optimizer"),
+    Refusal("use_torch_fsdp2", is_true, "--use-torch-fsdp2", "the CUDA allocator", "--use-distributed-optimizer"),
+    Refusal("optimizer_cpu_offload", is_true, "--optimizer-cpu-offload", OFFLOAD, OMIT),
+    Refusal("cpu_offloading_num_layers", is_true, "--cpu-offloading-num-layers", OFFLOAD, OMIT),
+    Refusal("fine_grained_activation_offloading", is_true, "--fine-grained-activation-offloading", OFFLOAD, OMIT),
     # Tools
-    Refusal("profile", is_true, "--profile", "the CUDA profiler", "leave it out"),
-    Refusal(
-        "record_memory_history", is_true, "--record-memory-history", "the CUDA allocator", "leave it out"
-    ),
-    Refusal("log_energy", is_true, "--log-energy", "NVML", "leave it out"),
+    Refusal("profile", is_true, "--profile", "the CUDA profiler", OMIT),
+    Refusal("record_memory_history", is_true, "--record-memory-history", "the CUDA allocator", OMIT),
+    Refusal("log_energy", is_true, "--log-energy", "NVML", OMIT),
 )
+# fmt: on
 
 
 def check(args: Namespace, allow_te: bool = False) -> None:

@@ -42,171 +42,90 @@ def _is(value: Any) -> Callable[[Any], Any]:
 # Functions such as torch.empty and torch.tensor, as torch itself lists them. torch caches the list, with the
 # original functions, on this first call: `with torch.device("meta")` keeps recognising them.
 FACTORIES = tuple(sorted(f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f))
+NEW = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 
+CPU = "a CUDA device means the CPU"
+NOTHING_TO_DO = "there is one memory and no device to set, start or free"
+LOGGED = "logged; no device memory is used"
+ONE_GENERATOR = "the CPU generator serves as the CUDA one"
+STREAMS = "work runs at once, in issue order; events keep wall time; see streams.py and record.py"
+
+# fmt: off
 TABLE: tuple[Replacement, ...] = (
-    Replacement("torch", FACTORIES + LIKE, devices.redirect_keyword, "`device='cuda'` means the CPU"),
-    Replacement(
-        "torch.utils._device.DeviceContext",
-        ("__init__",),
-        devices.redirect_first,
-        "`with torch.device('cuda')` means the CPU",
-    ),
-    Replacement("torch", ("Generator",), devices.redirect_generator, "`device='cuda'` means the CPU"),
-    Replacement(
-        "torch.Tensor",
-        ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"),
-        devices.redirect_keyword,
-        "`device='cuda'` means the CPU",
-    ),
-    Replacement("torch.Tensor", ("to",), devices.redirect_first, "`.to('cuda')` means the CPU"),
-    Replacement("torch.nn.Module", ("to",), devices.redirect_first, "`.to('cuda')` means the CPU"),
-    Replacement(
-        "torch.Tensor", ("cuda", "pin_memory"), devices.returns_self, "there is one memory; nothing to move"
-    ),
-    Replacement("torch.nn.Module", ("cuda",), devices.returns_self, "there is one memory; nothing to move"),
-    Replacement(
-        "torch.Tensor",
-        ("record_stream",),
-        devices.returns(None),
-        "memory is not reused behind a stream's back",
-    ),
-    Replacement(
-        "torch.Tensor",
-        ("type",),
-        devices.cuda_type_name,
-        "optimizers compare it with 'torch.cuda.FloatTensor'",
-    ),
-    Replacement(
-        "torch.cuda", ("is_available", "is_initialized"), devices.returns(True), "Megatron asserts it"
-    ),
-    Replacement(
-        "torch.accelerator",
-        ("is_available",),
-        devices.returns(False),
-        "torch's own loaders and optimizers ask here: no pinning threads, no graph-capture checks",
-    ),
-    Replacement(
-        "torch.cuda",
-        ("device_count",),
-        devices.device_count,
-        "with 0, Megatron skips groups and seeds silently",
-    ),
-    Replacement(
-        "torch.cuda", ("current_device",), devices.returns(0), "redirected to the CPU where it is used"
-    ),
-    Replacement(
-        "torch.cuda",
-        ("set_device", "_lazy_init", "init", "empty_cache", "ipc_collect", "reset_peak_memory_stats"),
-        devices.returns(None),
-        "there is no device to set, start or free",
-    ),
-    Replacement("torch.cuda", ("_lazy_call",), devices.run_now, "there is no device to wait for"),
-    Replacement("torch.cuda", ("device",), devices.device_context, "there is no device to set"),
-    Replacement(
-        "torch.cuda", ("get_device_properties",), devices.device_properties, "asked by argument validation"
-    ),
-    Replacement(
-        "torch.cuda", ("get_device_capability",), devices.returns((9, 0)), "asked by argument validation"
-    ),
+    # Devices
+    Replacement("torch", FACTORIES + LIKE, devices.redirect_keyword, CPU),
+    Replacement("torch", ("Generator",), devices.redirect_generator, CPU),
+    Replacement("torch.Tensor", NEW, devices.redirect_keyword, CPU),
+    Replacement("torch.Tensor", ("to",), devices.redirect_first, CPU),
+    Replacement("torch.nn.Module", ("to",), devices.redirect_first, CPU),
+    Replacement("torch.utils._device.DeviceContext", ("__init__",), devices.redirect_first, CPU),
+    Replacement("torch.Tensor", ("cuda", "pin_memory"), devices.returns_self, NOTHING_TO_DO),
+    Replacement("torch.nn.Module", ("cuda",), devices.returns_self, NOTHING_TO_DO),
+    Replacement("torch.Tensor", ("record_stream",), devices.returns(None),
+                "memory is not reused behind a stream's back"),
+    Replacement("torch.Tensor", ("type",), devices.cuda_type_name,
+                "optimizers compare it with 'torch.cuda.FloatTensor'"),
+    Replacement("torch.cuda", ("is_available", "is_initialized"), devices.returns(True), "Megatron asserts it"),
+    Replacement("torch.accelerator", ("is_available",), devices.returns(False),
+                "torch asks here: no pinning threads in data loaders, no graph-capture checks in optimizers"),
+    Replacement("torch.cuda", ("device_count",), devices.device_count,
+                "with 0, Megatron skips groups and seeds silently"),
+    Replacement("torch.cuda", ("current_device",), devices.returns(0), CPU),
+    Replacement("torch.cuda", ("set_device", "_lazy_init", "init", "empty_cache", "ipc_collect",
+                "reset_peak_memory_stats"), devices.returns(None), NOTHING_TO_DO),
+    Replacement("torch.cuda", ("_lazy_call",), devices.run_now, NOTHING_TO_DO),
+    Replacement("torch.cuda", ("device",), devices.device_context, NOTHING_TO_DO),
+    Replacement("torch.cuda", ("get_device_properties",), devices.device_properties, "asked by validation"),
+    Replacement("torch.cuda", ("get_device_capability",), devices.returns((9, 0)), "asked by validation"),
     Replacement("torch.cuda", ("get_device_name",), devices.returns("cpu"), "logged"),
-    Replacement("torch.cuda", ("memory_stats",), devices.memory_stats, "logged; no device memory is used"),
-    Replacement(
-        "torch.cuda",
-        (
-            "memory_allocated",
-            "max_memory_allocated",
-            "memory_reserved",
-            "max_memory_reserved",
-            "device_memory_used",
-        ),
-        devices.returns(0),
-        "logged; no device memory is used",
-    ),
-    Replacement(
-        "torch.cuda", ("default_generators",), devices.default_generators, "the CPU generator serves"
-    ),
-    Replacement(
-        "torch.cuda", ("get_rng_state",), devices.get_rng_state, "the CPU generator serves as the CUDA one"
-    ),
-    Replacement(
-        "torch.cuda", ("set_rng_state",), devices.set_rng_state, "the CPU generator serves as the CUDA one"
-    ),
-    Replacement(
-        "torch.cuda.random",
-        ("get_rng_state",),
-        devices.get_rng_state,
-        "the CPU generator serves as the CUDA one",
-    ),
-    Replacement(
-        "torch.cuda.random",
-        ("set_rng_state",),
-        devices.set_rng_state,
-        "the CPU generator serves as the CUDA one",
-    ),
-    Replacement(
-        "torch.cuda",
-        ("manual_seed", "manual_seed_all"),
-        devices.manual_seed,
-        "the CPU generator serves as the CUDA one",
-    ),
-    Replacement("torch.cuda", ("Stream",), _is(streams.Stream), "streams run at once, in issue order"),
-    Replacement("torch.cuda", ("Event",), _is(streams.Event), "events keep wall time"),
-    Replacement("torch.cuda", ("stream", "StreamContext"), _is(streams.stream), "stand-in streams"),
-    Replacement("torch.cuda", ("current_stream",), _is(streams.current_stream), "stand-in streams"),
-    Replacement("torch.cuda", ("default_stream",), _is(streams.default_stream), "stand-in streams"),
-    Replacement("torch.cuda", ("set_stream",), _is(streams.set_stream), "stand-in streams"),
-    Replacement("torch.cuda", ("synchronize",), _is(streams.synchronize), "stand-in streams"),
-    Replacement(
-        "torch.cuda", ("is_current_stream_capturing",), devices.returns(False), "nothing is captured"
-    ),
+    Replacement("torch.cuda", ("memory_stats",), devices.memory_stats, LOGGED),
+    Replacement("torch.cuda", ("memory_allocated", "max_memory_allocated", "memory_reserved",
+                "max_memory_reserved", "device_memory_used"), devices.returns(0), LOGGED),
+    Replacement("torch.cuda", ("CUDAGraph", "MemPool", "ExternalStream"), devices.refused,
+                "no counterpart: constructing one is an error"),
+    # Random numbers
+    Replacement("torch.cuda", ("default_generators",), devices.default_generators, ONE_GENERATOR),
+    Replacement("torch.cuda", ("get_rng_state",), devices.get_rng_state, ONE_GENERATOR),
+    Replacement("torch.cuda", ("set_rng_state",), devices.set_rng_state, ONE_GENERATOR),
+    Replacement("torch.cuda.random", ("get_rng_state",), devices.get_rng_state, ONE_GENERATOR),
+    Replacement("torch.cuda.random", ("set_rng_state",), devices.set_rng_state, ONE_GENERATOR),
+    Replacement("torch.cuda", ("manual_seed", "manual_seed_all"), devices.manual_seed, ONE_GENERATOR),
+    # Streams
+    Replacement("torch.cuda", ("Stream",), _is(streams.Stream), STREAMS),
+    Replacement("torch.cuda", ("Event",), _is(streams.Event), STREAMS),
+    Replacement("torch.cuda", ("stream", "StreamContext"), _is(streams.stream), STREAMS),
+    Replacement("torch.cuda", ("current_stream",), _is(streams.current_stream), STREAMS),
+    Replacement("torch.cuda", ("default_stream",), _is(streams.default_stream), STREAMS),
+    Replacement("torch.cuda", ("set_stream",), _is(streams.set_stream), STREAMS),
+    Replacement("torch.cuda", ("synchronize",), _is(streams.synchronize), STREAMS),
+    Replacement("torch.cuda", ("is_current_stream_capturing",), devices.returns(False), "nothing is captured"),
     Replacement("torch.cuda.nvtx", ("range_push", "range_pop", "mark"), devices.returns(0), "no profiler"),
-    Replacement(
-        "torch.cuda",
-        ("CUDAGraph", "MemPool", "ExternalStream"),
-        devices.refused("a CUDA graph, memory pool or external stream"),
-        "no counterpart on CPU: refused",
-    ),
-    Replacement("torch.distributed", ("init_process_group",), distributed.init_process_group, "nccl -> gloo"),
-    Replacement("torch.distributed", ("new_group",), distributed.new_group, "nccl -> gloo"),
-    Replacement(
-        "megatron.training.arguments",
-        ("parse_and_validate_args",),
-        refusals.checked_parsing,
-        "refuses, by name, what cannot work on CPU",
-    ),
-    Replacement(
-        "megatron.core.datasets.utils",
-        ("compile_helpers",),
-        megatron.compile_helpers,
-        "runs `make` in a wheel without Makefile, though the compiled helper ships",
-    ),
-    Replacement(
-        "megatron.core.tensor_parallel.random",
-        ("CudaRNGStatesTracker",),
-        megatron.quiet_rng_tracker,
-        "warns that the CPU generator moved, which here is the CUDA one",
-    ),
-    Replacement(
-        "megatron.core.transformer.moe.moe_utils",
-        ("maybe_move_tensor_to_cpu",),
-        megatron.maybe_move_tensor_to_cpu,
-        "converts split sizes for `all_to_all_single` only when they are on a GPU",
-    ),
-    Replacement(
-        "megatron.core.transformer.torch_norm",
-        ("WrappedTorchNorm",),
-        megatron.torch_norm,
-        "refuses sequence parallelism, for which it only has to mark its parameters",
-    ),
-    Replacement(
-        "megatron.core.optimizer.distrib_optimizer",
-        ("DistributedOptimizer",),
-        megatron.distributed_optimizer,
-        "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded `step` would "
-        "be one tensor shared by all parameters",
-    ),
+    # Process groups
+    Replacement("torch.distributed", ("init_process_group",), distributed.init_process_group,
+                "nccl becomes gloo; no device or NCCL options. Collectives stay as asynchronous as asked"),
+    Replacement("torch.distributed", ("new_group",), distributed.new_group, "nccl becomes gloo; no NCCL options"),
+    # Megatron
+    Replacement("megatron.training.arguments", ("parse_and_validate_args",), refusals.checked_parsing,
+                "refuses, by name, what cannot work on CPU"),
+    Replacement("megatron.core.datasets.utils", ("compile_helpers",), megatron.compile_helpers,
+                "runs `make` in a wheel without Makefile, though the compiled helper ships"),
+    Replacement("megatron.core.tensor_parallel.random", ("CudaRNGStatesTracker",), megatron.quiet_rng_tracker,
+                "warns that the CPU generator moved, which here is the CUDA one"),
+    Replacement("megatron.core.transformer.moe.moe_utils", ("maybe_move_tensor_to_cpu",),
+                megatron.maybe_move_tensor_to_cpu,
+                "makes lists of the alltoall dispatcher's split sizes only when they are on a GPU"),
+    Replacement("megatron.core.transformer.torch_norm", ("WrappedTorchNorm",), megatron.torch_norm,
+                "refuses sequence parallelism, for which it only has to mark its parameters"),
+    Replacement("megatron.core.optimizer.distrib_optimizer", ("DistributedOptimizer",),
+                megatron.distributed_optimizer,
+                "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded "
+                "`step` would be one tensor shared by all parameters"),
 )
+# fmt: on
+
+
+originals: dict[str, Any] = {}  # what has been replaced so far, by dotted name
 
 
 def _resolve(path: str) -> Any:
@@ -225,7 +144,8 @@ def _apply(replacement: Replacement, owner: Any) -> None:
                 f"dsv3_megatron.cpu replaces {replacement.owner}.{name}, which the installed version does not have "
                 f"(torch {torch.__version__}). Supported: megatron-core 0.19."
             )
-        setattr(owner, name, replacement.make(getattr(owner, name)))
+        original = originals[f"{replacement.owner}.{name}"] = getattr(owner, name)
+        setattr(owner, name, replacement.make(original))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

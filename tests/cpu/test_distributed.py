@@ -1,0 +1,73 @@
+"""Process groups and Megatron's parallel state on gloo."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from tests.harness import run_distributed
+
+
+def stays_asynchronous(rank: int, world_size: int) -> tuple[float, bool, float, float]:
+    """Rank 1 comes late to each collective: rank 0 must not wait before `wait()`."""
+    late = 0.5
+    dist.barrier()
+    start = time.perf_counter()
+    if rank == 1:
+        time.sleep(late)
+    tensor = torch.ones(8, device="cuda")
+    gathered = torch.empty(16)
+    works = [
+        dist.all_reduce(tensor, async_op=True),
+        dist.all_gather_into_tensor(gathered, tensor, async_op=True),
+    ]
+    issued, complete = time.perf_counter() - start, any(work.is_completed() for work in works)
+    for work in works:
+        work.wait()
+    return issued, complete, time.perf_counter() - start, float(tensor.sum())
+
+
+def test_asynchronous_collectives_do_not_wait():
+    issued, complete, finished, value = run_distributed(stays_asynchronous, world_size=2)[0]
+    assert issued < 0.25 and not complete
+    assert finished > 0.4 and value == 16
+
+
+def nccl_becomes_gloo(rank: int, world_size: int) -> list[str]:
+    options = object()  # NCCL options of any kind are dropped
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank), pg_options=options)
+    groups = [dist.group.WORLD, dist.new_group([0, 1], backend="nccl", pg_options=options)]
+    groups += [dist.new_group([0, 1], backend="gloo"), dist.new_group([0, 1])]
+    dist.all_reduce(torch.ones(1, device="cuda"), group=groups[1])
+    return [dist.get_backend(group) for group in groups]
+
+
+def test_nccl_becomes_gloo():
+    assert run_distributed(nccl_becomes_gloo, world_size=2, init=False) == [["gloo"] * 4] * 2
+
+
+def forked_random_state(rank: int, world_size: int) -> dict[str, list]:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    saved, default = tracker.get_states(), torch.cuda.get_rng_state()
+    with tracker.fork():
+        first = torch.rand(2, device="cuda").tolist()
+    outside = torch.rand(2, device="cuda").tolist()
+    with tracker.fork():
+        second = torch.rand(2, device="cuda").tolist()
+    tracker.set_states(saved)
+    torch.cuda.set_rng_state(default)
+    with tracker.fork():
+        again = [torch.rand(2, device="cuda").tolist(), torch.rand(2, device="cuda").tolist()]
+    return {"first": first, "second": second, "again": again, "outside": outside}
+
+
+def test_random_states_of_tensor_parallel_ranks():
+    a, b = run_distributed(forked_random_state, world_size=2)
+    assert a["first"] != b["first"]  # each rank its own inside the fork
+    assert a["outside"] == b["outside"]  # the same outside
+    for rank in (a, b):
+        assert rank["again"] == [rank["first"], rank["second"]]
