@@ -10,10 +10,11 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from megatron.core.models.common.model_chunk_schedule_plan import (
     TransformerLayerSchedulePlan,
@@ -127,9 +128,9 @@ class PairRunner:
         order: a name of `ORDERS`.
 
     Attributes:
-        events: set to a list to have the nodes of all following pairs measured, in the order of their ends. On a GPU these
-            are the times of issuing. Measured pairs go through our own loop in either order.
-        thread: takes the communicating nodes; None (as on a GPU) runs them where they stand in the order.
+        events: set to a list to have the nodes of all following pairs measured, in the order of their ends. On
+            a GPU these are the times of issuing. Measured pairs go through our own loop in either order.
+        thread: takes the communicating nodes; None (as on a GPU) runs each where it stands in the order.
     """
 
     def __init__(self, order: str = "megatron") -> None:
@@ -191,41 +192,42 @@ def run_pair(
         The output of `forward`.
     """
     forward.record_current_stream()
-    values: dict[str, Any] = {"F": forward.pre_process.forward()}  # what a half has come to, perhaps a Future
+    values: dict[str, Any] = {
+        "F": forward.pre_process.forward()
+    }  # what each half has come to, perhaps a Future
     backward.record_current_stream()
     values["B"] = gradient if backward.post_process is None else backward.post_process.backward(gradient)
-    num_forward, num_backward = forward.num_layers(), backward.num_layers()
-    for i in range(max(num_forward, num_backward)):
-        layers: dict[str, TransformerLayerSchedulePlan] = {}
-        if i < num_forward:
-            layers["F"] = forward.get_layer(i)
-        if i < num_backward:
-            layers["B"] = backward.pop_layer()
-        for step in order:
-            if step.half not in layers:
-                continue
-            layer = layers[step.half]
-            node = getattr(layer, step.node)
-            if isinstance(node, NoopScheduleNode):
-                continue
-            number = i if step.half == "F" else num_backward - 1 - i
-            if step.operation == "backward_dw":
-                _measured(node.backward_dw, step, number, events)
-                continue
-            call = _call(layer, node, step, values[step.half], number, events)
-            if thread is not None and step.node in _COMMUNICATION:
-                values[step.half] = thread.submit(call)
-                if _uses_random_state(layer):
-                    values[step.half].result()
-            else:
-                values[step.half] = call()
-            if step == ("B", _ATTENTION, "backward") and i == num_backward - 1:
-                backward.wait_current_stream()
-                send_backward(values["B"])
-        if "B" in layers:
-            layers["B"].release_state()
-    if num_backward == 0:
-        send_backward(values["B"])
+
+    def finished_backward(gradient: Tensor) -> None:
+        backward.wait_current_stream()
+        send_backward(gradient)
+
+    with _Issue(thread if _may_run_beside(forward, backward) else None) as issue:
+        num_forward, num_backward = forward.num_layers(), backward.num_layers()
+        for i in range(max(num_forward, num_backward)):
+            layers: dict[str, TransformerLayerSchedulePlan] = {}
+            if i < num_forward:
+                layers["F"] = forward.get_layer(i)
+            if i < num_backward:
+                layers["B"] = backward.pop_layer()
+            for step in order:
+                node = getattr(layers.get(step.half), step.node, None)
+                if node is None or isinstance(node, NoopScheduleNode):
+                    continue
+                number = i if step.half == "F" else num_backward - 1 - i
+                call = _call(layers[step.half], node, step, number, events)
+                if step.operation == "backward_dw":
+                    issue.compute(call, None)
+                elif step.node in _COMMUNICATION:
+                    values[step.half] = issue.communicate(call, values[step.half])
+                else:
+                    values[step.half] = issue.compute(call, values[step.half])
+                if step == ("B", _ATTENTION, "backward") and i == num_backward - 1:
+                    issue.compute(finished_backward, values["B"])
+            if "B" in layers:
+                issue.compute(lambda layer: layer.release_state(), layers["B"])
+        if num_backward == 0:
+            finished_backward(values["B"])
     output = _result(values["F"])
     if forward.post_process is not None:
         output = forward.post_process.forward(output)
@@ -236,20 +238,64 @@ def run_pair(
     return output
 
 
+class _Issue:
+    """Computing and communicating nodes, issued one by one and executed as two streams would.
+
+    Each kind runs in the order in which it was issued, and a node when its input is there. So nodes are only noted
+    here, and run at the end of the block: computing ones in this thread, communicating ones in theirs. Without a
+    thread each runs when it is issued.
+    """
+
+    def __init__(self, thread: CommunicationThread | None) -> None:
+        self._thread = thread
+        self._computing: deque[tuple[Callable[[Any], Any], Any, Future]] = deque()
+
+    def compute(self, call: Callable[[Any], Any], value: Any) -> Any:
+        """Issue `call(value)`; returns its result or a Future of it. `value` may be one too."""
+        if self._thread is None:
+            return call(value)
+        future: Future = Future()
+        self._computing.append((call, value, future))
+        return future
+
+    def communicate(self, call: Callable[[Any], Any], value: Any) -> Any:
+        """The same for the communication thread."""
+        if self._thread is None:
+            return call(value)
+        return self._thread.submit(lambda: call(_result(value)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type | None, error: BaseException | None, traceback: Any) -> None:
+        while self._computing:
+            call, value, future = self._computing.popleft()
+            if error is not None:
+                future.set_exception(error)  # whoever waits for it must not wait for ever
+                continue
+            try:
+                future.set_result(call(_result(value)))
+            except BaseException as raised:
+                self.__exit__(type(raised), raised, None)
+                raise
+
+
 def _call(
     layer: TransformerLayerSchedulePlan,
     node: Any,
     step: NodeStep,
-    value: Any,
     number: int,
     events: list[NodeEvent] | None,
-) -> Callable[[], Any]:
-    def call() -> Any:
-        arrived = _result(value)
+) -> Callable[[Any], Any]:
+    """What `step` does to the value its half has come to."""
+
+    def call(value: Any) -> Any:
+        if step.operation == "backward_dw":
+            return _measured(node.backward_dw, step, number, events)
         if step.operation == "backward":
-            return _measured(lambda: node.backward(arrived), step, number, events)
+            return _measured(lambda: node.backward(value), step, number, events)
         with layer.get_low_precision_context():
-            return _measured(lambda: node.forward(arrived), step, number, events)
+            return _measured(lambda: node.forward(value), step, number, events)
 
     return call
 
@@ -267,7 +313,11 @@ def _result(value: Any) -> Any:
     return value.result() if isinstance(value, Future) else value
 
 
-def _uses_random_state(layer: TransformerLayerSchedulePlan) -> bool:
-    """Whether communicating nodes use Megatron's random state, which only one thread may do at a time."""
-    forks = isinstance(layer.layer, MultiTokenPredictionLayer) and layer.config.sequence_parallel
-    return forks or layer.config.hidden_dropout > 0
+def _may_run_beside(*plans: TransformerModelChunkSchedulePlan) -> bool:
+    """Whether no communicating node uses Megatron's random state, which only one thread may at a time."""
+    layers = [layer for plan in plans for layer in plan._transformer_layers]
+    return not any(
+        layer.config.hidden_dropout > 0
+        or (isinstance(layer.layer, MultiTokenPredictionLayer) and layer.config.sequence_parallel)
+        for layer in layers
+    )
