@@ -248,7 +248,10 @@ def load_and_go_on(rank: int, world_size: int, moments: dict[str, Any], path: Pa
     return [loaded, continued, trainer.snapshot()]
 
 
-@pytest.mark.parametrize("moments", [FP32_MOMENTS, BF16_MOMENTS], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "moments",
+    [pytest.param(FP32_MOMENTS, id="fp32", marks=pytest.mark.slow), pytest.param(BF16_MOMENTS, id="bf16")],
+)
 def test_save_load_continue_is_bit_equal(moments, tmp_path):
     """Known failures 6 (a save equals the live tensors, the next one differs) and 7 (moments after load)."""
     live = run_distributed(train_save_and_go_on, world_size=2, moments=moments, path=tmp_path)
@@ -276,8 +279,10 @@ def load_and_save(
 
 @pytest.mark.parametrize(
     ("saved_as", "loaded_as"),
-    [(FP32_MOMENTS, BF16_MOMENTS), (BF16_MOMENTS, FP32_MOMENTS)],
-    ids=["fp32-to-bf16", "bf16-to-fp32"],
+    [
+        pytest.param(FP32_MOMENTS, BF16_MOMENTS, id="fp32-to-bf16"),
+        pytest.param(BF16_MOMENTS, FP32_MOMENTS, id="bf16-to-fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_checkpoints_interchange_between_moment_types_and_layouts(saved_as, loaded_as, tmp_path):
     """Two ranks with EP2 save; four ranks with EP4 and the other moment type load and save again."""
