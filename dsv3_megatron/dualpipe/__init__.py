@@ -82,10 +82,16 @@ def forward_backward_func() -> Any:
     if _active.function is None:
         from megatron.training import get_args
 
+        from dsv3_megatron.dualpipe.profile import StepProfile
         from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
-        num_ranks = get_args().pipeline_model_parallel_size
+        args = get_args()
         _active.function = PipelineSchedule(
-            _active.schedule, num_ranks, _active.placement, _active.timeout_s, _active.pair_order
+            _active.schedule,
+            args.pipeline_model_parallel_size,
+            _active.placement,
+            _active.timeout_s,
+            _active.pair_order,
         )
+        _active.function.profile = StepProfile.from_args(args)
     return _active.function

@@ -33,6 +33,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="what follows what in an overlapped pair: megatron: as Megatron's schedule plans run it; report: as "
         "DeepSeek's profile of training shows it",
     )
+    group.add_argument(
+        "--profile-pipeline",
+        type=int,
+        metavar="N",
+        help="write the measured timeline of step N (not with 1f1b): pictures, and a trace with a simulated one beside it",
+    )
+    group.add_argument(
+        "--profile-pipeline-dir",
+        help="folder for --profile-pipeline (default: --tensorboard-dir, else --save)",
+    )
 
 
 def placement_of(args: Any) -> Placement | None:

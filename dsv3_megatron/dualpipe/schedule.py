@@ -17,13 +17,13 @@ from dsv3_megatron.dualpipe.chunk import ChunkStage, Step
 from dsv3_megatron.dualpipe.embedding import shares_embedding
 from dsv3_megatron.dualpipe.gradients import GradientReduce
 from dsv3_megatron.dualpipe.overlap import PairRunner
+from dsv3_megatron.dualpipe.profile import StepProfile, wait_for_device
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.dualpipe.reports import share
 from dsv3_megatron.pipeline import build_schedule
 from dsv3_megatron.pipeline.comms import Message
 from dsv3_megatron.pipeline.p2p import PipelineP2P
 from dsv3_megatron.pipeline.runner import PipelineRunner
-from dsv3_megatron.pipeline.simulate import Event
 
 
 class PipelineSchedule:
@@ -53,7 +53,7 @@ class PipelineSchedule:
         self.placement = placement
         self.timeout_s = timeout_s
         self.pairs = PairRunner(pair_order)
-        self.profile: Callable[[list[Event]], None] | None = None
+        self.profile: StepProfile | None = None
         self._p2p: PipelineP2P | None = None
         self._shape: tuple[int, ...] = ()
         self._dtype = torch.float32
@@ -117,12 +117,15 @@ class PipelineSchedule:
         for index, stage in enumerate(sorted(self._stages)):
             self._stages[stage].begin(step, data[index])
         runner = self._runner(num_microbatches, forward_only)
+        profile = None if forward_only else self._due_profile()
         if not forward_only:
             self._reduce.begin(bool(force_all_reduce))
         with torch.no_grad() if forward_only else contextlib.nullcontext():
-            events = runner.step()
-        if self.profile is not None and not forward_only:
-            self.profile(events)
+            if profile is None:
+                runner.step()
+            else:
+                events = runner.step(profile.begin(self._pipeline_ranks()), wait_for_device)
+                profile.finish(runner.schedule, events)
         if config.finalize_model_grads_func is not None and not forward_only:
             config.finalize_model_grads_func(
                 chunks,
@@ -181,6 +184,12 @@ class PipelineSchedule:
         return self._runners[key]
 
     # --- per step
+
+    def _due_profile(self) -> StepProfile | None:
+        """The profile, if this rank records this step."""
+        if self.profile is None or not self.profile.is_due(self._pipeline_ranks()):
+            return None
+        return self.profile
 
     def _set_shape(
         self, config: Any, seq_length: int, micro_batch_size: int, decoder_seq_length: int | None, groups: Any

@@ -1,7 +1,7 @@
 """Executes a rank's part of a schedule: the same table that is simulated and drawn."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,12 +68,16 @@ class PipelineRunner:
         }
         self._handed: dict[_Handover, Tensor] = {}
 
-    def step(self, start: float | None = None) -> list[Event]:
+    def step(
+        self, start: float | None = None, finish_action: Callable[[], None] = lambda: None
+    ) -> list[Event]:
         """Run all microbatches of one step.
 
         Args:
             start: the `time.perf_counter()` that measured times count from; default now. It is one clock for
                 the processes of a host.
+            finish_action: called at the end of each action; in a measured step on a GPU, where the action has only
+                been launched, it waits for the device.
 
         Returns:
             The rank's measured events, in seconds; an event starts when its (first) input is there.
@@ -88,6 +92,7 @@ class PipelineRunner:
         for action, slots in self._program:
             try:
                 begun = self._run(slots)
+                finish_action()
             except Exception as error:
                 error.add_note(f"while pipeline rank {self.rank} ran {action} (microbatch@stage)")
                 raise

@@ -274,6 +274,41 @@ ROWS = (
         ZB1P + " --fine-grained-activation-offloading",
     ),
     Refusal(
+        "profile_without_schedule",
+        FEATURE,
+        "--profile-pipeline",
+        "{profile_pipeline}",
+        lambda a, s: a.profile_pipeline is not None and not _on(a),
+        "the steps of Megatron's own 1F1B are not recorded",
+        "it with --pipeline-schedule zb1p, dualpipe or dualpipev",
+        "--profile-pipeline 2 --save runs/x",
+    ),
+    Refusal(
+        "profile_step",
+        FEATURE,
+        "--profile-pipeline",
+        "{profile_pipeline}",
+        lambda a, s: (
+            a.profile_pipeline is not None
+            and not 1 <= a.profile_pipeline <= (a.train_iters or a.profile_pipeline)
+        ),
+        "there is no such step: they count from 1 to --train-iters {train_iters}",
+        "a step that is trained",
+        ZB1P + " --profile-pipeline 0 --save runs/x",
+    ),
+    Refusal(
+        "profile_folder",
+        FEATURE,
+        "--profile-pipeline",
+        "{profile_pipeline}",
+        lambda a, s: (
+            a.profile_pipeline is not None and not (a.profile_pipeline_dir or a.tensorboard_dir or a.save)
+        ),
+        "there is no folder to write the timeline to",
+        "--profile-pipeline-dir, --tensorboard-dir or --save",
+        ZB1P + " --profile-pipeline 2",
+    ),
+    Refusal(
         "schedule_optimizer_instances",
         FEATURE,
         "--num-distributed-optimizer-instances",

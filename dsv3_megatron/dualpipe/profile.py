@@ -1,0 +1,104 @@
+"""`--profile-pipeline N`: what the pipeline ranks did, and when, in training step N."""
+
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsv3_megatron.pipeline.actions import Schedule
+from dsv3_megatron.pipeline.fit import fit_costs
+from dsv3_megatron.pipeline.picture import draw
+from dsv3_megatron.pipeline.simulate import Event, Simulation, simulate
+from dsv3_megatron.pipeline.trace import write_trace
+
+
+@dataclass
+class StepProfile:
+    """Records one step of the first pipeline (the one that global rank 0 belongs to) and writes its timeline.
+
+    Written are `pipeline_step<N>.json` with two timelines in the format of `pipeline.trace`, "measured" and "simulated"
+    (the same table with the median duration of each kind of action), and `pipeline_step<N>.png` and `.svg`, the picture
+    of the measured one.
+
+    Attributes:
+        iteration: training step, counted from 1.
+        folder: where to write.
+    """
+
+    iteration: int
+    folder: Path
+    _group: Any = None
+    _start: float = field(default=0.0, init=False)
+
+    @classmethod
+    def from_args(cls, args: Any) -> "StepProfile | None":
+        """As the options say; None without `--profile-pipeline`."""
+        if args.profile_pipeline is None:
+            return None
+        folder = args.profile_pipeline_dir or args.tensorboard_dir or args.save
+        return cls(args.profile_pipeline, Path(folder))
+
+    def is_due(self, ranks: list[int]) -> bool:
+        """Whether the step that begins is the one, and the pipeline of these global ranks the first."""
+        from megatron.training import get_args
+
+        return ranks[0] == 0 and get_args().curr_iteration + 1 == self.iteration
+
+    def begin(self, ranks: list[int]) -> float:
+        """Let the ranks of the pipeline start together; returns the moment, on this rank's `time.perf_counter()`."""
+        if self._group is None:
+            self._group = dist.new_group(sorted(ranks), backend="gloo", use_local_synchronization=True)
+        dist.barrier(self._group)
+        self._start = time.perf_counter()
+        return self._start
+
+    def finish(self, schedule: Schedule, events: list[Event]) -> None:
+        """Gather the ranks' events, which count from `begin`'s moment, and write the files on rank 0.
+
+        On one host the ranks share a clock; elsewhere their times count from the barrier in `begin`.
+        """
+        mine = (socket.gethostname(), self._start, events)
+        gathered: list[Any] | None = [None] * self._group.size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, gathered, dst=0, group=self._group)
+        if gathered is None:
+            return
+        one_host = len({host for host, _, _ in gathered}) == 1
+        first = min(start for _, start, _ in gathered)
+        measured = Simulation(
+            schedule,
+            tuple(
+                Event(e.rank, e.start + shift, e.end + shift, e.action)
+                for _, start, rank_events in gathered
+                for shift in [start - first if one_host else 0.0]
+                for e in rank_events
+            ),
+        )
+        self._write(measured)
+
+    def _write(self, measured: Simulation) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        schedule = measured.schedule
+        simulated = simulate(schedule, fit_costs(measured.events))
+        stem = self.folder / f"pipeline_step{self.iteration}"
+        trace = stem.with_suffix(".json")
+        timelines = {"measured": measured.events, "simulated": simulated.events}
+        write_trace(trace, timelines, microseconds_per_unit=1e6)
+        title = f"{schedule.name}, {schedule.num_ranks} pipeline ranks, step {self.iteration}: measured"
+        pictures = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+        draw(measured.events, title, pictures, "seconds")
+        idle = max(measured.bubble) / measured.makespan
+        print(
+            f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s simulated "
+            f"with the median times of its actions; a rank waits at most {idle:.0%} of the step; wrote {trace} and "
+            f"{pictures[0].name}, {pictures[1].name}",
+            flush=True,
+        )
+
+
+def wait_for_device() -> None:
+    """After each action of a recorded step: on a GPU an action has only been launched."""
+    torch.cuda.synchronize()

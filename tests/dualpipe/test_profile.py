@@ -1,0 +1,62 @@
+"""`--profile-pipeline`: the measured timeline of a step, through the real trainer."""
+
+from collections import defaultdict
+
+import pytest
+
+from dsv3_megatron.pipeline import Costs, build_schedule, simulate
+from dsv3_megatron.pipeline.actions import Kind
+from dsv3_megatron.pipeline.fit import fit_costs
+from dsv3_megatron.pipeline.trace import read_trace
+from tests.arguments.lines import MICRO
+from tests.harness import run_distributed
+from tests.parallel.test_resume import train
+
+WORDS = ["--spec", "dsv3", "--device", "cpu", *MICRO, "--pipeline-model-parallel-size", "2"]
+
+
+@pytest.mark.parametrize(
+    "schedule, ep, world_size, microbatches",
+    [("dualpipe", 2, 4, 4), ("dualpipev", 1, 2, 8), ("zb1p", 1, 2, 8)],
+)
+def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches: int, tmp_path) -> None:
+    words = ["--pipeline-schedule", schedule, "--expert-model-parallel-size", str(ep)]
+    words += ["--profile-pipeline", "2", "--profile-pipeline-dir", str(tmp_path)]
+    run_distributed(train, world_size=world_size, timeout=120, init=False, words=[*WORDS, *words])
+    assert (tmp_path / "pipeline_step2.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "pipeline_step2.svg").read_text()[:2000]
+    timelines = read_trace(tmp_path / "pipeline_step2.json")
+    table = build_schedule(schedule, 2, microbatches)
+    for name in ("measured", "simulated"):
+        check_timeline(timelines[name], table)
+    # The simulated one is the same table with durations taken from the measured one.
+    costs = fit_costs(timelines["measured"])
+    assert [e.start for e in timelines["simulated"]] == pytest.approx(
+        [e.start for e in simulate(table, costs).events], abs=1e-5
+    )
+    assert 0.3 < timelines["measured"][-1].end / timelines["simulated"][-1].end < 10
+
+
+def check_timeline(events, table) -> None:
+    """Every rank ran its actions in the table's order, one at a time, and none before what it needs had begun."""
+    by_rank = defaultdict(list)
+    begun = {}
+    for event in events:
+        by_rank[event.rank].append(event)
+        assert event.start < event.end
+        for part in event.action.parts:
+            begun[part.kind, part.stage, part.microbatch] = event.start
+    for rank, actions in enumerate(table.ranks):
+        assert [event.action for event in by_rank[rank]] == list(actions)
+        for before, after in zip(by_rank[rank], by_rank[rank][1:], strict=False):
+            assert before.end <= after.start + 1e-6
+    forwards = [key for key in begun if key[0] is Kind.F and key[1] > 0]
+    assert forwards
+    for kind, stage, microbatch in forwards:
+        assert begun[kind, stage - 1, microbatch] < begun[kind, stage, microbatch]
+
+
+def test_fitted_costs_of_a_simulated_step_are_its_costs() -> None:
+    costs = Costs(f=3, b=7, w=2, fb=8)
+    table = build_schedule("dualpipe", 4, 12)
+    assert fit_costs(simulate(table, costs).events) == costs
