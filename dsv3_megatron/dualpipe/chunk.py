@@ -1,6 +1,7 @@
 """A Megatron model chunk as a stage of the pipeline runner."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import global_vars
 from torch import Tensor
@@ -128,7 +130,10 @@ class ChunkStage:
         get_attr_wrapped_model(self.model, "set_input_tensor")([activation])
         inner = get_attr_wrapped_model(self.model, "build_schedule_plan", return_model_obj=True)
         with _plans_allowed():
-            return self.step.forward_step_func(self._data, inner, return_schedule_plan=True)
+            plan, loss_func = self.step.forward_step_func(self._data, inner, return_schedule_plan=True)
+        if plan.state.padding_mask is not None:
+            _route_without_padding(plan)
+        return plan, loss_func
 
     def planned(
         self,
@@ -223,3 +228,26 @@ def _keep_weight_gradients_for_later(plan: TransformerModelChunkSchedulePlan) ->
     for layer in plan._transformer_layers:
         for node in (layer.pre_dispatch_computation, layer.mlp, layer.mtp_post_process):
             node.delay_wgrad_compute = False  # read by `node.backward_dw` only: "nothing was delayed"
+
+
+def _route_without_padding(plan: TransformerModelChunkSchedulePlan) -> None:
+    """Tell routers which tokens are padding, which Megatron's plans forget (its MoE layer alone does not)."""
+    for layer_plan in plan._transformer_layers:
+        layer = getattr(layer_plan.layer, "mtp_model_layer", layer_plan.layer)
+        if isinstance(layer.mlp, MoELayer):
+            node = layer_plan.pre_dispatch_computation
+            node.submodule = functools.partial(_with_padding_mask, layer.mlp, node.submodule)
+
+
+def _with_padding_mask(moe: MoELayer, submodule: Callable, node: Any, *args: Any) -> Any:
+    route = moe.route
+
+    def route_with_mask(hidden_states: Tensor) -> Any:
+        # Read here: the MTP layer shifts it first. [B, S], as given, to the router's [S, B].
+        return route(hidden_states, node.chunk_state.padding_mask.transpose(0, 1).bool())
+
+    moe.route = route_with_mask
+    try:
+        return submodule(node, *args)
+    finally:
+        del moe.route
