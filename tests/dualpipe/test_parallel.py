@@ -1,11 +1,14 @@
 """Tensor, sequence and context parallelism, losses per token, padding and ZeRO-1 under bidirectional schedules."""
 
 import functools
+from typing import Any
 
 import pytest
 
 from tests.dualpipe.common import ScheduledLayout, ScheduledProblem, reference, run_step
-from tests.parallel.common import assert_same_step
+from tests.harness import run_distributed
+from tests.parallel import test_training
+from tests.parallel.common import assert_same_step, join_tensors, relative_difference
 
 VALID = (16, 3, 7, 16, 1, 12, 16, 5, 9, 16, 2, 16, 11, 16, 8, 4)
 
@@ -33,10 +36,17 @@ def test_with_expert_parallel(sizes: dict) -> None:
     check(ScheduledProblem(num_sequences=16), world_size=8, pp=2, ep=2, schedule="dualpipe", **sizes)
 
 
+def padded_problem(per_token_loss: bool) -> ScheduledProblem:
+    """Sequences with losses on some of their tokens, and padding at the end of some."""
+    padded = tuple(16 - valid if valid > 8 else 0 for valid in VALID)
+    return ScheduledProblem(
+        num_sequences=16, valid_tokens=VALID, padded_tokens=padded, per_token_loss=per_token_loss
+    )
+
+
 @pytest.mark.parametrize("schedule, ep", [("dualpipe", 2), ("dualpipev", 1)])
-def test_per_token_loss_with_uneven_valid_tokens(schedule: str, ep: int) -> None:
-    problem = ScheduledProblem(num_sequences=16, valid_tokens=VALID, per_token_loss=True)
-    check(problem, world_size=2 * ep, pp=2, ep=ep, schedule=schedule)
+def test_per_token_loss_with_padding_and_uneven_valid_tokens(schedule: str, ep: int) -> None:
+    check(padded_problem(per_token_loss=True), world_size=2 * ep, pp=2, ep=ep, schedule=schedule)
 
 
 @pytest.mark.slow
@@ -44,11 +54,39 @@ def test_per_token_loss_with_uneven_valid_tokens(schedule: str, ep: int) -> None
 @pytest.mark.parametrize("per_token_loss", [False, True])
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
 def test_padding_and_uneven_valid_tokens(schedule: str, per_token_loss: bool, ep: int) -> None:
-    padded = tuple(16 - valid if valid > 8 else 0 for valid in VALID)
-    problem = ScheduledProblem(
-        num_sequences=16, valid_tokens=VALID, padded_tokens=padded, per_token_loss=per_token_loss
+    check(padded_problem(per_token_loss), world_size=2 * ep, pp=2, ep=ep, schedule=schedule)
+
+
+ZERO1 = (("use_distributed_optimizer", True),)
+OVERLAPPED = (*ZERO1, ("overlap_grad_reduce", True), ("overlap_param_gather", True))
+
+
+def train(rank: int, world_size: int, layout: ScheduledLayout, problem: ScheduledProblem) -> list[Any]:
+    from dsv3_megatron.dualpipe.schedule import PipelineSchedule
+
+    schedule = PipelineSchedule(layout.schedule, layout.pp, layout.placement, 60)
+    return test_training.train(rank, world_size, layout, problem, schedule)
+
+
+@pytest.mark.parametrize("ddp", [ZERO1, OVERLAPPED], ids=["zero1", "zero1_overlapped"])
+@pytest.mark.parametrize("schedule, ep", [("dualpipe", 2), ("dualpipev", 1)])
+def test_steps_with_zero_1(schedule: str, ep: int, ddp: tuple) -> None:
+    """Three steps of Adam: losses, gradient norms and weights of one process; copies of a weight are bit-equal."""
+    layout = ScheduledLayout(world_size=2 * ep, pp=2, ep=ep, schedule=schedule)
+    ranks = run_distributed(
+        train, layout.world_size, timeout=120, layout=layout, problem=ScheduledProblem(ddp=ddp)
     )
-    check(problem, world_size=2 * ep, pp=2, ep=ep, schedule=schedule)
+    expected = test_training.whole()
+    for rank in ranks:
+        assert [s.grad_norm for s in rank] == pytest.approx([s.grad_norm for s in expected], rel=1e-4)
+    for i, step in enumerate(expected):
+        reports = [report["lm loss"] for rank in ranks for report in rank[i].losses]
+        assert sum(r[0] for r in reports) / sum(r[1] for r in reports) == pytest.approx(
+            step.lm_loss, rel=1e-5
+        )
+    weights = join_tensors([rank[-1].weights for rank in ranks], "weight")
+    assert weights.keys() == expected[-1].weights.keys()
+    assert max(relative_difference(weights[n], w) for n, w in expected[-1].weights.items()) < 1e-3
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,8 +27,17 @@ from tests.parallel.test_layouts import STAGES_PP2_VPP2, STAGES_PP4
 NUM_STEPS = 3
 
 
-def train(rank: int, world_size: int, layout: Layout, problem: Problem) -> list[RankResult]:
-    """`NUM_STEPS` steps of Adam through Megatron's optimizer, each logged on every rank and collected."""
+def train(
+    rank: int,
+    world_size: int,
+    layout: Layout,
+    problem: Problem,
+    forward_backward: Callable[..., list] | None = None,
+) -> list[RankResult]:
+    """`NUM_STEPS` steps of Adam through Megatron's optimizer, each logged on every rank and collected.
+
+    Under overlap_param_gather weights are whole after the last step only.
+    """
     layout.initialize()
     config = problem.config(layout)
     chunks = build_chunks(config, problem)
@@ -48,11 +58,15 @@ def train(rank: int, world_size: int, layout: Layout, problem: Problem) -> list[
     results = []
     for iteration in range(NUM_STEPS):
         optimizer.zero_grad()  # as the trainer does; else the first microbatch would be added twice
-        losses = step(chunks, problem, problem.global_batch(config.vocab_size, seed=iteration))
+        batch = problem.global_batch(config.vocab_size, seed=iteration)
+        losses = step(chunks, problem, batch, forward_backward)
         logged = log_losses(chunks, problem, iteration + 1)
         result = collect(chunks, losses, counts, logged)  # before the step clips the gradients
         success, norm, _ = optimizer.step()
         assert success
+        if iteration == NUM_STEPS - 1 and dict(problem.ddp).get("overlap_param_gather"):
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
         weights = collect(chunks, losses, counts, logged).weights
         results.append(dataclasses.replace(result, weights=weights, grad_norm=float(norm)))
     return results
