@@ -123,6 +123,12 @@ def _bf16_moments(value: Any) -> Callable[[Namespace], Any]:
     return lambda args: value if all(getattr(args, name, False) for name in wanted) else NOT_SET
 
 
+def _optimizer_checkpoint(args: Namespace) -> Any:
+    """Megatron's local checkpoints, which only the same layout reads again, refuse the option."""
+    local = getattr(args, "non_persistent_ckpt_type", None) == "local"
+    return True if getattr(args, "use_distributed_optimizer", False) and not local else NOT_SET
+
+
 MODEL = "R§4.2; V3 config.json"
 ROUTING = "R§2.1.2; V3 Gate.forward"
 
@@ -361,6 +367,14 @@ SETTINGS: tuple[Setting, ...] = (
         "--pipeline-model-parallel-layout",
         "run",
         "stages as even as whole layers allow; unpublished for DeepSeek-V3",
+    ),
+    # Checkpoints.
+    Setting(
+        "dist_ckpt_optim_fully_reshardable",
+        _optimizer_checkpoint,
+        "--dist-ckpt-optim-fully-reshardable",
+        "run",
+        "what one layout and schedule saves, any other loads; also under ZeRO-1",
     ),
     # Data.
     Setting(

@@ -32,6 +32,7 @@ PATCHES = (
     "get_forward_backward_func",
     "get_rng_state",
     "fully_reshardable_offsets",
+    "chained_optimizer_load",
 )
 
 

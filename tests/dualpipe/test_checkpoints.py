@@ -1,0 +1,100 @@
+"""Through the real trainer: what one schedule and layout saves, any other loads, optimizer state included."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_megatron.demo.results import read_curves
+from tests.arguments.lines import MICRO
+from tests.harness import run_distributed
+from tests.parallel.common import relative_difference
+from tests.parallel.test_resume import tensors, train
+
+WORDS = [
+    *("--spec", "dsv3", "--device", "cpu", *MICRO, "--use-distributed-optimizer"),
+    *("--log-interval", "1", "--lr-warmup-iters", "1", "--save-interval", "2"),
+]
+LOSSES = ("lm loss", "mtp_1 loss", "seq_load_balancing_loss", "grad-norm")
+
+
+@dataclass(frozen=True)
+class Leg:
+    """How some steps of a training are run."""
+
+    schedule: str
+    pp: int = 2
+    ep: int = 1
+    world_size: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.schedule}_pp{self.pp}_ep{self.ep}_of_{self.world_size}"
+
+    def run(self, folder: Path, upto: int, all_steps: int, *words: str) -> dict[str, dict[int, float]]:
+        """Train up to iteration `upto` of `all_steps`, saving in `folder`; what was logged, by iteration."""
+        curves = folder / "curves"
+        given = [*WORDS, "--pipeline-schedule", self.schedule, "--pipeline-model-parallel-size", str(self.pp)]
+        given += ["--expert-model-parallel-size", str(self.ep), "--train-iters", str(all_steps)]
+        given += ["--exit-interval", str(upto), "--save", str(folder), "--tensorboard-dir", str(curves)]
+        run_distributed(train, world_size=self.world_size, timeout=150, init=False, words=[*given, *words])
+        logged = read_curves(curves)
+        return {name: logged[name] for name in LOSSES}
+
+    def resume(self, folder: Path, source: Path, after: int, upto: int, all_steps: int):
+        load = ["--load", str(source), "--ckpt-step", str(after)]
+        return self.run(folder, upto, all_steps, *load)
+
+
+RELAY = [
+    Leg("1f1b"),
+    Leg("dualpipe"),
+    Leg("dualpipev"),
+    Leg("dualpipe", pp=4, world_size=4),
+    Leg("zb1p", ep=2, world_size=4),
+    Leg("dualpipe", ep=2, world_size=4),
+    Leg("1f1b", pp=1, world_size=1),
+]
+
+
+def assert_same_checkpoint(got: Path, expected: Path) -> None:
+    """The same names; weights and moments agree to fp32 rounding of a few steps."""
+    a, b = tensors(got), tensors(expected)
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    differences = {name: relative_difference(a[name], b[name]) for name in b}
+    worst = max(differences, key=lambda name: differences[name])
+    assert differences[worst] < 1e-3, (worst, differences[worst])
+
+
+def test_relay_equals_one_run(tmp_path) -> None:
+    """Two steps under each of `RELAY`, handed on by checkpoint, are the steps of one 1F1B run."""
+    steps = 2 * len(RELAY)
+    straight = RELAY[0].run(tmp_path / "straight", steps, steps)
+    source = None
+    for number, leg in enumerate(RELAY):
+        folder, after, upto = tmp_path / f"{number}_{leg}", 2 * number, 2 * number + 2
+        if source is None:
+            logged = leg.run(folder, upto, steps)
+        else:
+            logged = leg.resume(folder, source, after, upto, steps)
+        for name in LOSSES:
+            assert logged[name].keys() == {after + 1, after + 2}, (leg, name)
+            expected = {i: straight[name][i] for i in logged[name]}
+            # The norm is the most sensitive: a moment or a weight that was not loaded moves it at once.
+            assert logged[name] == pytest.approx(expected, rel=1e-5 if "loss" in name else 1e-4), (leg, name)
+        checkpoint = f"iter_{upto:07d}"
+        assert_same_checkpoint(folder / checkpoint, tmp_path / "straight" / checkpoint)
+        source = folder
+
+
+@pytest.mark.parametrize("leg", [Leg("dualpipe"), Leg("dualpipe", ep=2, world_size=4)], ids=str)
+def test_resumed_dualpipe_is_the_uninterrupted_run_bit_for_bit(leg: Leg, tmp_path) -> None:
+    straight = leg.run(tmp_path / "straight", 4, 4)
+    resumed = leg.resume(tmp_path / "resumed", tmp_path / "straight", 2, 4, 4)
+    for name in LOSSES:
+        assert resumed[name] == {i: straight[name][i] for i in (3, 4)}
+    a, b = (tensors(tmp_path / run / "iter_0000004") for run in ("straight", "resumed"))
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    half = tensors(tmp_path / "straight" / "iter_0000002")
+    assert sum(not torch.equal(a[name], half[name]) for name in a) > 50
