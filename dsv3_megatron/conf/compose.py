@@ -149,6 +149,8 @@ def _resolve_layout(cfg: DictConfig) -> None:
         return
     virtual = cfg.get("num_virtual_stages_per_pipeline_rank") or 1
     stages = size(cfg, "pipeline") * virtual
+    if cfg.get("pipeline_schedule") == "dualpipev":
+        stages *= 2
     if stages == 1:
         cfg.pipeline_model_parallel_layout = None
         return

@@ -22,7 +22,7 @@ class RankReport:
         num_parameters: elements of all parameters on this rank, copies included.
         total_parameters: elements of the model, each parameter once, from the modules of all stages.
         total_parameters_without_mtp: the same less MTP's own.
-        groups: ranks in each of Megatron's groups.
+        groups: ranks in each group, see `FakeWorld.group_sizes`.
         by_kind: elements on this rank by module kind.
     """
 
@@ -74,11 +74,11 @@ def build_rank(cfg: DictConfig, rank: int, progress: bool = False) -> RankReport
 
     say(f"rank {rank}: making Megatron's groups")
     with FakeWorld.of(cfg, rank) as world:
-        num_stages = world.groups.pp.size()
+        num_ranks = world.groups.pp.size()
         num_layers = world.args.num_layers
         of_model: list[Weight] = []
-        for pipeline_rank in range(num_stages):
-            say(f"building pipeline rank {pipeline_rank + 1} of {num_stages}")
+        for pipeline_rank in range(num_ranks):
+            say(f"building pipeline rank {pipeline_rank + 1} of {num_ranks}")
             weights = [weights_of(chunk) for chunk in world.build_chunks(pipeline_rank)]
             of_model += [weight for chunk in weights for weight in chunk]
             if pipeline_rank == world.pipeline_rank:
@@ -90,7 +90,7 @@ def build_rank(cfg: DictConfig, rank: int, progress: bool = False) -> RankReport
         return RankReport(
             world_size=world.world_size,
             rank=rank,
-            stages=[world.pipeline_rank + chunk * num_stages for chunk in range(len(own))],
+            stages=world.stages(),
             layers=sorted({w.layer for w in held if w.layer is not None and not w.mtp}),
             mtp_layers=sorted({num_layers + w.layer for w in held if w.layer is not None and w.mtp}),
             num_parameters=sum(weight.local_size for weight in held),

@@ -16,10 +16,12 @@ from unittest import mock
 
 from omegaconf import DictConfig
 
+from dsv3_megatron import dualpipe
 from dsv3_megatron.conf import ConfigError
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.cpu import CPU_FLAGS
+from dsv3_megatron.dualpipe.ranks import Placement
 
 
 class FakeWorld:
@@ -29,6 +31,7 @@ class FakeWorld:
         args: Megatron's validated arguments.
         model_config: the `DSV3ModelConfig` the trainer would build from.
         groups: Megatron's `ProcessGroupCollection` of this rank.
+        placement: where `--pipeline-schedule` puts the stages, None for Megatron's own placement.
 
     The modules are those of the reference backend (`--transformer-impl local`), whose parameters have the
     shapes of Transformer Engine's and which needs nothing installed.
@@ -44,6 +47,7 @@ class FakeWorld:
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
+        self.placement: Placement | None = None
 
     @classmethod
     def of(cls, cfg: DictConfig, rank: int) -> "FakeWorld":
@@ -62,6 +66,7 @@ class FakeWorld:
             )
         self.args = megatron_args(self.words, self.rank, self.world_size, self.ranks_per_node)
         self.model_config = model_config(self.args)
+        self.placement = dualpipe.placement()
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.world_size)
         try:
             args = self.args
@@ -88,14 +93,26 @@ class FakeWorld:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        dualpipe.activate("1f1b", None)
 
     @property
     def pipeline_rank(self) -> int:
-        """Position of the rank in its pipeline."""
+        """Position of the rank in its pipeline, as Megatron counts (in its half of a mirrored one)."""
         return self.groups.pp.rank()
 
+    def stages(self) -> list[int]:
+        """Pipeline stages of the rank, one per model chunk."""
+        if self.placement is not None:
+            return list(self.placement.stages(self.placement.pipeline_rank(self.rank, self.world_size)))
+        chunks = self.args.virtual_pipeline_model_parallel_size or 1
+        return [self.pipeline_rank + chunk * self.groups.pp.size() for chunk in range(chunks)]
+
     def group_sizes(self) -> dict[str, int]:
-        """Ranks in each of Megatron's own groups that this rank is a member of."""
+        """Ranks in each group that this rank is a member of.
+
+        Under DualPipe Megatron's data-parallel groups hold the ranks of the mirrored pipeline rank too: they are given
+        as `mirror_dp` and `mirror_expt_dp`, and `dp` and `expt_dp` are the ranks of one pipeline rank.
+        """
         groups = self.groups
         named = {
             "dp": groups.dp,
@@ -106,7 +123,13 @@ class FakeWorld:
             "cp": groups.cp,
             "etp": groups.expt_tp,
         }
-        return {name: group.size() for name, group in named.items()}
+        sizes = {name: group.size() for name, group in named.items()}
+        if self.placement is not None and self.placement.mirrored:
+            for name in ("dp", "expt_dp"):
+                sizes[f"mirror_{name}"] = sizes[name]
+                sizes[name] //= 2
+            sizes["pp"] = self.placement.num_ranks
+        return sizes
 
     def build_chunks(self, pipeline_rank: int | None = None) -> list[Any]:
         """The model chunks (one, or one per virtual stage) of a pipeline rank: of this rank when None, else
@@ -119,10 +142,15 @@ class FakeWorld:
         virtual = self.args.virtual_pipeline_model_parallel_size
         with self._standing_at(at) as groups, _on_meta_device():
             builder = DSV3ModelBuilder(self.model_config)
-            return [
+            chunks = [
                 builder.build_model(groups, vp_stage=chunk)
                 for chunk in ([None] if virtual is None else range(virtual))
             ]
+        if self.placement is not None:
+            from dsv3_megatron.dualpipe.embedding import share_embedding
+
+            share_embedding(chunks)
+        return chunks
 
     @contextlib.contextmanager
     def _standing_at(self, pipeline_rank: int) -> Iterator[Any]:
@@ -151,7 +179,7 @@ class FakeWorld:
 
 def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
     """What Megatron's own parsing and validation make of our argument list, on that rank."""
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training import arguments
 
     from dsv3_megatron.arguments import add_arguments, complete
 
@@ -162,10 +190,11 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
         "LOCAL_WORLD_SIZE": str(ranks_per_node),
     }
     with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(words)]):
-        args = parse_args(extra_args_provider=add_arguments)
+        dualpipe.install()
+        args = arguments.parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):
             try:
-                validate_args(args)
+                arguments.validate_args(args)
             except AssertionError as error:
                 raise ConfigError(f"Megatron refuses the arguments: {error}") from error
     return args

@@ -93,7 +93,7 @@ def fitting_combinations() -> list[list[str]]:
             except ConfigError:
                 continue
             fitting.append([f"model={model}", f"layout={layout}"])
-    for group in ("precision", "data", "recipe"):
+    for group in ("precision", "data", "recipe", "schedule"):
         fitting += [[f"{group}={option}"] for option in groups()[group]]
     return fitting
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dsv3_megatron.conf import ConfigError, compose, groups
+from dsv3_megatron.conf import ConfigError, compose, groups, to_argv
 from dsv3_megatron.conf.check import data_parallel_size, world_size
 
 # deepseek-v3.md §1, written down here a second time.
@@ -134,6 +134,16 @@ def test_virtual_stages_become_a_layer_layout() -> None:
     cfg = compose(["num_virtual_stages_per_pipeline_rank=2"])
     assert cfg.pipeline_model_parallel_layout == "Et|(t|)*2tmL"
     assert cfg.num_virtual_stages_per_pipeline_rank is None
+
+
+def test_a_schedule_is_one_option() -> None:
+    assert "--pipeline-schedule" not in to_argv(compose([]))
+    for schedule in ("zb1p", "dualpipe", "dualpipev"):
+        argv = to_argv(compose([f"schedule={schedule}"]))
+        assert argv[argv.index("--pipeline-schedule") + 1] == schedule
+    # DualPipeV places two stages on each of the two ranks.
+    assert compose(["schedule=dualpipe"]).pipeline_model_parallel_layout.count("|") == 1
+    assert compose(["schedule=dualpipev"]).pipeline_model_parallel_layout == "Et|(t|)*2tmL"
 
 
 def test_a_given_layer_layout_stays() -> None:

@@ -64,6 +64,33 @@ def test_a_671b_rank_takes_less_than_a_minute(last_rank) -> None:
     assert last_rank[1] < 60
 
 
+@pytest.mark.parametrize(
+    "rank, stages, layers",
+    [
+        (0, [0, 15], [0, 1, 2, 3, 60]),
+        (2047, [0, 15], [0, 1, 2, 3, 60]),
+        (7 * 128, [7, 8], list(range(28, 36))),
+        (8 * 128 + 5, [7, 8], list(range(28, 36))),
+    ],
+)
+def test_dualpipe_holds_two_stages_and_twice_the_replicas(rank, stages, layers, last_rank) -> None:
+    report = build_rank(compose([*V3, "schedule=dualpipe"]), rank)
+    assert (report.stages, report.layers) == (stages, layers)
+    own = {"dp": 128, "expt_dp": 2, "ep": 64, "pp": 16, "tp": 1, "cp": 1, "etp": 1}
+    assert report.groups == own | {"mirror_dp": 256, "mirror_expt_dp": 4}
+    assert report.total_parameters == last_rank[0].total_parameters
+    if stages == [0, 15]:
+        # MTP uses the embedding of the first stage: the rank holds one.
+        assert report.by_kind["embedding"] == 129280 * 7168
+
+
+def test_dualpipev_holds_two_stages_and_no_mirror(last_rank) -> None:
+    report = build_rank(compose([*V3, "schedule=dualpipev"]), 15 * 128)
+    assert (report.stages, report.layers) == ([15, 16], [30, 31, 32, 33])
+    assert report.groups == last_rank[0].groups
+    assert report.total_parameters == last_rank[0].total_parameters
+
+
 def test_first_rank() -> None:
     with FakeWorld.of(compose(V3), 0) as world:
         (chunk,) = world.build_chunks()
