@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--profile-pipeline",
         type=int,
         metavar="N",
-        help="write the measured timeline of step N (not with 1f1b): pictures, and a trace with a simulated one beside it",
+        help="write the measured timeline of step N (not with 1f1b): pictures, and a trace beside a simulated one",
     )
     group.add_argument(
         "--profile-pipeline-dir",

@@ -92,8 +92,8 @@ class StepProfile:
         draw(measured.events, title, pictures, "seconds")
         idle = max(measured.bubble) / measured.makespan
         print(
-            f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s simulated "
-            f"with the median times of its actions; a rank waits at most {idle:.0%} of the step; wrote {trace} and "
+            f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s "
+            f"simulated with the median times of its actions; a rank waits at most {idle:.0%} of the step; wrote {trace} and "
             f"{pictures[0].name}, {pictures[1].name}",
             flush=True,
         )

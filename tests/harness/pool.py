@@ -134,12 +134,13 @@ def run_distributed(
 def _collect(pipes: list[Any], deadline: float) -> list[tuple[str, Any]]:
     """Wait for each rank's message; after the first failure the others have GRACE_S left."""
     outcomes: list[tuple[str, Any]] = [("no answer (hung or killed)", "")] * len(pipes)
-    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting and (left := deadline - time.monotonic()) > 0:
-        for pipe in multiprocessing.connection.wait(list(waiting), left):
+        ready: list[Any] = multiprocessing.connection.wait(list(waiting), left)
+        for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                status, payload = pipe.recv()  # type: ignore[union-attr]
+                status, payload = pipe.recv()
                 outcomes[rank] = (status, pickle.loads(payload))
             except EOFError:
                 outcomes[rank] = ("died without an answer", "")

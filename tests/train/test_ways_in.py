@@ -138,8 +138,17 @@ def test_c_under_dualpipe(trainer_losses, script, patched_megatron):
 
 
 def test_c_schedule_plans_need_half_precision(script, patched_megatron):
-    words = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--pipeline-schedule", "zb1p"]
-    output = launch(script, ["--spec", "dsv3", *CPU_FLAGS, *MICRO, *words], megatron=patched_megatron, num_ranks=4)
+    words = [
+        "--pipeline-model-parallel-size",
+        "2",
+        "--expert-model-parallel-size",
+        "2",
+        "--pipeline-schedule",
+        "zb1p",
+    ]
+    output = launch(
+        script, ["--spec", "dsv3", *CPU_FLAGS, *MICRO, *words], megatron=patched_megatron, num_ranks=4
+    )
     assert "error: --pipeline-schedule zb1p with --expert-model-parallel-size 2" in output
 
 
