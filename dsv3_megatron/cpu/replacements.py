@@ -108,6 +108,8 @@ TABLE: tuple[Replacement, ...] = (
     # Megatron
     Replacement("megatron.training.arguments", ("parse_and_validate_args",), refusals.checked_parsing,
                 "refuses, by name, what cannot work on CPU"),
+    Replacement("megatron.training.initialize", ("_warmup_jit_function",), devices.returns(None),
+                "nothing is compiled; its random inputs would change the weights that are drawn later"),
     Replacement("megatron.core.datasets.utils", ("compile_helpers",), megatron.compile_helpers,
                 "runs `make` in a wheel without Makefile, though the compiled helper ships"),
     Replacement("megatron.core.tensor_parallel.random", ("CudaRNGStatesTracker",), megatron.quiet_rng_tracker,

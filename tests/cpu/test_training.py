@@ -88,9 +88,11 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def assert_equal_checkpoints(a: Path, b: Path) -> None:
     left, right = tensors_of(a), tensors_of(b)
-    assert left.keys() == right.keys() and len(left) > 20
-    different = [key for key in left if not torch.equal(left[key], right[key])]
-    assert not different, different
+    assert left.keys() == right.keys() and len(left) > 10
+    for key in left:
+        # NaN is padding between the optimizer's parameters, which is never written.
+        assert left[key].isfinite().float().mean() > 0.9, key
+        torch.testing.assert_close(left[key], right[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
 
 @pytest.mark.parametrize("optimizer_format", ["dp_reshardable", "fully_reshardable"])
@@ -101,9 +103,9 @@ def test_resume_is_bit_equal(tmp_path, optimizer_format):
         common += ["--dist-ckpt-optim-fully-reshardable", "--ckpt-fully-parallel-load"]
     background = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     first, second = tmp_path / "first", tmp_path / "second"
-    whole, _ = train(tmp_path / "log1", 2, *common, "--save", str(first), *background)
+    whole, _ = train(tmp_path / "log1", 2, *common, "--save", str(first), *background, fill=True)
     (first / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed, _ = train(tmp_path / "log2", 2, *common, "--load", str(first), "--save", str(second))
+    resumed, _ = train(tmp_path / "log2", 2, *common, "--load", str(first), "--save", str(second), fill=True)
     assert [step[0] for step in resumed][:1] == [whole[2][0]]
     assert len(resumed) == 2
     assert_equal_checkpoints(second / "iter_0000004", first / "iter_0000004")

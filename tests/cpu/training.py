@@ -1,5 +1,6 @@
 """Short training runs of Megatron's own GPT through `megatron.training.pretrain`, on ranks of the harness."""
 
+import multiprocessing
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ _GPT = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
     "--micro-batch-size 1 --global-batch-size 4 --train-iters 4 --lr 1e-2 --min-lr 1e-3 --log-interval 1 "
     "--eval-iters 0 --eval-interval 100 --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --num-workers 0 "
-    "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
 )
 _MOE = (
@@ -22,8 +23,14 @@ _MOE = (
 GPT, MOE = _GPT.split(), _MOE.split()
 
 
-def pretrain(rank: int, world_size: int, words: list[str], record: bool = False) -> dict[str, Any]:
-    """The calls of Megatron's `pretrain_gpt.py`; returns what `record_streams` saw, or an exit code."""
+def pretrain(
+    rank: int, world_size: int, words: list[str], record: bool = False, fill: bool = False
+) -> dict[str, Any]:
+    """The calls of Megatron's `pretrain_gpt.py`; returns what `record_streams` saw, or an exit code.
+
+    fill: new memory holds NaN, so that what is saved without having been written is equal in each run.
+    """
+    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -32,7 +39,10 @@ def pretrain(rank: int, world_size: int, words: list[str], record: bool = False)
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
 
+    torch.use_deterministic_algorithms(fill, warn_only=True)
     sys.argv = ["pretrain", *words]
+    # As in a process of its own; the harness' fork server left another default for data-loading workers.
+    multiprocessing.set_start_method("fork", force=True)
 
     def run() -> None:
         args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
