@@ -1,0 +1,58 @@
+"""A rank that stops is an error on its neighbours that names what is missing, within the time limit."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.dualpipe.common import ScheduledLayout, ScheduledProblem
+from tests.harness import run_distributed
+from tests.parallel import common
+
+TIMEOUT_S = 0.5
+
+
+def step_with_stopping_rank(rank: int, world_size: int, layout: ScheduledLayout) -> tuple[str, float]:
+    """Rank 1 stands still in its first forward; returns the error, and when it came (`time.monotonic()`)."""
+    from dsv3_megatron.dualpipe.schedule import PipelineSchedule
+
+    problem = ScheduledProblem(num_sequences=8)
+    layout.initialize()
+    config = problem.config(layout)
+    chunks = common.build_chunks(config, problem)
+    common.prepare(chunks, problem)
+    schedule = PipelineSchedule(layout.schedule, layout.pp, layout.placement, TIMEOUT_S)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        time.sleep(6 * TIMEOUT_S)
+        raise InterruptedError("stopped")
+
+    with mock.patch.object(common, "forward_step", stop) if rank == 1 else nullcontext():
+        try:
+            common.step(chunks, problem, problem.global_batch(config.vocab_size), schedule)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', ()))}"
+            return text, time.monotonic()
+    return "finished", time.monotonic()
+
+
+@pytest.mark.parametrize(
+    "schedule, missing",
+    [
+        ("zb1p", "gradient for stage 0, direction 0, microbatch 0 (rank 1 to rank 0)"),
+        ("dualpipe", "activation for stage 1, direction 1, microbatch 4 (rank 1 to rank 0)"),
+        ("dualpipev", "activation for stage 3, direction 0, microbatch 0 (rank 1 to rank 0)"),
+    ],
+)
+def test_a_rank_that_stops_is_named(schedule: str, missing: str) -> None:
+    """Eight microbatches; under DualPipe the second half of them is direction 1."""
+    layout = ScheduledLayout(world_size=2, pp=2, schedule=schedule)
+    (waiting, gave_up), (stopped, woke_up) = run_distributed(
+        step_with_stopping_rank, 2, timeout=60, layout=layout
+    )
+    assert waiting.startswith(f"PipelineTimeout: pipeline rank 0 got no {missing} within 0.5 s")
+    assert "while pipeline rank 0 ran" in waiting
+    assert stopped.startswith("InterruptedError: stopped while pipeline rank 1 ran")
+    assert gave_up < woke_up
