@@ -68,7 +68,13 @@ def train(rank: int, world_size: int, layout: ScheduledLayout, problem: Schedule
     return test_training.train(rank, world_size, layout, problem, schedule)
 
 
-@pytest.mark.parametrize("ddp", [ZERO1, OVERLAPPED], ids=["zero1", "zero1_overlapped"])
+@pytest.mark.parametrize(
+    "ddp",
+    [
+        pytest.param(ZERO1, id="zero1", marks=pytest.mark.slow),
+        pytest.param(OVERLAPPED, id="zero1_overlapped"),
+    ],
+)
 @pytest.mark.parametrize("schedule, ep", [("dualpipe", 2), ("dualpipev", 1)])
 def test_steps_with_zero_1(schedule: str, ep: int, ddp: tuple) -> None:
     """Three steps of Adam: losses, gradient norms and weights of one process; copies of a weight are bit-equal."""

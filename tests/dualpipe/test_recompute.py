@@ -38,7 +38,6 @@ def counted(
         ("zb1p", 2, "megatron"),
         ("dualpipe", 1, "megatron"),
         ("dualpipe", 2, "megatron"),
-        ("dualpipev", 2, "megatron"),
         ("dualpipev", 2, "report"),
     ],
 )

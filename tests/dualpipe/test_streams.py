@@ -42,8 +42,9 @@ def layout(schedule: str, order: str) -> ScheduledLayout:
     return ScheduledLayout(world_size=4, pp=2, ep=2, schedule=schedule, pair_order=order)
 
 
-@pytest.mark.parametrize("order", ["megatron", "report"])
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize(
+    "schedule, order", [("dualpipe", "megatron"), ("dualpipe", "report"), ("dualpipev", "report")]
+)
 def test_a_step_with_overlapped_pairs_has_no_missing_wait(schedule: str, order: str) -> None:
     for violations, operations in run_distributed(
         recorded_step, 4, timeout=120, layout=layout(schedule, order), without=""
