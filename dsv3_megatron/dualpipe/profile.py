@@ -89,7 +89,8 @@ class StepProfile:
         write_trace(trace, timelines, microseconds_per_unit=1e6)
         title = f"{schedule.name}, {schedule.num_ranks} pipeline ranks, step {self.iteration}: measured"
         pictures = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-        draw(measured.events, title, pictures, "seconds")
+        most = max(len(actions) for actions in schedule.ranks)
+        draw(measured.events, title, pictures, "seconds", inches=min(max(12.0, 0.5 * most), 48.0))
         idle = max(measured.bubble) / measured.makespan
         print(
             f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s "

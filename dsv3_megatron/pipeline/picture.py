@@ -52,7 +52,11 @@ def _cell(events: Sequence[Event]) -> float:
 
 
 def draw(
-    events: Sequence[Event], title: str, paths: Sequence[Path], unit: str = "units of one forward"
+    events: Sequence[Event],
+    title: str,
+    paths: Sequence[Path],
+    unit: str = "units of one forward",
+    inches: float | None = None,
 ) -> None:
     """Draw a timeline to files; the suffix of each path gives its format (svg, png, pdf).
 
@@ -60,6 +64,7 @@ def draw(
         events: simulated or measured.
         title: above the picture.
         unit: of the times, for the axis.
+        inches: width; by default the shortest action has room for its number.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -67,7 +72,8 @@ def draw(
 
     num_ranks = 1 + max(event.rank for event in events)
     makespan = max(event.end for event in events)
-    inches = min(max(10.0, 0.24 * makespan / _cell(events)), 48.0)  # two digits fit into a cell
+    if inches is None:
+        inches = min(max(10.0, 0.24 * makespan / _cell(events)), 48.0)  # two digits fit into a cell
     row = 0.36
     figure = Figure(figsize=(inches, row * num_ranks + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
