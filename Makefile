@@ -5,11 +5,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo bench-pipeline test test-all test-te test-gpu lint clean
+.PHONY: help setup demo demo-pp4 bench-pipeline test test-all test-te test-gpu lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv and install the package, editable, with what the tests need
 
@@ -20,8 +20,11 @@ $(STAMP): setup.py pyproject.toml scripts/find_python.sh
 	$(PY) -m pip install -e '.[test,dev]'
 	@touch $@
 
-demo: setup  ## train a small DeepSeek-V3 on real text in four processes (resumes when run again)
+demo: setup  ## train a small DeepSeek-V3 on real text, DualPipe in four processes (resumes when run again)
 	$(PY) -m dsv3_megatron.demo
+
+demo-pp4: setup  ## the same on four pipeline ranks, in eight processes
+	$(PY) -m dsv3_megatron.demo --run-dir runs/demo-pp4 --layout cpu_pp4_ep2 micro_batch_size=1
 
 test: setup  ## the default tests, under 20 minutes on two cores
 	$(PY) -m pytest tests

@@ -23,6 +23,11 @@ def main(argv: list[str] | None = None) -> int:
         "--layout", default=defaults.layout, help="a layout of dsv3_megatron.conf (default: %(default)s)"
     )
     parser.add_argument(
+        "--schedule",
+        default=defaults.schedule,
+        help="a pipeline schedule of dsv3_megatron.conf (default: %(default)s)",
+    )
+    parser.add_argument(
         "--train-iters", type=int, default=defaults.train_iters, help="iterations of the first run"
     )
     parser.add_argument("--more-iters", type=int, default=60, help="iterations of each further run")
@@ -36,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = DemoSettings(
         layout=args.layout,
+        schedule=args.schedule,
         train_iters=args.train_iters,
         corpus_bytes=args.corpus_bytes,
         num_windows=args.num_windows,
@@ -53,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     print(f"[demo] picture: {args.run_dir / 'loss.png'}")
+    for picture in sorted(args.run_dir.glob("pipeline_step*.png")):
+        print(f"[demo] measured timeline: {picture}")
     print(f"[demo] curves: tensorboard --logdir {args.run_dir / 'tensorboard'}")
     print(json.dumps(result))
     return 0

@@ -11,8 +11,8 @@ from dsv3_megatron.demo.heldout import Windows
 
 
 def mean_loss(model: list[Any], windows: Windows) -> float | None:
-    """Mean cross entropy (nats) of the targets of `windows`; None on ranks that are not of the last pipeline
-    stage.
+    """Mean cross entropy (nats) of the targets of `windows`; None on ranks to which the schedule gives no losses
+    (under 1F1B all but those of the last pipeline stage).
 
     To be called on every rank, with Megatron's model chunks in evaluation mode. Each data-parallel rank takes
     its share of the windows, whose number must be divisible by micro batch × data-parallel size.
@@ -41,7 +41,7 @@ def mean_loss(model: list[Any], windows: Windows) -> float | None:
         micro_batch_size=args.micro_batch_size,
         forward_only=True,
     )
-    if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+    if not reports:
         return None
     total = torch.stack([report["lm loss"].double() for report in reports]).sum(dim=0)  # [loss sum, targets]
     torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())

@@ -17,6 +17,7 @@ from dsv3_megatron.demo.picture import draw
 from dsv3_megatron.demo.results import read_curves, summarise
 from dsv3_megatron.demo.unigram import unigram_loss
 
+PROFILED_STEP = 10  # of a run: the first ones take longer
 SETTINGS_FILE = "settings.json"
 
 
@@ -25,6 +26,7 @@ class DemoSettings:
     """What a run folder is for; a folder begun with other settings is refused."""
 
     layout: str = "cpu_pp2_ep2"
+    schedule: str = "dualpipe"
     train_iters: int = 200
     corpus_bytes: int = 6_000_000
     valid_fraction: float = 0.1
@@ -37,7 +39,8 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
     """Train to `settings.train_iters`, or, if `run_dir` got there already, `more_iters` further; returns the
     result.
 
-    Writes `corpus/`, `checkpoints/`, `tensorboard/`, `logs/`, `loss.png` and `result.json` in `run_dir`.
+    Writes `corpus/`, `checkpoints/`, `tensorboard/`, `logs/`, `loss.png`, `result.json` and, for the tenth step of the
+    run, `pipeline_step‹N›.{png,svg,json}` in `run_dir`.
 
     Raises:
         ValueError: `run_dir` was begun with other settings, or a setting is not possible.
@@ -48,6 +51,9 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
     resumed_from = saved_iteration(run_dir / "checkpoints")
     iterations = settings.train_iters if resumed_from < settings.train_iters else resumed_from + more_iters
     overrides = trainer_overrides(run_dir, settings, iterations)
+    if settings.schedule != "1f1b":
+        step = min(resumed_from + PROFILED_STEP, iterations)
+        overrides += [f"profile_pipeline={step}", f"profile_pipeline_dir={_quoted(run_dir)}"]
     cfg = compose(overrides)
 
     corpus = run_dir / "corpus"
@@ -79,6 +85,7 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
     return [
         "model=tiny",
         f"layout={settings.layout}",
+        f"schedule={settings.schedule}",
         "data=indexed",
         "device=cpu",
         f"corpus.dir={_quoted(run_dir / 'corpus')}",
@@ -91,7 +98,7 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         "seq_length=256",
         "max_position_embeddings=256",
         "global_batch_size=16",
-        "micro_batch_size=4",
+        "micro_batch_size=2",
         # The report's 0.001 moves the bias by at most 0.2 in 200 iterations: too little for balance.
         "moe_router_bias_update_rate=0.01",
         "allow_deviation=[moe_router_bias_update_rate]",
@@ -146,7 +153,7 @@ def _keep_settings(path: Path, settings: DemoSettings) -> None:
 def _announce(cfg: DictConfig, resumed_from: int, iterations: int) -> None:
     begin = f"resuming from iteration {resumed_from}" if resumed_from else "starting"
     print(
-        f"[demo] {begin}, to iteration {iterations}: {world_size(cfg)} processes, "
+        f"[demo] {begin}, to iteration {iterations}: {cfg.pipeline_schedule or '1f1b'}, {world_size(cfg)} processes, "
         f"PP{cfg.pipeline_model_parallel_size} × EP{cfg.expert_model_parallel_size}, "
         f"{cfg.num_layers} layers, {cfg.num_experts} experts, "
         f"{cfg.global_batch_size} × {cfg.seq_length} tokens per iteration",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_megatron.demo.results import read_curves
+from dsv3_megatron.pipeline.actions import Kind
+from dsv3_megatron.pipeline.trace import read_trace
 
 KEYS = [
     "val_loss",
@@ -22,7 +24,7 @@ KEYS = [
     "resumed_from",
 ]
 SMALL = ["--train-iters", "4", "--more-iters", "2", "--num-windows", "8", "--corpus-bytes", "1000000"]
-SMALL += ["seq_length=64", "max_position_embeddings=64", "global_batch_size=8", "micro_batch_size=2"]
+SMALL += ["seq_length=64", "max_position_embeddings=64", "global_batch_size=8", "micro_batch_size=1"]
 
 
 def demo(run_dir: Path, *words: str, timeout: float = 240) -> tuple[dict, list[str]]:
@@ -57,11 +59,16 @@ def test_few_iterations_and_resume(tmp_path):
     assert 1.0 <= first["max_over_mean_expert_load"] <= 8 / 2  # 8 experts, two per token
     assert first["tokens_per_s"] > 0
     check_picture(tmp_path / "loss.png")
+    check_picture(tmp_path / "pipeline_step4.png")
+    measured = read_trace(tmp_path / "pipeline_step4.json")["measured"]
+    assert {event.rank for event in measured} == {0, 1}
+    assert any(event.action.kind is Kind.PAIR for event in measured)
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     assert json.loads((tmp_path / "result.json").read_text()) == first
 
     again, lines = demo(tmp_path, *SMALL)
     assert (again["iteration"], again["resumed_from"]) == (6, 4)
+    assert (tmp_path / "pipeline_step6.svg").exists()
     assert any("resuming from iteration 4, to iteration 6" in line for line in lines)
     assert again["unigram_loss"] == first["unigram_loss"]
     assert again["val_loss"] != first["val_loss"]

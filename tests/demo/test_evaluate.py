@@ -19,7 +19,7 @@ def windows() -> tuple[Windows, Windows]:
     return ordered, shuffled
 
 
-def evaluated(rank: int, world_size: int, layout: str) -> dict:
+def evaluated(rank: int, world_size: int, layout: str, schedule: str = "1f1b") -> dict:
     """Train one step; then the losses by `mean_loss`, and, where the whole model is here, from its logits."""
     import torch
 
@@ -47,6 +47,7 @@ def evaluated(rank: int, world_size: int, layout: str) -> dict:
     overrides = [
         "model=micro",
         f"layout={layout}",
+        f"schedule={schedule}",
         "device=cpu",
         "train_iters=1",
         "eval_interval=1",
@@ -57,7 +58,7 @@ def evaluated(rank: int, world_size: int, layout: str) -> dict:
         f"max_position_embeddings={SEQ_LENGTH}",
         f"vocab_size={VOCAB_SIZE - 1}",
     ]
-    overrides += ["micro_batch_size=2", "global_batch_size=8", "make_vocab_size_divisible_by=128"]
+    overrides += ["micro_batch_size=1", "global_batch_size=8", "make_vocab_size_divisible_by=128"]
     train.main(to_argv(compose(overrides)), non_loss_data_func=evaluate)
     return found
 
@@ -70,4 +71,12 @@ def test_losses_are_those_of_the_logits_in_every_layout():
     ranks = run_distributed(evaluated, world_size=4, init=False, layout="cpu_pp2_ep2")
     assert [found["mean_loss"] for found in ranks[:2]] == [[None, None]] * 2  # the first pipeline stage
     for found in ranks[2:]:
+        assert found["mean_loss"] == pytest.approx(single["mean_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_a_schedule_of_two_stages_per_rank_evaluates_the_same(schedule: str) -> None:
+    single = run_distributed(evaluated, world_size=1, init=False, layout="cpu_single")[0]
+    ranks = run_distributed(evaluated, world_size=4, init=False, layout="cpu_pp2_ep2", schedule=schedule)
+    for found in ranks:  # every rank is told
         assert found["mean_loss"] == pytest.approx(single["mean_loss"], rel=1e-4)
