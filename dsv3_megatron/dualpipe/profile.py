@@ -94,8 +94,8 @@ class StepProfile:
         idle = max(measured.bubble) / measured.makespan
         print(
             f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s "
-            f"simulated with the median times of its actions; a rank waits at most {idle:.0%} of the step; wrote {trace} and "
-            f"{pictures[0].name}, {pictures[1].name}",
+            f"simulated with the median times of its actions; a rank waits at most {idle:.0%} of the step; "
+            f"wrote {trace} and {pictures[0].name}, {pictures[1].name}",
             flush=True,
         )
 
