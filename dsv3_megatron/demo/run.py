@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dsv3_megatron.conf import compose
-from dsv3_megatron.conf.check import world_size
+from dsv3_megatron.conf.check import data_parallel_size, world_size
 from dsv3_megatron.demo.corpus import prepare_corpus, read_tokens, vocab_size_of
 from dsv3_megatron.demo.heldout import ordered_windows
 from dsv3_megatron.demo.launch import run_ranks
@@ -55,6 +55,7 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
         step = min(resumed_from + PROFILED_STEP, iterations)
         overrides += [f"profile_pipeline={step}", f"profile_pipeline_dir={_quoted(run_dir)}"]
     cfg = compose(overrides)
+    _check_windows(cfg, settings.num_windows)
 
     corpus = run_dir / "corpus"
     prepare_corpus(corpus, settings.corpus_bytes, cfg.vocab_size, settings.valid_fraction)
@@ -113,6 +114,19 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         "log_interval=1",
         *settings.overrides,
     ]
+
+
+def _check_windows(cfg: DictConfig, num_windows: int) -> None:
+    """The held-out windows are evaluated with the schedule of the training, which needs enough of them."""
+    schedule = cfg.pipeline_schedule or "1f1b"
+    replicas = data_parallel_size(cfg) * (2 if schedule == "dualpipe" else 1)
+    windows = replicas * cfg.micro_batch_size  # one microbatch on each replica
+    least = {"dualpipe": 1, "dualpipev": 2, "zb1p": 0, "1f1b": 0}[schedule] * cfg.pipeline_model_parallel_size
+    if num_windows % windows or num_windows < max(1, least) * windows:
+        raise ValueError(
+            f"--num-windows {num_windows}: {schedule} on this layout evaluates a multiple of {windows} windows, and at "
+            f"least {max(1, least) * windows}"
+        )
 
 
 def _quoted(path: Path) -> str:

@@ -96,6 +96,14 @@ def test_read_tokens_is_what_megatron_reads(tmp_path):
     )
 
 
+@pytest.mark.parametrize("num_windows", [8, 20])
+def test_too_few_or_uneven_windows_are_refused_before_training(num_windows: int, tmp_path) -> None:
+    """DualPipe's 4 replicas of 2 windows each, and 2 microbatches in each direction."""
+    with pytest.raises(ValueError, match=f"--num-windows {num_windows}: .* multiple of 8 .* at least 16"):
+        run_demo(tmp_path, DemoSettings(num_windows=num_windows), more_iters=10)
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_folder_of_other_settings_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert saved_iteration(tmp_path / "checkpoints") == 0
