@@ -15,7 +15,6 @@ def complete_command_line(parser: ArgumentParser) -> None:
 
     Any other command line is left as it is. A wrong one ends the process with a message and exit status 2.
     """
-    from dsv3_megatron import patching
     from dsv3_megatron.arguments.command_line import add_arguments
     from dsv3_megatron.arguments.complete import complete
 
@@ -24,8 +23,6 @@ def complete_command_line(parser: ArgumentParser) -> None:
     if "--spec=dsv3" in words or any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
         # Megatron itself refuses words that nobody knows.
         sys.argv[1:] = complete(words, parser, known_only=True)
-        # The completed line saves optimizer state by parameter, for any layout.
-        patching.install(["fully_reshardable_offsets", "chained_optimizer_load"])
         _use_schedule(parser.parse_known_args()[0])
 
 

@@ -31,8 +31,6 @@ PATCHES = (
     "reports_loss",
     "get_forward_backward_func",
     "get_rng_state",
-    "fully_reshardable_offsets",
-    "chained_optimizer_load",
 )
 
 

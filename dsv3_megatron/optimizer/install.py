@@ -20,9 +20,9 @@ def implementation() -> Implementation:
 
 
 def install() -> Implementation:
-    """Make Megatron's `--optimizer adam` use the implementation of this machine; idempotent.
+    """Make Megatron's `--optimizer adam` use the implementation of this machine, and its checkpoints fit any layout.
 
-    To be called after Megatron can be imported and before its optimizer config is built.
+    Idempotent; to be called after Megatron can be imported and before its optimizer config is built.
 
     Returns:
         The implementation in use.
@@ -31,7 +31,7 @@ def install() -> Implementation:
         dsv3_megatron.patching.PatchMismatch: this Megatron version differs from the patches' expectation.
     """
     chosen = implementation()
-    patching.install(["precision_aware_optimizer"])
+    patching.install(["precision_aware_optimizer", "fully_reshardable_offsets", "chained_optimizer_load"])
     if chosen == "dsv3_megatron":
         patching.install(["adamw"])
     return chosen
