@@ -44,6 +44,11 @@ def activate(allow_te: bool = False) -> None:
     """
     global _active
     if _active:
+        if allow_te and sys.modules.get("transformer_engine", False) is None:
+            raise RuntimeError(
+                "dsv3_megatron.cpu is active already, without Transformer Engine: activate(allow_te=True) must come "
+                "first."
+            )
         return
     # torch.compile asks Triton about the GPU; the variable is read when torch._dynamo is first imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

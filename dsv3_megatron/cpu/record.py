@@ -181,21 +181,19 @@ class Recorder:
         if self._in_backend:
             return
         schema = func._schema
-        reads, writes, aliases = [], [], False
+        reads: list[torch.Tensor] = []
+        writes: list[torch.Tensor] = []
+        aliases = False
         for i, argument in enumerate(schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                writes += tensors
-            else:
-                reads += tensors
+            is_write = argument.alias_info is not None and argument.alias_info.is_write
+            (writes if is_write else reads).extend(_tensors(value))
         inputs = {t.untyped_storage()._cdata for t in reads + writes}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                if tensor.untyped_storage()._cdata in inputs:
-                    aliases = True
-                elif schema.name not in EMPTY:
-                    writes.append(tensor)
+        for tensor in _tensors(result):
+            if tensor.untyped_storage()._cdata in inputs:
+                aliases = True
+            else:
+                writes.append(tensor)
         if (aliases and not writes) or schema.name in EMPTY:
             return  # a view, or memory without content
         stream = self.current_stream()
@@ -205,7 +203,7 @@ class Recorder:
 
     def collective(self, stream: Any, name: str, reads: Any, writes: Any, issue: Callable[[], Any]) -> Any:
         self.order_after(stream, self.clock(self.current_stream()))
-        self.access(stream, name, tree_leaves(reads), tree_leaves(writes))
+        self.access(stream, name, _tensors(reads), _tensors(writes))
         work = self.in_backend(issue)
         if work is not None:
             self._works[id(work)] = (work, self.clock(stream))
@@ -236,7 +234,7 @@ class Recorder:
             self._touch(tensor, access, clock, is_write=True)
 
     def _touch(self, tensor: torch.Tensor, access: Access, clock: Clock, is_write: bool) -> None:
-        if tensor.layout is not torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
+        if tensor.numel() == 0:
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._history:
@@ -266,6 +264,12 @@ class Recorder:
             self._seen.add(key)
             shape = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
             self.violations.append(Violation(shape, first, second))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors with memory in a nested structure."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [tensor for tensor in leaves if tensor.layout is torch.strided and tensor.device.type != "meta"]
 
 
 def _merge(clock: Clock, other: Clock) -> None:

@@ -41,7 +41,10 @@ def _is(value: Any) -> Callable[[Any], Any]:
 
 # Functions such as torch.empty and torch.tensor, as torch itself lists them. torch caches the list, with the
 # original functions, on this first call: `with torch.device("meta")` keeps recognising them.
-FACTORIES = tuple(sorted(f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f))
+FACTORIES = tuple(
+    sorted(name for name, f in vars(torch).items() if callable(f) and f in _device_constructors())
+)
+
 NEW = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 

@@ -1,7 +1,9 @@
 """Whatever cannot work on CPU is refused by name when a trainer parses its arguments."""
 
+import copy
 import sys
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -24,10 +26,15 @@ REFUSED_VALUES = {
 }
 
 
+@pytest.fixture(scope="module")
+def parsed_once() -> Namespace:
+    with mock.patch.object(sys, "argv", ["pretrain", *GPT, *CPU_FLAGS]):
+        return parse_args()
+
+
 @pytest.fixture
-def parsed(monkeypatch) -> Namespace:
-    monkeypatch.setattr(sys, "argv", ["pretrain", *GPT, *CPU_FLAGS])
-    return parse_args()
+def parsed(parsed_once) -> Namespace:
+    return copy.copy(parsed_once)
 
 
 def test_the_cpu_flags_suffice(parsed):

@@ -180,6 +180,10 @@ def test_helpers_are_not_compiled_again():
 
 def test_active_in_this_process():
     assert cpu.is_active()
+    cpu.activate()
+    if sys.modules.get("transformer_engine", sys) is None:
+        with pytest.raises(RuntimeError, match="active already, without Transformer Engine"):
+            cpu.activate(allow_te=True)
     stream = torch.cuda.Stream()
     torch.cuda.set_stream(stream)
     cpu.reset()
