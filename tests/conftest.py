@@ -1,4 +1,3 @@
-
 """Test configuration: the CPU runtime is active in the pytest process as it is in the ranks of the harness."""
 
 import os
