@@ -134,6 +134,7 @@ def checked_parsing(original: Callable) -> Callable:
         arguments = sys.modules[original.__module__]
         validate_args = arguments.validate_args  # type: ignore[attr-defined]
 
+        @functools.wraps(validate_args)
         def check_and_validate(parsed: Namespace, *more: Any) -> Any:
             # sys.modules holds None for it unless the caller asked for Transformer Engine.
             check(parsed, allow_te=sys.modules.get("transformer_engine", False) is not None)
