@@ -106,7 +106,7 @@ class ChunkStage:
         result = self._backward(which, gradient, weights=True)
         if saved.plan is None:
             run_pending_weight_grads(self.model)
-        self._finish_gradients(which)
+        self.finish_gradients(which)
         return result
 
     def backward_input(self, which: Pass, gradient: Tensor | None) -> Tensor | None:
@@ -114,7 +114,7 @@ class ChunkStage:
 
     def backward_weight(self, which: Pass) -> None:
         run_pending_weight_grads(self.model)
-        self._finish_gradients(which)
+        self.finish_gradients(which)
 
     # --- schedule plans, also used by overlap.py
 
@@ -175,10 +175,6 @@ class ChunkStage:
         assert gradient is not None and saved.plan is not None
         return saved, gradient
 
-    def finish_planned_backward(self, which: Pass) -> None:
-        """After a plan's backward with its weight gradients."""
-        self._finish_gradients(which)
-
     # --- common ends
 
     def _finish_forward(self, which: Pass, saved: _Saved, num_tokens: Tensor) -> Tensor | None:
@@ -204,7 +200,8 @@ class ChunkStage:
         saved.plan.run(None, saved.plan, b_grad=gradient)
         return None if saved.activation is None else saved.activation.grad
 
-    def _finish_gradients(self, which: Pass) -> None:
+    def finish_gradients(self, which: Pass) -> None:
+        """After a pass with weight gradients: the stage's last one lets them be reduced."""
         if which.last:
             self.step.reduce.complete(self.stage)
 

@@ -163,7 +163,7 @@ class PairRunner:
                 ORDERS[self.order], plan, saved.plan, gradient, send_backward, thread, self.events
             )
         forward.send(f.planned(forward.which, activation, plan, loss_func, output))
-        b.finish_planned_backward(backward.which)
+        b.finish_gradients(backward.which)
 
 
 def run_pair(
