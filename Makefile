@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 bench-pipeline test test-all test-te test-gpu lint clean
+.PHONY: help setup demo demo-pp4 bench-pipeline bench-train test test-all test-te test-gpu lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a rep
 
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.pipeline.bench
+
+bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
+	$(PY) -m dsv3_megatron.demo.throughput
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

@@ -1,8 +1,12 @@
 """`torch.distributed` stand-ins: NCCL groups become gloo groups."""
 
 import functools
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 KEPT_BACKENDS = ("gloo", "fake", "mpi")
 
@@ -31,3 +35,24 @@ def new_group(original: Callable) -> Callable:
         return original(ranks, timeout, None if backend is None else gloo_backend(backend), None, **kw)
 
     return new
+
+
+def one_gloo_device(original: type) -> type:
+    class ProcessGroupGloo(original):  # type: ignore[misc, valid-type]
+        """Every gloo device has a thread that polls a hundred times a second; all groups use the same one."""
+
+        _device: tuple[int, Any] | None = None  # with its process: threads do not survive a fork
+
+        def __init__(
+            self, store: Any, rank: int, size: int, timeout: timedelta = default_pg_timeout, **settings: Any
+        ) -> None:
+            shared = ProcessGroupGloo
+            if shared._device is None or shared._device[0] != os.getpid():
+                shared._device = (os.getpid(), original.create_default_device())  # type: ignore[attr-defined]
+            options = original._Options()  # type: ignore[attr-defined]
+            options._devices, options._timeout = [shared._device[1]], timeout
+            for name, value in settings.items():
+                setattr(options, name, value)
+            super().__init__(store, rank, size, options)
+
+    return ProcessGroupGloo

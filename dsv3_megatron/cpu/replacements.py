@@ -108,6 +108,8 @@ TABLE: tuple[Replacement, ...] = (
     Replacement("torch.distributed", ("init_process_group",), distributed.init_process_group,
                 "nccl becomes gloo; no device or NCCL options. Collectives stay as asynchronous as asked"),
     Replacement("torch.distributed", ("new_group",), distributed.new_group, "nccl becomes gloo; no NCCL options"),
+    Replacement("torch.distributed.distributed_c10d", ("ProcessGroupGloo",), distributed.one_gloo_device,
+                "each group would have a polling thread of its own, and Megatron makes dozens of groups"),
     # Megatron
     Replacement("megatron.training.arguments", ("parse_and_validate_args",), refusals.checked_parsing,
                 "refuses, by name, what cannot work on CPU"),

@@ -46,6 +46,7 @@ _ATTENTION, _DISPATCH, _MLP, _COMBINE, _MTP = (
     "mtp_post_process",
 )
 _COMMUNICATION = (_DISPATCH, _COMBINE)
+_NAMES = {_ATTENTION: "attention", _DISPATCH: "dispatch", _MLP: "MLP", _COMBINE: "combine", _MTP: "MTP end"}
 
 # Per layer; nodes that a layer does not have are passed over. Both begin and end with the MTP layer's last node.
 ORDERS: dict[str, tuple[NodeStep, ...]] = {
@@ -92,8 +93,13 @@ class NodeEvent:
     end: float
 
     @property
-    def communicates(self) -> bool:
-        return self.step.node in _COMMUNICATION
+    def lane(self) -> str:
+        return "communication" if self.step.node in _COMMUNICATION else "compute"
+
+    def __str__(self) -> str:
+        node = _NAMES[self.step.node]
+        operation = {"forward": "F", "backward": "B", "backward_dw": "W"}[self.step.operation]
+        return f"{operation} {node} {self.layer}"
 
 
 class CommunicationThread:

@@ -2,18 +2,20 @@
 
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dsv3_megatron.dualpipe.overlap import NodeEvent
+from dsv3_megatron.dualpipe.pair_picture import draw_pairs
 from dsv3_megatron.pipeline.actions import Schedule
 from dsv3_megatron.pipeline.fit import fit_costs
 from dsv3_megatron.pipeline.picture import draw
 from dsv3_megatron.pipeline.simulate import Event, Simulation, simulate
-from dsv3_megatron.pipeline.trace import write_trace
+from dsv3_megatron.pipeline.trace import Span, write_trace
 
 
 @dataclass
@@ -22,7 +24,8 @@ class StepProfile:
 
     Written are `pipeline_step<N>.json` with two timelines in the format of `pipeline.trace`, "measured" and "simulated"
     (the same table with the median duration of each kind of action), and `pipeline_step<N>.png` and `.svg`, the picture
-    of the measured one.
+    of the measured one. Where pairs overlap on CPU, their nodes are in the JSON too, and `pipeline_step<N>_pairs.png`
+    shows those of the first pairs. (On a GPU the nodes are only issued here: a profiler shows when they ran.)
 
     Attributes:
         iteration: training step, counted from 1.
@@ -56,46 +59,51 @@ class StepProfile:
         self._start = time.perf_counter()
         return self._start
 
-    def finish(self, schedule: Schedule, events: list[Event]) -> None:
+    def finish(self, schedule: Schedule, events: list[Event], nodes: list[NodeEvent]) -> None:
         """Gather the ranks' events, which count from `begin`'s moment, and write the files on rank 0.
 
         On one host the ranks share a clock; elsewhere their times count from the barrier in `begin`.
         """
-        mine = (socket.gethostname(), self._start, events)
+        rank = events[0].rank
+        spans = [
+            Span(rank, node.lane, str(node), node.start - self._start, node.end - self._start)
+            for node in nodes
+        ]
+        mine = (socket.gethostname(), self._start, events, spans)
         gathered: list[Any] | None = [None] * self._group.size() if dist.get_rank() == 0 else None
         dist.gather_object(mine, gathered, dst=0, group=self._group)
         if gathered is None:
             return
-        one_host = len({host for host, _, _ in gathered}) == 1
-        first = min(start for _, start, _ in gathered)
-        measured = Simulation(
-            schedule,
-            tuple(
-                Event(e.rank, e.start + shift, e.end + shift, e.action)
-                for _, start, rank_events in gathered
-                for shift in [start - first if one_host else 0.0]
-                for e in rank_events
-            ),
-        )
-        self._write(measured)
+        one_host = len({host for host, *_ in gathered}) == 1
+        first = min(start for _, start, *_ in gathered)
+        all_events: list[Event] = []
+        all_spans: list[Span] = []
+        for _, start, rank_events, rank_spans in gathered:
+            shift = start - first if one_host else 0.0
+            all_events += [replace(e, start=e.start + shift, end=e.end + shift) for e in rank_events]
+            all_spans += [replace(s, start=s.start + shift, end=s.end + shift) for s in rank_spans]
+        self._write(Simulation(schedule, tuple(all_events)), all_spans)
 
-    def _write(self, measured: Simulation) -> None:
+    def _write(self, measured: Simulation, spans: list[Span]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         schedule = measured.schedule
         simulated = simulate(schedule, fit_costs(measured.events))
         stem = self.folder / f"pipeline_step{self.iteration}"
         trace = stem.with_suffix(".json")
         timelines = {"measured": measured.events, "simulated": simulated.events}
-        write_trace(trace, timelines, microseconds_per_unit=1e6)
+        write_trace(trace, timelines, microseconds_per_unit=1e6, spans=spans)
         title = f"{schedule.name}, {schedule.num_ranks} pipeline ranks, step {self.iteration}: measured"
         pictures = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
         most = max(len(actions) for actions in schedule.ranks)
         draw(measured.events, title, pictures, "seconds", inches=min(max(12.0, 0.5 * most), 48.0))
+        if spans:
+            pictures.append(stem.with_name(f"{stem.name}_pairs.png"))
+            draw_pairs(spans, f"step {self.iteration}: inside the first overlapped pairs", pictures[-1])
         idle = max(measured.bubble) / measured.makespan
         print(
             f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s "
             f"simulated with the median times of its actions; a rank waits at most {idle:.0%} of the step; "
-            f"wrote {trace} and {pictures[0].name}, {pictures[1].name}",
+            f"wrote {trace} and {', '.join(picture.name for picture in pictures)}",
             flush=True,
         )
 

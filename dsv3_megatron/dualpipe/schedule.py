@@ -124,8 +124,10 @@ class PipelineSchedule:
             if profile is None:
                 runner.step()
             else:
+                self.pairs.events = [] if self.pairs.thread else None
                 events = runner.step(profile.begin(self._pipeline_ranks()), wait_for_device)
-                profile.finish(runner.schedule, events)
+                profile.finish(runner.schedule, events, self.pairs.events or [])
+                self.pairs.events = None
         if config.finalize_model_grads_func is not None and not forward_only:
             config.finalize_model_grads_func(
                 chunks,

@@ -9,8 +9,8 @@ on stderr:
 - ratio_to_simulated: of the two; ratio_to_megatron_1f1b: executed against Megatron's 1F1B in the same case.
 
 All schedules train the same model on the same ranks: where a rank holds two stages of one direction
-(dualpipev, interleaved_1f1b_overlap), a stage is half as long. The last lines are the runner's own cost per
-action, with stages that do nothing.
+(dualpipev, interleaved_1f1b_overlap), a stage is half as long. The last lines are the
+runner's own cost per action, with stages that do nothing.
 """
 
 import argparse
@@ -35,7 +35,15 @@ from .build import INTERLEAVED, SCHEDULES, build_schedule
 from .p2p import PipelineP2P
 from .runner import PipelineRunner
 from .simulate import Costs, simulate
-from .sleeping import MESSAGE_DTYPE, MESSAGE_SHAPE, Durations, SleepingStage, as_one_block, stamped
+from .sleeping import (
+    MESSAGE_DTYPE,
+    MESSAGE_SHAPE,
+    Durations,
+    SleepingStage,
+    as_one_block,
+    stamped,
+    wake_on_time,
+)
 from .stage import Pass
 
 MEGATRON_1F1B = "megatron_1f1b"
@@ -49,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--ranks", type=int, default=8, help="processes, one pipeline rank each (default 8)")
     add("--microbatches", type=int, nargs="+", default=[20, 48], help="per step (default 20 48)")
     add("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="default all")
-    add("--unit-ms", type=float, default=30, help="milliseconds of F; B is 2, W 1, F&B 3 (default 30)")
+    add("--unit-ms", type=float, default=100, help="milliseconds of F; B is 2, W 1, F&B 3 (default 100)")
     add("--p2p", type=float, nargs="+", default=[0, 0.25], help="latencies, in units (default 0 0.25)")
-    add("--repeats", type=int, default=2, help="runs of each case; the best one counts (default 2)")
+    add("--repeats", type=int, default=1, help="runs of each case; the best one counts (default 1)")
     args = parser.parse_args(argv)
     try:
         for name in args.schedules:
@@ -70,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    wake_on_time()
     dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
     p2p = PipelineP2P(range(args.ranks), lambda _: (MESSAGE_SHAPE, MESSAGE_DTYPE), timeout_s=120)
     bench = _Bench(rank, args, p2p)

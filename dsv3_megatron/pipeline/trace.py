@@ -4,12 +4,14 @@ Simulated and measured timelines share the format, so one file can hold both, ea
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .actions import Action, Kind
 from .simulate import Event
 
+_SPAN = "span"  # category of records that are no actions
 _COLOURS = {  # Chrome's reserved names; Perfetto picks its own by name
     Kind.F: "good",
     Kind.B: "bad",
@@ -19,12 +21,28 @@ _COLOURS = {  # Chrome's reserved names; Perfetto picks its own by name
 }
 
 
-def chrome_trace(timelines: Mapping[str, Iterable[Event]], microseconds_per_unit: float = 1000.0) -> dict:
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What happened inside an action: a node of an overlapped pair, in one of the lanes of its rank."""
+
+    rank: int
+    lane: str
+    name: str
+    start: float
+    end: float
+
+
+def chrome_trace(
+    timelines: Mapping[str, Iterable[Event]],
+    microseconds_per_unit: float = 1000.0,
+    spans: Sequence[Span] = (),
+) -> dict:
     """A trace object with one process per timeline and one thread per rank.
 
     Args:
         timelines: name to events, e.g. {"simulated": simulation.events, "measured": measured_events}.
         microseconds_per_unit: length of one time unit; 1e6 for timelines in seconds.
+        spans: shown as one more process, with a thread for each lane of a rank.
     """
     records: list[dict] = []
     for pid, (name, events) in enumerate(timelines.items()):
@@ -50,18 +68,46 @@ def chrome_trace(timelines: Mapping[str, Iterable[Event]], microseconds_per_unit
                     "args": _to_args(event.action),
                 }
             )
+    records += _span_records(spans, len(timelines), microseconds_per_unit)
     return {"traceEvents": records, "displayTimeUnit": "ms", "microsecondsPerUnit": microseconds_per_unit}
 
 
+def _span_records(spans: Sequence[Span], pid: int, microseconds_per_unit: float) -> list[dict]:
+    if not spans:
+        return []
+    lanes = sorted({(span.rank, span.lane) for span in spans})
+    records: list[dict] = [
+        {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": "inside the measured pairs"}}
+    ]
+    for tid, (rank, lane) in enumerate(lanes):
+        name = {"name": f"rank {rank}: {lane}"}
+        records.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": name})
+    return records + [
+        {
+            "ph": "X",
+            "name": span.name,
+            "cat": _SPAN,
+            "pid": pid,
+            "tid": lanes.index((span.rank, span.lane)),
+            "ts": span.start * microseconds_per_unit,
+            "dur": (span.end - span.start) * microseconds_per_unit,
+        }
+        for span in spans
+    ]
+
+
 def write_trace(
-    path: Path, timelines: Mapping[str, Iterable[Event]], microseconds_per_unit: float = 1000.0
+    path: Path,
+    timelines: Mapping[str, Iterable[Event]],
+    microseconds_per_unit: float = 1000.0,
+    spans: Sequence[Span] = (),
 ) -> None:
     """Write `chrome_trace(...)` as JSON."""
-    path.write_text(json.dumps(chrome_trace(timelines, microseconds_per_unit)) + "\n")
+    path.write_text(json.dumps(chrome_trace(timelines, microseconds_per_unit, spans)) + "\n")
 
 
 def read_trace(path: Path) -> dict[str, tuple[Event, ...]]:
-    """The timelines of a file that `write_trace` wrote, in their own time unit."""
+    """The timelines of a file that `write_trace` wrote, in their own time unit; without its spans."""
     trace = json.loads(path.read_text())
     unit = trace["microsecondsPerUnit"]
     names: dict[int, str] = {}
@@ -70,11 +116,11 @@ def read_trace(path: Path) -> dict[str, tuple[Event, ...]]:
         if record["name"] == "process_name":
             names[record["pid"]] = record["args"]["name"]
             events[record["pid"]] = []
-        elif record["ph"] == "X":
+        elif record["ph"] == "X" and record["cat"] != _SPAN:
             start, duration = record["ts"] / unit, record["dur"] / unit
             action = _from_args(record["args"])
             events[record["pid"]].append(Event(record["tid"], start, start + duration, action))
-    return {names[pid]: tuple(events[pid]) for pid in names}
+    return {names[pid]: tuple(found) for pid, found in events.items() if found}
 
 
 def _to_args(action: Action) -> dict:

@@ -96,8 +96,8 @@ def hidden(pairs: list[list]) -> tuple[float, float]:
     """Seconds of communication, and how many of them lie under computing nodes (which never overlap each other)."""
     total = covered = 0.0
     for pair in pairs:
-        communication = [node for node in pair if node.communicates]
-        computing = [node for node in pair if not node.communicates]
+        communication = [node for node in pair if node.lane == "communication"]
+        computing = [node for node in pair if node.lane == "compute"]
         total += sum(node.end - node.start for node in communication)
         covered += sum(
             max(0.0, min(a.end, b.end) - max(a.start, b.start)) for a in communication for b in computing

@@ -1,5 +1,6 @@
 """`--profile-pipeline`: the measured timeline of a step, through the real trainer."""
 
+import json
 from collections import defaultdict
 
 import pytest
@@ -25,6 +26,9 @@ def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches
     run_distributed(train, world_size=world_size, timeout=120, init=False, words=[*WORDS, *words])
     assert (tmp_path / "pipeline_step2.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "pipeline_step2.svg").read_text()[:2000]
+    assert (tmp_path / "pipeline_step2_pairs.png").exists() == (ep == 2)
+    if ep == 2:
+        check_overlap(json.loads((tmp_path / "pipeline_step2.json").read_text())["traceEvents"])
     timelines = read_trace(tmp_path / "pipeline_step2.json")
     table = build_schedule(schedule, 2, microbatches)
     for name in ("measured", "simulated"):
@@ -35,6 +39,31 @@ def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches
         [e.start for e in simulate(table, costs).events], abs=1e-5
     )
     assert 0.3 < timelines["measured"][-1].end / timelines["simulated"][-1].end < 10
+
+
+def check_overlap(records: list[dict]) -> None:
+    """On each rank some of the all-to-all of its pairs was under way while the rank computed."""
+    lanes = {
+        (record["pid"], record["tid"]): record["args"]["name"]
+        for record in records
+        if record["name"] == "thread_name"
+    }
+    spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for record in records:
+        if record.get("cat") == "span":
+            lane = lanes[record["pid"], record["tid"]]
+            spans[lane].append((record["ts"], record["ts"] + record["dur"]))
+    assert sorted(spans) == [
+        f"rank {rank}: {lane}" for rank in (0, 1) for lane in ("communication", "compute")
+    ]
+    for rank in (0, 1):
+        computing, communicating = spans[f"rank {rank}: compute"], spans[f"rank {rank}: communication"]
+        together = sum(
+            max(0.0, min(end, other_end) - max(start, other))
+            for start, end in communicating
+            for other, other_end in computing
+        )
+        assert together > 0
 
 
 def check_timeline(events, table) -> None:
