@@ -4,6 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dsv3_megatron.fp8.recipe import recipe_of
+
 __all__ = ["Backend", "select_backend"]
 
 
@@ -16,9 +23,11 @@ class Backend:
         self_attention: subclass of MLASelfAttention.
         core_attention: causal attention with different head sizes for keys and values.
         column, row: tensor-parallel linear layers, split along the output and the input.
+        attention_output, down_projection: the row-parallel layers after attention and at the end of an MLP.
         duplicated: linear layer kept whole on every tensor-parallel rank (MLA's down projections).
         norm_column: RMSNorm and column-parallel linear in one module, or None where they are separate.
         routed_experts: builder of the local experts.
+        mlp, shared_expert, moe_layer: classes of the MLPs and of the MoE layer around them.
         dense_keys, moe_keys: prefixes of checkpoint keys to rename per layer, so that both backends save the
             same keys.
     """
@@ -28,28 +37,37 @@ class Backend:
     core_attention: type
     column: type
     row: type
+    attention_output: type
+    down_projection: type
     duplicated: type
     norm_column: type | None
     routed_experts: Callable[..., Any]
+    mlp: type[MLP] = MLP
+    shared_expert: type[SharedExpertMLP] = SharedExpertMLP
+    moe_layer: type[MoELayer] = MoELayer
     dense_keys: dict[str, str] = field(default_factory=dict)
     moe_keys: dict[str, str] = field(default_factory=dict)
 
 
-def select_backend(transformer_impl: str) -> Backend:
-    """The backend for `--transformer-impl`: "local" is plain PyTorch, "transformer_engine" is TE.
+def select_backend(config: TransformerConfig) -> Backend:
+    """The backend for `--transformer-impl` ("local" is plain PyTorch, "transformer_engine" is TE) and `--fp8-recipe`.
 
     Raises:
         ValueError: any other name.
         ModuleNotFoundError: Transformer Engine is asked for and not installed.
     """
-    if transformer_impl == "local":
+    if config.transformer_impl == "local":
         from dsv3_megatron.specs import reference
 
-        return reference.BACKEND
-    if transformer_impl == "transformer_engine":
+        if recipe_of(config) is None:
+            return reference.BACKEND
+        from dsv3_megatron.fp8 import backend
+
+        return backend.BACKEND
+    if config.transformer_impl == "transformer_engine":
         from dsv3_megatron.specs import te
 
         return te.BACKEND
     raise ValueError(
-        f"--transformer-impl {transformer_impl}: --spec dsv3 has local (plain PyTorch) and transformer_engine"
+        f"--transformer-impl {config.transformer_impl}: --spec dsv3 has local (plain PyTorch) and transformer_engine"
     )

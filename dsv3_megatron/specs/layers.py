@@ -5,9 +5,8 @@ from functools import partial
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -71,7 +70,7 @@ def attention_spec(config: MLATransformerConfig, backend: Backend) -> ModuleSpec
             linear_kv_up_proj=up_proj,
             kv_layernorm=norm,
             core_attention=backend.core_attention,
-            linear_proj=backend.row,
+            linear_proj=backend.attention_output,
         ),
     )
 
@@ -79,18 +78,19 @@ def attention_spec(config: MLATransformerConfig, backend: Backend) -> ModuleSpec
 def dense_mlp(backend: Backend) -> MlpBuilder:
     """SwiGLU MLP of the first layers; where the backend fuses, its first linear layer holds the norm."""
     fc1 = backend.norm_column or backend.column
-    return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=backend.row))
+    submodules = MLPSubmodules(linear_fc1=fc1, linear_fc2=backend.down_projection)
+    return partial(backend.mlp.as_mlp_submodule, submodules=submodules)
 
 
 def moe_mlp(backend: Backend) -> MlpBuilder:
     """DeepSeekMoE (report §2.1.2): router, dispatcher, routed experts, shared experts."""
-    shared = MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row)
+    shared = MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.down_projection)
     return partial(
-        MoELayer,
+        backend.moe_layer,
         submodules=MoESubmodules(
             router=DSV3Router,
             experts=backend.routed_experts,
-            shared_experts=partial(SharedExpertMLP, submodules=shared),
+            shared_experts=partial(backend.shared_expert, submodules=shared),
         ),
     )
 
@@ -114,7 +114,7 @@ def layer_spec(config: MLATransformerConfig, backend: Backend, moe: bool) -> Mod
 
 def decoder_block(config: MLATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this rank's chunk `vp_stage`; dense or MoE follows a layer's number in the model."""
-    backend = select_backend(config.transformer_impl)
+    backend = select_backend(config)
     if config.pipeline_model_parallel_layout is not None:
         layer_ids = config.pipeline_model_parallel_layout.get_layer_id_list(
             layer_type=LayerType.decoder, vp_stage=vp_stage
@@ -140,7 +140,7 @@ def mtp_block(
     """
     if not config.mtp_num_layers or get_mtp_num_layers_to_build(config, vp_stage) == 0:
         return None
-    backend = select_backend(config.transformer_impl)
+    backend = select_backend(config)
     layer = ModuleSpec(
         module=MultiTokenPredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(

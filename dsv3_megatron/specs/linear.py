@@ -28,6 +28,7 @@ __all__ = [
     "DelayedWeightGrad",
     "DuplicatedLinear",
     "RowLinear",
+    "all_gather_first_dim",
     "num_pending_weight_grads",
     "run_pending_weight_grads",
 ]
@@ -53,13 +54,13 @@ class _LinearInputGradOnly(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.tp_group = layer, tp_group
         ctx.sequence_parallel, ctx.allreduce_dgrad = sequence_parallel, allreduce_dgrad
-        full_x = _all_gather_first_dim(x, tp_group) if sequence_parallel else x
+        full_x = all_gather_first_dim(x, tp_group) if sequence_parallel else x
         return full_x.matmul(weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        full_x = _all_gather_first_dim(x, ctx.tp_group) if ctx.sequence_parallel else x
+        full_x = all_gather_first_dim(x, ctx.tp_group) if ctx.sequence_parallel else x
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y.matmul(weight)
@@ -74,7 +75,8 @@ class _LinearInputGradOnly(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
-def _all_gather_first_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_gather_first_dim(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """x [n, ...] of every rank of the group, one after the other: [n · size, ...]."""
     full = x.new_empty((x.size(0) * dist.get_world_size(group), *x.shape[1:]))
     dist.all_gather_into_tensor(full, x.contiguous(), group=group)
     return full
@@ -89,7 +91,7 @@ class DelayedWeightGrad:
     gradient_accumulation_fusion: bool
 
     def _init_delayed_weight_grad(self) -> None:
-        self._pending: deque[tuple[Tensor, Tensor]] = deque()
+        self._pending: deque[tuple[Any, Any]] = deque()
         self._wgrad_hooks: list[Callable[[], None]] = []
         if self.config.delay_wgrad_compute:
             # Megatron's DDP then registers its gradient hook with the module (below) instead of with
@@ -99,9 +101,13 @@ class DelayedWeightGrad:
     def _delays(self, weight: Tensor) -> bool:
         return self.config.delay_wgrad_compute and weight.requires_grad
 
-    def queue_weight_grad(self, x: Tensor, grad_y: Tensor) -> None:
-        """Keep what one weight gradient needs: x [..., in] and grad_y [..., out]."""
+    def queue_weight_grad(self, x: Any, grad_y: Any) -> None:
+        """Keep what one weight gradient needs, the arguments of `weight_grad`."""
         self._pending.append((x, grad_y))
+
+    def weight_grad(self, x: Any, grad_y: Any) -> Tensor:
+        """The weight's gradient [out, in] from x [..., in] and grad_y [..., out]."""
+        return grad_y.reshape(-1, grad_y.size(-1)).t().matmul(x.reshape(-1, x.size(-1)))
 
     def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
         """Called by DDP: `hook` adds weight.grad to main_grad and may start the bucket's reduction."""
@@ -130,11 +136,11 @@ class DelayedWeightGrad:
             )
         x, grad_y = self._pending.popleft()
         with torch.no_grad():
-            grad = grad_y.reshape(-1, grad_y.size(-1)).t().matmul(x.reshape(-1, x.size(-1)))
+            grad = self.weight_grad(x, grad_y)
             if self.gradient_accumulation_fusion and hasattr(self.weight, "main_grad"):
                 self.weight.main_grad.add_(grad)
                 self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-                self.weight.grad = grad  # DDP's hook wants one; as it is added already, it is only dropped
+                self.weight.grad = torch.empty_like(self.weight)  # for DDP's hook, which only drops it
             elif self.weight.grad is None:
                 self.weight.grad = grad.to(self.weight.dtype)
             else:

@@ -1,5 +1,6 @@
 """The spec functions: which layers a stage gets, what is refused, what backends are taken."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_contradicting_configurations_are_refused(setting: str, value: Any, mess
 
 def test_unknown_backend_is_an_error() -> None:
     with pytest.raises(ValueError, match="--transformer-impl inference_optimized"):
-        select_backend("inference_optimized")
+        select_backend(SimpleNamespace(transformer_impl="inference_optimized", fp8_recipe=None))
 
 
 def kinds_of_layers(rank: int, world_size: int, layout: str | None, vpp: int | None) -> list[list[str]]:

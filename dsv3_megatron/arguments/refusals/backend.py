@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from dsv3_megatron.arguments.refusals.table import Refusal
 from dsv3_megatron.arguments.surroundings import Surroundings
+from dsv3_megatron.fp8.recipe import RECIPES, recipe_of
 
 PRECISION, REFERENCE, CPU = "Precision", "Reference backend", "CPU runtime"
 ON_CPU = Surroundings(world_size=8, on_cpu=True, has_te=False, has_deepep=False)
@@ -31,7 +32,7 @@ ROWS = (
         "{fp4}",
         lambda a, s: a.fp4 is not None,
         "DeepSeek-V3 was trained in E4M3 (R§3.3)",
-        "--fp8-format e4m3 --fp8-recipe blockwise",
+        "--fp8-recipe dsv3",
         "--fp4-format e2m1 --bf16",
     ),
     Refusal(
@@ -51,8 +52,48 @@ ROWS = (
         "{fp8_recipe}",
         lambda a, s: a.fp8 is not None and a.fp8_recipe not in ("blockwise", "custom"),
         "is not the fine-grained quantisation of R§3.3.2 (1×128 tiles, 128×128 blocks)",
-        "--fp8-recipe blockwise",
+        "--fp8-recipe dsv3",
         "--fp8-format e4m3 --fp8-recipe delayed --bf16 --transformer-impl transformer_engine",
+    ),
+    Refusal(
+        "fp8_dsv3_without_bf16",
+        PRECISION,
+        "--fp8-recipe dsv3",
+        "",
+        lambda a, s: recipe_of(a) is not None and not a.bf16,
+        "what is not FP8 is bf16 (R§3.3.1)",
+        "--bf16 as well",
+        "--fp8-recipe dsv3 --transformer-impl local",
+    ),
+    Refusal(
+        "fp8_study_recipes",
+        PRECISION,
+        "--fp8-recipe",
+        "",
+        lambda a, s: recipe_of(a) not in (None, RECIPES["dsv3"]) and not _reference(a),
+        "other than dsv3 is a departure from the report that only the reference backend tries",
+        "--fp8-recipe dsv3, or --transformer-impl local",
+        "--fp8-recipe dsv3_per_tensor --bf16 --transformer-impl transformer_engine",
+    ),
+    Refusal(
+        "fp8_dsv3_flex",
+        PRECISION,
+        "--moe-token-dispatcher-type",
+        "{moe_token_dispatcher_type}",
+        lambda a, s: recipe_of(a) is not None and a.moe_token_dispatcher_type == "flex",
+        "Megatron 0.19 dispatches nothing but bf16 through DeepEP, --fp8-recipe dsv3 dispatches E4M3 (R§3.3.3)",
+        "--moe-token-dispatcher-type alltoall",
+        "--fp8-recipe dsv3 --bf16 --transformer-impl local --moe-token-dispatcher-type flex",
+    ),
+    Refusal(
+        "fp8_dsv3_shared_expert_overlap",
+        PRECISION,
+        "--moe-shared-expert-overlap",
+        "",
+        lambda a, s: recipe_of(a) is not None and a.moe_shared_expert_overlap,
+        "runs the shared expert in pieces inside the dispatcher, --fp8-recipe dsv3 has a dispatcher of its own",
+        "--pipeline-schedule dualpipe, which overlaps the shared expert as well",
+        "--fp8-recipe dsv3 --bf16 --transformer-impl local --moe-shared-expert-overlap",
     ),
     Refusal(
         "fp8_without_bf16",
@@ -70,8 +111,8 @@ ROWS = (
         "--fp8-format",
         "{fp8}",
         lambda a, s: a.fp8 is not None and _reference(a),
-        "the reference backend has no FP8 kernels",
-        "--transformer-impl transformer_engine",
+        "the reference backend has no FP8 kernels; it emulates --fp8-recipe dsv3, which needs no format",
+        "--fp8-recipe dsv3 alone, or --transformer-impl transformer_engine",
         "--fp8-format e4m3 --fp8-recipe blockwise --bf16 --transformer-impl local",
     ),
     Refusal(

@@ -1,0 +1,108 @@
+"""All-to-all that carries E4M3 towards the experts and BF16 back (report §3.3.3, "Low-precision communication").
+
+Forward, tokens go to their experts in E4M3 and expert outputs come back in BF16. Backward, the outputs' gradients
+(those before the down projection) go to the experts in E4M3, and the inputs' gradients come back in BF16. Scales are
+powers of two, so that the first product of the expert can quantise what it receives again without a change.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+
+from dsv3_megatron.fp8.tiles import TILE, dequantize, quantize_tile
+
+__all__ = ["FP8AlltoAllTokenDispatcher", "FP8MoELayer", "decode_message", "encode_message"]
+
+
+def encode_message(x: Tensor, eps: float) -> Tensor:
+    """Rows x [M, K] as bytes [M, K + ⌈K/128⌉]: E4M3 by 1×128 tiles, then each tile's exponent, biased by 127.
+
+    `eps` is the floor of a tile's largest absolute value: 1e-4 for activations, 0 for gradients.
+    """
+    q, scale = quantize_tile(x, eps=eps, pow2=True)
+    exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+    return torch.cat([q.view(torch.uint8), exponents], dim=1)
+
+
+def decode_message(message: Tensor, num_columns: int) -> Tensor:
+    """The rows [M, num_columns] of `encode_message`, fp32."""
+    q, exponents = message.split([num_columns, -(-num_columns // TILE)], dim=1)
+    scale = (exponents.int() << 23).view(torch.float32)
+    return dequantize(q.contiguous().view(torch.float8_e4m3fn), scale)
+
+
+class _AllToAll(torch.autograd.Function):
+    """all_to_all whose forward, or whose backward, carries E4M3."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: dist.ProcessGroup,
+        output_splits: list[int],
+        input_splits: list[int],
+        to_experts: bool,
+    ) -> Tensor:
+        ctx.group, ctx.splits, ctx.to_experts = group, (input_splits, output_splits), to_experts
+        return _exchange(x, group, output_splits, input_splits, eps=1e-4 if to_experts else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _exchange(grad, ctx.group, *ctx.splits, eps=None if ctx.to_experts else 0.0)
+        return grad, None, None, None, None
+
+
+def _exchange(x: Tensor, group: Any, output_splits: Any, input_splits: Any, eps: float | None) -> Tensor:
+    """Rows to their ranks, in x's own dtype or (with eps) in E4M3."""
+    if eps is None:
+        return all_to_all(group, x, output_splits, input_splits)
+    received = all_to_all(group, encode_message(x, eps), output_splits, input_splits)
+    return decode_message(received, x.size(1)).to(x.dtype)
+
+
+class FP8AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's all-to-all dispatcher with FP8 dispatch; combine stays as it is.
+
+    With one expert-parallel rank nothing is sent, and the experts' own quantisation gives the same numbers.
+    """
+
+    def token_dispatch(self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor) -> Any:
+        """Tokens [n, h] and probs [n] to the ranks of their experts."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_ep_alltoall", self.tokens_per_expert
+        )
+        tokens = self._send(permutated_local_input_tokens, self.output_splits, self.input_splits, True)
+        probs = all_to_all(self.ep_group, permuted_probs, self.output_splits, self.input_splits)
+        return tokens, probs
+
+    def token_combine(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+        """Expert outputs [n, h] back to the tokens' ranks."""
+        return self._send(hidden_states, self.input_splits, self.output_splits, False)
+
+    def _send(self, x: Tensor, output_splits: Any, input_splits: Any, to_experts: bool) -> Tensor:
+        if self.ep_size == 1:
+            return x
+        return _AllToAll.apply(x, self.ep_group, output_splits, input_splits, to_experts)
+
+
+class FP8MoELayer(MoELayer):
+    """Megatron's MoE layer with FP8 dispatch."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
+            raise ValueError(
+                f"--moe-token-dispatcher-type {self.config.moe_token_dispatcher_type} with --fp8-recipe dsv3: FP8 "
+                "dispatch needs alltoall"
+            )
+        self.token_dispatcher = FP8AlltoAllTokenDispatcher(
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=self.config,
+            pg_collection=kwargs.get("pg_collection"),
+        )
