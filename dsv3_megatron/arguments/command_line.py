@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
+from dsv3_megatron.fp8 import arguments as fp8_arguments
 
 
 class _QuietParser(ArgumentParser):
@@ -24,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         if action.dest == "mtp_num_layers":
             action.type = _layers_or_none
     dualpipe_arguments.add_arguments(parser)
+    fp8_arguments.add_arguments(parser)
     group = parser.add_argument_group("dsv3")
     group.add_argument(
         "--allow-deviation",

@@ -11,6 +11,7 @@ from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_g
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import check
 from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, Setting
+from dsv3_megatron.fp8 import arguments as fp8_arguments
 
 SHORT_SPEC = ["dsv3"]
 FULL_SPEC = ["dsv3_megatron.specs", "dsv3"]
@@ -31,6 +32,7 @@ def complete(
     """
     parser = parser or megatron_parser()
     argv = _spell_out_spec(list(argv), parse_given(parser, argv, known_only))
+    argv = fp8_arguments.spell_out(argv, parse_given(parser, argv, known_only))
     given = parse_given(parser, argv, known_only)
     refuse_contradictions(given, parser)
     completed = argv + missing_words(given)
