@@ -80,7 +80,7 @@ class StepProfile:
         all_spans: list[Span] = []
         for _, start, rank_events, rank_spans in gathered:
             shift = start - first if one_host else 0.0
-            all_events += [replace(e, start=e.start + shift, end=e.end + shift) for e in rank_events]
+            all_events += [e._replace(start=e.start + shift, end=e.end + shift) for e in rank_events]
             all_spans += [replace(s, start=s.start + shift, end=s.end + shift) for s in rank_spans]
         self._write(Simulation(schedule, tuple(all_events)), all_spans)
 
