@@ -165,5 +165,8 @@ def _largest(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def quantize_with_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, rounded to the nearest E4M3 number (ties to even)."""
-    return (x.float() / expand_scale(scale, x.shape)).to(torch.float8_e4m3fn)
+    """x / scale, rounded to the nearest E4M3 number (ties to even); NaN where it is not finite."""
+    ratio = x.float() / expand_scale(scale, x.shape)
+    if not bool(ratio.sum().isfinite()):  # torch's conversion saturates ±inf, or not, by its version
+        ratio = torch.where(ratio.isfinite(), ratio, torch.nan)
+    return ratio.to(torch.float8_e4m3fn)
