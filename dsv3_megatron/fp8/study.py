@@ -1,0 +1,117 @@
+"""Does FP8 train as BF16 does? The demo's model on the demo's corpus, the same seeds and data, in several precisions.
+
+    python -m dsv3_megatron.fp8.study [--only NAME ...] [--summarise]
+
+Each run is one process and goes on from its checkpoint when it was interrupted. Beside DeepSeek-V3's recipe there are
+the noise floor (BF16 from weights that differ by less than a rounding) and three departures from the recipe. The last
+line on stdout is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.demo.launch import RunFailed, RunInterrupted, run_ranks
+from dsv3_megatron.demo.results import TRAIN_LOSS, Curve, read_curves
+from dsv3_megatron.demo.run import DemoSettings, saved_iteration, trainer_overrides
+from dsv3_megatron.fp8.study_results import BASELINE, compare, draw, table
+
+ITERATIONS = 1000
+
+# Name of a run to its overrides of dsv3_megatron.train_hydra.
+RUNS: dict[str, tuple[str, ...]] = {
+    BASELINE: ("precision=bf16",),
+    # Every initial weight is a 1024th larger, a quarter of a BF16 rounding: most round to the same number.
+    "bf16_perturbed": ("precision=bf16", f"init_method_std={0.02 * (1 + 2**-10)}"),
+    "fp8": ("precision=fp8_dsv3",),
+    "fp8_per_tensor": ("precision=fp8_dsv3", "fp8_recipe=dsv3_per_tensor"),
+    "fp8_block_gradients": ("precision=fp8_dsv3", "fp8_recipe=dsv3_block_gradients"),
+    "fp8_no_promotion": ("precision=fp8_dsv3", "fp8_recipe=dsv3_no_promotion"),
+}
+# Small enough for one core: 1024 tokens per step.
+SIZE = ("global_batch_size=4", "micro_batch_size=4", "save_interval=100", "eval_iters=0")
+
+
+def train(name: str, run_dir: Path, iterations: int) -> None:
+    """Train one run to its end, unless it is there already.
+
+    Raises:
+        RunFailed, RunInterrupted: see `dsv3_megatron.demo.launch.run_ranks`.
+    """
+    folder, corpus = run_dir / name, run_dir / "corpus"
+    if saved_iteration(folder / "checkpoints") >= iterations:
+        return
+    settings = DemoSettings(
+        layout="cpu_single",
+        schedule="1f1b",
+        train_iters=iterations,
+        overrides=(
+            *SIZE,
+            *RUNS[name],
+            f"corpus.dir='{corpus}'",
+            f"data_cache_path='{corpus / 'cache'}'",
+        ),
+    )
+    print(f"[study] {name}: {iterations} iterations", flush=True)
+    run_ranks(
+        "dsv3_megatron.train_hydra", trainer_overrides(folder, settings, iterations), 1, folder / "logs"
+    )
+
+
+def losses(run_dir: Path, iterations: int) -> dict[str, Curve]:
+    """Loss of each step of every run that has come to its end."""
+    return {
+        name: read_curves(run_dir / name / "tensorboard")[TRAIN_LOSS]
+        for name in RUNS
+        if saved_iteration(run_dir / name / "checkpoints") >= iterations
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv3_megatron.fp8.study", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/fp8_study"), help="default: %(default)s")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), help="train these runs, default: all")
+    parser.add_argument("--summarise", action="store_true", help="train nothing, compare the finished runs")
+    options = parser.parse_args(argv)
+    try:
+        if not options.summarise:
+            _train_all(options)
+        result = _summarise(options.run_dir, options.iterations)
+    except (LookupError, OSError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, RunInterrupted) as error:
+        print(f"interrupted: {error or 'SIGINT'}; the same command goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(result))
+    return 0
+
+
+def _train_all(options: argparse.Namespace) -> None:
+    from dsv3_megatron.demo.corpus import prepare_corpus
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the runs, which are of the CPU runtime
+    prepare_corpus(options.run_dir / "corpus", DemoSettings.corpus_bytes, 2048, DemoSettings.valid_fraction)
+    for name in options.only or RUNS:
+        train(name, options.run_dir, options.iterations)
+
+
+def _summarise(run_dir: Path, iterations: int) -> dict[str, Any]:
+    curves = losses(run_dir, iterations)
+    result = compare(curves, warmup=iterations // 10)
+    print(table(result))
+    draw(curves, result, run_dir / "study.png")
+    (run_dir / "study.json").write_text(json.dumps(result) + "\n")
+    print(f"[study] picture: {run_dir / 'study.png'}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
