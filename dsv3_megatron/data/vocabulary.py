@@ -17,7 +17,23 @@ EOS = "<|eos_token|>"
 # Not of the report. Megatron wants a padding token, and with EOS in that place it would mask the loss of each
 # EOS.
 PAD = "<|pad_token|>"
-SPECIAL_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END, EOS, PAD)
+# The released tokenizer's, for conversations; text of pre-training has none of them.
+BOS = "<｜begin▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+SPECIAL_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END, EOS, PAD, BOS, USER, ASSISTANT)
+
+# A conversation as the released tokenizer renders it (without tools): system text right after BOS, EOS after each
+# answer. `dsv3_megatron.sft.chat` says the same in tokens.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '" + ASSISTANT + "' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -64,8 +80,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer.json` and the files that make `folder` a Hugging Face tokenizer."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,
+        "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         # A data set is longer than any context: without this each document draws a warning.
         "model_max_length": 10**18,
