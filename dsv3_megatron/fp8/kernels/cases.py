@@ -1,20 +1,43 @@
-"""What `make kernels` compiles: every kernel in the configurations that DeepSeek-V3's sizes use.
+"""What `make kernels` compiles: every kernel in every configuration that DeepSeek-V3's sizes use.
 
-Tokens of one microbatch: 4096; those of one expert are any number, so ragged rows are always part of a kernel. The
-Linears of the model (hidden 7168): q_lora 1536, kv_lora + rope 576, attention output 128·128, dense FFN 18432, expert
-FFN 2048.
+Triton makes a binary per combination of dtypes, constants and divisibility of the sizes by 16, so that most sizes
+share one. Rows are the 4096 tokens of a microbatch, or those of an expert: any number, such as 1501.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dsv3_megatron.fp8.kernels import e5m6, gemm, swiglu, tiles
+from dsv3_megatron.fp8.kernels.e5m6 import pack_e5m6, unpack_e5m6
+from dsv3_megatron.fp8.kernels.gemm import gemm_nt, grouped_gemm_nt
+from dsv3_megatron.fp8.kernels.swiglu import swiglu_quantize_tile, swiglu_quantize_tile_backward
+from dsv3_megatron.fp8.kernels.tiles import (
+    quantize_block,
+    quantize_tile,
+    quantize_tile_t,
+    requantize_transposed,
+)
+from dsv3_megatron.fp8.tiles import Quantized
 
-TOKENS, HIDDEN, EXPERT_FFN, DENSE_FFN, ATTENTION, KV = 4096, 7168, 2048, 18432, 16384, 576
 BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+TOKENS = 4096
+OF_AN_EXPERT = 1501
+EXPERTS_OF_A_RANK = (1501, 0, 2000, 595)  # EP64: four experts, one without tokens
+# (inputs, outputs), report §4.2
+LINEARS = {
+    "q_down": (7168, 1536),
+    "q_up": (1536, 24576),
+    "kv_down": (7168, 576),
+    "kv_up": (512, 32768),
+    "attention_output": (16384, 7168),
+    "dense_fc1": (7168, 36864),
+    "dense_fc2": (18432, 7168),
+    "expert_fc1": (7168, 4096),
+    "expert_fc2": (2048, 7168),
+}
 
 
 @dataclass(frozen=True)
@@ -26,76 +49,73 @@ class Case:
     expects_wgmma: bool = False
 
 
+def v3_cases() -> Iterator[Case]:
+    for name, (inputs, outputs) in LINEARS.items():
+        rows = OF_AN_EXPERT if name.startswith("expert") else TOKENS
+        yield from _linear(name, rows, inputs, outputs)
+    for name in ("dense", "expert"):
+        yield from _swiglu(name)
+    x = matrix(TOKENS, LINEARS["attention_output"][0])
+    packed = matrix(TOKENS, x.size(1) // 2 * 3, torch.uint8), matrix(TOKENS, x.size(1) // 128, FP32)
+    yield Case("attention_output E5M6 pack", partial(pack_e5m6, x))
+    yield Case("attention_output E5M6 unpack", partial(unpack_e5m6, *packed))
+
+
+def _linear(name: str, rows: int, inputs: int, outputs: int) -> Iterator[Case]:
+    """Operands and products of y [rows, outputs] = x [rows, inputs] · w [outputs, inputs]ᵀ."""
+    for dtype in (BF16, FP32):
+        kind = f"{name} {str(dtype).removeprefix('torch.')}"
+        for pow2 in (False, True):
+            words = f"{kind}{' pow2' if pow2 else ''}"
+            for what, columns in (("activation", inputs), ("gradient", outputs)):
+                x = matrix(rows, columns, dtype)
+                yield Case(f"{words} {what}", partial(quantize_tile, x, pow2=pow2))
+                yield Case(f"{words} {what} for wgrad", partial(quantize_tile_t, x, pow2=pow2))
+        yield Case(f"{kind} weight", partial(quantize_block, matrix(outputs, inputs, dtype)))
+    for pow2 in (False, True):
+        words = f"{name}{' pow2' if pow2 else ''} cached activation for wgrad"
+        yield Case(words, partial(requantize_transposed, *tiled(rows, inputs), pow2=pow2))
+    x, grad, w, w_t = (
+        tiled(rows, inputs),
+        tiled(rows, outputs),
+        blocked(outputs, inputs),
+        blocked(inputs, outputs),
+    )
+    x_t, grad_t = tiled(inputs, rows), tiled(outputs, rows)
+    yield Case(f"{name} fprop", partial(gemm_nt, x, w, out_dtype=BF16), True)
+    yield Case(f"{name} dgrad", partial(gemm_nt, grad, w_t, out_dtype=BF16), True)
+    yield Case(f"{name} wgrad", partial(gemm_nt, grad_t, x_t), True)
+    if name.startswith("expert"):
+        sizes = EXPERTS_OF_A_RANK
+        x, grad = tiled(sum(sizes), inputs), tiled(sum(sizes), outputs)
+        yield Case(f"{name} grouped fprop", partial(grouped_gemm_nt, x, [w] * 4, sizes, out_dtype=BF16), True)
+        yield Case(
+            f"{name} grouped dgrad", partial(grouped_gemm_nt, grad, [w_t] * 4, sizes, out_dtype=BF16), True
+        )
+
+
+def _swiglu(name: str) -> Iterator[Case]:
+    """Between the two Linears of an MLP; a routed expert's tokens have weights."""
+    rows = OF_AN_EXPERT if name == "expert" else TOKENS
+    weights = matrix(rows, 1, FP32) if name == "expert" else None
+    width = LINEARS[f"{name}_fc2"][0]
+    for pow2 in (False, True):
+        words = f"{name}{' pow2' if pow2 else ''} SwiGLU"
+        u, grad = matrix(rows, 2 * width), matrix(rows, width)
+        yield Case(words, partial(swiglu_quantize_tile, u, weights, pow2=pow2))
+        backward = partial(swiglu_quantize_tile_backward, grad, tiled(rows, 2 * width), weights, pow2=pow2)
+        yield Case(f"{words} backward", backward)
+
+
 def matrix(rows: int, columns: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device="meta")
 
 
-def tiled(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def tiled(rows: int, columns: int) -> Quantized:
     """q and the scales of 1×128 tiles."""
     return matrix(rows, columns, E4M3), matrix(rows, -(-columns // 128), FP32)
 
 
-def blocked(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def blocked(rows: int, columns: int) -> Quantized:
     """q and the scales of 128×128 blocks."""
     return matrix(rows, columns, E4M3), matrix(-(-rows // 128), -(-columns // 128), FP32)
-
-
-def routing_weights() -> Tensor:
-    return matrix(TOKENS, 1, FP32)
-
-
-def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """E5M6 bytes and scales."""
-    return matrix(rows, 3 * columns // 2, torch.uint8), matrix(rows, columns // 128, FP32)
-
-
-def swiglu_backward(width: int, weights: Tensor | None) -> object:
-    return swiglu.swiglu_quantize_tile_backward(matrix(TOKENS, width), tiled(TOKENS, 2 * width), weights)
-
-
-def grouped(k: int, n: int) -> Tensor:
-    """The four experts that a rank of EP64 has, one without tokens."""
-    sizes = [1500, 0, 2000, 596]
-    return gemm.grouped_gemm_nt(tiled(TOKENS, k), [blocked(n, k)] * len(sizes), sizes, out_dtype=BF16)
-
-
-CASES = (
-    Case("quantize_tile fp32", lambda: tiles.quantize_tile(matrix(TOKENS, HIDDEN, FP32))),
-    Case("quantize_tile 4096x7168", lambda: tiles.quantize_tile(matrix(TOKENS, HIDDEN))),
-    Case("quantize_tile 4096x7168 pow2", lambda: tiles.quantize_tile(matrix(TOKENS, HIDDEN), pow2=True)),
-    Case("quantize_tile_t 4096x2048", lambda: tiles.quantize_tile_t(matrix(TOKENS, EXPERT_FFN))),
-    Case("quantize_tile_t 4096x7168 pow2", lambda: tiles.quantize_tile_t(matrix(TOKENS, HIDDEN), pow2=True)),
-    Case("requantize_transposed 4096x7168", lambda: tiles.requantize_transposed(*tiled(TOKENS, HIDDEN))),
-    Case(
-        "requantize_transposed 4097x2048", lambda: tiles.requantize_transposed(*tiled(TOKENS + 1, EXPERT_FFN))
-    ),
-    Case("quantize_block 4096x7168 fp32", lambda: tiles.quantize_block(matrix(2 * EXPERT_FFN, HIDDEN, FP32))),
-    Case("quantize_block 576x7168", lambda: tiles.quantize_block(matrix(KV, HIDDEN))),
-    Case("pack_e5m6 4096x16384", lambda: e5m6.pack_e5m6(matrix(TOKENS, ATTENTION))),
-    Case("unpack_e5m6 4096x16384", lambda: e5m6.unpack_e5m6(*packed(TOKENS, ATTENTION))),
-    Case(
-        "swiglu expert",
-        lambda: swiglu.swiglu_quantize_tile(matrix(TOKENS, 2 * EXPERT_FFN), routing_weights()),
-    ),
-    Case("swiglu dense pow2", lambda: swiglu.swiglu_quantize_tile(matrix(TOKENS, 2 * DENSE_FFN), pow2=True)),
-    Case("swiglu backward expert", lambda: swiglu_backward(EXPERT_FFN, routing_weights())),
-    Case("swiglu backward dense", lambda: swiglu_backward(DENSE_FFN, None)),
-    Case(
-        "gemm fprop q_down",
-        lambda: gemm.gemm_nt(tiled(TOKENS, HIDDEN), blocked(1536, HIDDEN), out_dtype=BF16),
-        True,
-    ),
-    Case(
-        "gemm fprop kv_down",
-        lambda: gemm.gemm_nt(tiled(TOKENS, HIDDEN), blocked(KV, HIDDEN), out_dtype=BF16),
-        True,
-    ),
-    Case(
-        "gemm dgrad fc1",
-        lambda: gemm.gemm_nt(tiled(TOKENS, 4096), blocked(HIDDEN, 4096), out_dtype=BF16),
-        True,
-    ),
-    Case("gemm wgrad fc1", lambda: gemm.gemm_nt(tiled(4096, TOKENS), tiled(HIDDEN, TOKENS)), True),
-    Case("grouped gemm fc1", lambda: grouped(HIDDEN, 2 * EXPERT_FFN), True),
-    Case("grouped gemm fc2", lambda: grouped(EXPERT_FFN, HIDDEN), True),
-)

@@ -1,9 +1,10 @@
 """`python -m dsv3_megatron.fp8.kernels.compile` (`make kernels`): compile every kernel for sm_90, without a GPU.
 
 Each case calls a function of this package on tensors of the meta device, at DeepSeek-V3's sizes, and compiles the
-launches that come of it. The table has registers and spilled bytes per thread and shared memory per block; the last
-line is the same as JSON. Exit status 1 when a kernel spills, needs more shared memory than Hopper has, or is a
-product without FP8 wgmma. Cubins, PTX and Triton's cache go to runs/kernels.
+launches that come of it. The table has a line per binary: registers and spilled bytes per thread, shared memory per
+block, FP8 wgmma instructions, and the cases that use it; the last line is the same as JSON. Exit status 1 when a
+kernel spills, needs more shared memory than Hopper has, or is a product without FP8 wgmma. Cubins, PTX and Triton's
+cache go to runs/kernels.
 """
 
 import argparse
@@ -11,18 +12,17 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsv3_megatron.fp8.kernels.cases import CASES, Case
+from dsv3_megatron.fp8.kernels.cases import Case, v3_cases
 from dsv3_megatron.fp8.kernels.launch import Launch, recording
 from dsv3_megatron.fp8.kernels.resources import Resources, read_resources
 
@@ -35,95 +35,130 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
 }
+HEADER = f"{'kernel':<26} {'registers':>9} {'spills':>6} {'shared':>7} {'wgmma':>5}  used by"
 
 
-def main(argv: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:
-    """Compile `cases`; 0 when every kernel may ship, else 1."""
+@dataclass
+class Binary:
+    """A compiled kernel and the cases that launch it."""
+
+    kernel: str
+    resources: Resources
+    cases: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        r, more = self.resources, len(self.cases) - 1
+        used_by = self.cases[0] + (f" and {more} more" if more else "")
+        return f"{self.kernel:<26} {r.registers:>9} {r.spill_bytes:>6} {r.shared_bytes:>7} {r.fp8_wgmma:>5}  {used_by}"
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "kernel": self.kernel,
+            **asdict(self.resources),
+            "cases": self.cases,
+            "problems": self.problems,
+        }
+
+
+def main(argv: Sequence[str] | None = None, cases: Iterable[Case] | None = None) -> int:
+    """Compile `cases`, by default V3's; 0 when every kernel may ship, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_megatron.fp8.kernels.compile", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/kernels"), help="default runs/kernels")
     options = parser.parse_args(argv)
-    chosen = [case for case in cases if options.only in case.name]
-    if not chosen:
-        parser.error(f"--only {options.only}: use a part of one of {', '.join(case.name for case in cases)}")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter's kernels cannot be compiled")
-    _keep_writes_in(options.output_dir)
-    print(f"{'case':<44} {'kernel':<34} {'registers':>9} {'spills':>6} {'shared':>7} {'wgmma':>5} {'s':>5}")
-    rows = [row for case in chosen for row in compile_case(case, options.output_dir)]
-    problems = [f"{row['case']}, {row['kernel']}: {text}" for row in rows for text in row["problems"]]
+    all_cases = list(v3_cases() if cases is None else cases)
+    chosen = [case for case in all_cases if options.only in case.name]
+    if not chosen:
+        parser.error(f"--only {options.only}: no such case. Use a part of one of:\n" + _names(all_cases))
+    with _writing_to(options.output_dir):
+        binaries = compile_cases(chosen, options.output_dir)
+    print(HEADER, *(binary.line() for binary in binaries), sep="\n")
+    problems = [f"{b.kernel} ({b.cases[0]}) {text}" for b in binaries for text in b.problems]
     for text in problems:
         print(f"error: {text}", file=sys.stderr)
-    print(json.dumps({"target": "sm_90", "ok": not problems, "kernels": rows}))
+    print(json.dumps({"target": "sm_90", "ok": not problems, "kernels": [b.as_dict() for b in binaries]}))
     return 1 if problems else 0
 
 
-def compile_case(case: Case, output_dir: Path) -> list[dict[str, Any]]:
-    """Compile the launches of one case and print their lines.
-
-    Returns:
-        Per launch: case, kernel, registers (per thread), spill_bytes (per thread), shared_bytes (per block),
-        fp8_wgmma (instructions), problems.
-    """
-    launches: list[Launch] = []
-    with recording(launches.append):
-        case.call()
-    if not launches:
-        raise RuntimeError(f"{case.name} launched nothing")
-    rows = []
-    for planned in launches:
-        began = time.monotonic()
-        used = compile_launch(
-            planned, output_dir / f"{case.name}-{planned.kernel.__name__}".replace(" ", "_")
-        )
-        row = {"case": case.name, "kernel": planned.kernel.__name__, **asdict(used)}
-        rows.append({**row, "problems": used.problems(case.expects_wgmma)})
-        print(
-            f"{case.name:<44} {planned.kernel.__name__:<34} {used.registers:>9} {used.spill_bytes:>6} "
-            f"{used.shared_bytes:>7} {used.fp8_wgmma:>5} {time.monotonic() - began:>5.1f}",
-            flush=True,
-        )
-    return rows
+def compile_cases(cases: Sequence[Case], output_dir: Path) -> list[Binary]:
+    """Compile all launches of `cases`, with progress on stderr; one entry per distinct binary."""
+    binaries: dict[str, Binary] = {}
+    for number, case in enumerate(cases, 1):
+        launches: list[Launch] = []
+        with recording(launches.append):
+            case.call()
+        if not launches:
+            raise RuntimeError(f"{case.name} launches nothing: there is nothing to compile")
+        for planned in launches:
+            key, cubin = compile_launch(planned, output_dir)
+            if key not in binaries:
+                name = planned.kernel.__name__.strip("_").removesuffix("_kernel")
+                binaries[key] = Binary(name, read_resources(cubin))
+                print(f"[{number}/{len(cases)}] {name} for {case.name}", file=sys.stderr, flush=True)
+            binaries[key].cases.append(case.name)
+            binaries[key].problems = binaries[key].resources.problems(case.expects_wgmma)
+    return list(binaries.values())
 
 
-def compile_launch(planned: Launch, stem: Path) -> Resources:
-    """Compile one launch for sm_90, with Triton's own specialisation of its arguments; writes stem.cubin and .ptx."""
-    names = planned.kernel.arg_names
+def compile_launch(planned: Launch, output_dir: Path) -> tuple[str, Path]:
+    """Compile one launch for sm_90; returns what identifies the binary, and its cubin (.ptx and .json beside it)."""
+    compiled = triton.compile(
+        _source(planned),
+        target=SM_90,
+        options={"num_warps": planned.num_warps, "num_stages": planned.num_stages},
+    )
+    cubin = output_dir / f"{planned.kernel.__name__.strip('_')}-{compiled.hash[:12]}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    cubin.with_suffix(".ptx").write_text(compiled.asm["ptx"])
+    cubin.with_suffix(".json").write_text(json.dumps({"shared": compiled.metadata.shared}))
+    return compiled.hash, cubin
+
+
+def _source(planned: Launch) -> ASTSource:
+    """The kernel with its arguments specialised as Triton does at a launch: ones, and multiples of 16."""
     signature: dict[str, str] = dict.fromkeys(planned.constants, "constexpr")
     constants, attributes = dict(planned.constants), {}
+    names = planned.kernel.arg_names
     for position, (name, value) in enumerate(zip(names, planned.args, strict=False)):
-        if isinstance(value, int) and value == 1:
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
             signature[name], constants[name] = "constexpr", 1
-            continue
-        signature[name] = _type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if divisible and name not in constants:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    signature = {name: signature[name] for name in names}
-    source = ASTSource(planned.kernel, signature, constants, attributes)
-    options = {"num_warps": planned.num_warps, "num_stages": planned.num_stages}
-    compiled = triton.compile(source, target=SM_90, options=options)
-    cubin = stem.with_suffix(".cubin")
-    cubin.write_bytes(compiled.asm["cubin"])
-    stem.with_suffix(".ptx").write_text(compiled.asm["ptx"])
-    return read_resources(cubin, compiled.metadata.shared, compiled.asm["ptx"])
+    return ASTSource(planned.kernel, {name: signature[name] for name in names}, constants, attributes)
 
 
-def _type(value: torch.Tensor | int | float) -> str:
-    if isinstance(value, torch.Tensor):
-        return POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if abs(value) < 2**31 else "i64"
-
-
-def _keep_writes_in(folder: Path) -> None:
-    """Triton's cache and everybody's temporary files too."""
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Triton's cache and everybody's temporary files in `folder` too, and nothing elsewhere."""
+    before = tempfile.tempdir, os.environ.get("TRITON_CACHE_DIR")
     for name in ("cache", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str((folder / "cache").resolve())
     tempfile.tempdir = str((folder / "tmp").resolve())
+    os.environ["TRITON_CACHE_DIR"] = str((folder / "cache").resolve())
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before[0]
+        if before[1] is None:
+            del os.environ["TRITON_CACHE_DIR"]
+        else:
+            os.environ["TRITON_CACHE_DIR"] = before[1]
+
+
+def _names(cases: Sequence[Case]) -> str:
+    return "\n".join(f"  {case.name}" for case in cases)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     packed = empty(x, m, 3 * triton.cdiv(k, 2), torch.uint8)
     scale = empty(x, m, triton.cdiv(k, TILE), torch.float32)
     grid = (triton.cdiv(m, _ROWS), scale.size(1))
-    launch(_pack_kernel, grid, x.contiguous(), packed, scale, m, k, ROWS=_ROWS)
+    launch(_pack_e5m6_kernel, grid, x.contiguous(), packed, scale, m, k, ROWS=_ROWS)
     return packed, scale
 
 
@@ -36,12 +36,12 @@ def unpack_e5m6(packed: Tensor, scale: Tensor, num_columns: int | None = None) -
         )
     out = empty(packed, m, k, torch.float32)
     grid = (triton.cdiv(m, _ROWS), scale.size(1))
-    launch(_unpack_kernel, grid, packed.contiguous(), scale.contiguous(), out, m, k, ROWS=_ROWS)
+    launch(_unpack_e5m6_kernel, grid, packed.contiguous(), scale.contiguous(), out, m, k, ROWS=_ROWS)
     return out
 
 
 @triton.jit
-def _pack_kernel(x_ptr, packed_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
+def _pack_e5m6_kernel(x_ptr, packed_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
     pairs = tile * 64 + tl.arange(0, 64)
@@ -62,7 +62,7 @@ def _pack_kernel(x_ptr, packed_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _unpack_kernel(packed_ptr, scale_ptr, out_ptr, m, k, ROWS: tl.constexpr):
+def _unpack_e5m6_kernel(packed_ptr, scale_ptr, out_ptr, m, k, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
     pairs = tile * 64 + tl.arange(0, 64)

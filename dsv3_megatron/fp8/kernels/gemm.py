@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3_megatron.fp8.kernels.launch import TILE, launch
-from dsv3_megatron.fp8.kernels.tiles import check_matrix, empty
+from dsv3_megatron.fp8.kernels.tiles import E4M3, check_matrix, empty
 from dsv3_megatron.fp8.tiles import Quantized
 
 __all__ = ["gemm_nt", "grouped_gemm_nt"]
 
-_BLOCK_M, _BLOCK_N = 128, 128
+_ALIGNMENT = 16
+_BLOCK = {"BLOCK_M": 128, "BLOCK_N": 128}
 _LAUNCH = {"num_warps": 8, "num_stages": 4}
 
 
@@ -35,12 +36,13 @@ def gemm_nt(a: Quantized, b: Quantized, *, out_dtype: torch.dtype = torch.float3
     Raises:
         ValueError: shapes do not fit.
     """
-    (m, k), (n, _) = a[0].shape, b[0].shape
+    k = check_matrix(a[0])[1]
+    tile_rows = {"A_TILE_ROWS": _tile_rows("a", a, k), "B_TILE_ROWS": _tile_rows("b", b, k)}
+    m, n = a[0].size(0), b[0].size(0)
     out = empty(a[0], m, n, out_dtype)
-    grid = (triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N))
-    args = [t.contiguous() for t in (*a, *b)]
-    rows = {"A_TILE_ROWS": tile_rows("a", a, k), "B_TILE_ROWS": tile_rows("b", b, k)}
-    launch(_gemm_kernel, grid, *args, out, m, n, k, **_LAUNCH, **rows, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N)
+    grid = (triton.cdiv(m, _BLOCK["BLOCK_M"]), triton.cdiv(n, _BLOCK["BLOCK_N"]))
+    a, b = _wide(a), _wide(b)
+    launch(_gemm_kernel, grid, *a, *b, out, m, n, a[0].size(1), **_LAUNCH, **_BLOCK, **tile_rows)
     return out
 
 
@@ -68,33 +70,32 @@ def grouped_gemm_nt(
     m, k = check_matrix(a[0])
     if len(group_sizes) != len(b) or sum(group_sizes) != m:
         raise ValueError(f"{list(group_sizes)=} must name {len(b)} experts and sum to {m} rows")
-    if tile_rows("a", a, k) != 1:
+    if _tile_rows("a", a, k) != 1:
         raise ValueError("a must have one scale per 1×128 tile: rows of several experts share no block")
-    shapes = {(tuple(q.shape), tuple(scale.shape)) for q, scale in b}
-    if len(shapes) != 1:
-        raise ValueError(f"all experts must have one shape, got {sorted(shapes)}")
-    n = b[0][0].size(0)
-    experts = [(q.contiguous(), scale.contiguous()) for q, scale in b]
-    if any(t.data_ptr() % 16 for pair in experts for t in pair):
-        raise ValueError("the experts' matrices must start at multiples of 16 bytes")
+    layouts = {(tuple(q.shape), _tile_rows("b", (q, scale), k), q.device) for q, scale in b}
+    if len(layouts) != 1 or b[0][0].device != a[0].device:
+        raise ValueError(f"all experts must have one shape and a's device {a[0].device}, got {layouts}")
+    ((n, _), b_tile_rows, _) = layouts.pop()
     out = empty(a[0], m, n, out_dtype)
-    work = torch.tensor(_work(experts, group_sizes), dtype=torch.int64, device=a[0].device).view(-1, 4)
-    grid = (work.size(0), triton.cdiv(n, _BLOCK_N))
-    args = (a[0].contiguous(), a[1].contiguous(), work, out, n, k)
-    rows = {"B_TILE_ROWS": tile_rows("b", b[0], k)}
-    launch(_grouped_gemm_kernel, grid, *args, **_LAUNCH, **rows, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N)
+    a, experts = _wide(a), [_wide(expert) for expert in b]
+    work = torch.tensor(_work(experts, group_sizes), dtype=torch.int64, device=out.device).view(-1, 4)
+    grid = (work.size(0), triton.cdiv(n, _BLOCK["BLOCK_N"]))
+    args = (*a, work, out, n, a[0].size(1))
+    launch(_grouped_gemm_kernel, grid, *args, **_LAUNCH, **_BLOCK, B_TILE_ROWS=b_tile_rows)
     return out
 
 
-def tile_rows(name: str, x: Quantized, k: int) -> int:
+def _tile_rows(name: str, x: Quantized, k: int) -> int:
     """Rows that share a scale: 1 or 128.
 
     Raises:
-        ValueError: the inner dimension is not k, or the scale's shape is that of neither.
+        ValueError: not E4M3, the inner dimension is not k, or the scale's shape is that of neither.
     """
     q, scale = x
     if check_matrix(q)[1] != k:
         raise ValueError(f"inner dimensions differ: {name} is {tuple(q.shape)}, K is {k}")
+    if (q.dtype, scale.dtype) != (E4M3, torch.float32):
+        raise ValueError(f"{name} is {q.dtype} with scales in {scale.dtype}: use {E4M3} and torch.float32")
     tiles = triton.cdiv(k, TILE)
     for rows in (1, TILE):
         if tuple(scale.shape) == (triton.cdiv(q.size(0), rows), tiles):
@@ -104,12 +105,22 @@ def tile_rows(name: str, x: Quantized, k: int) -> int:
     )
 
 
+def _wide(x: Quantized) -> Quantized:
+    """Contiguous, with rows that start at multiples of 16 bytes, where loads can be wide.
+
+    Costs a copy where K is ragged or the matrix is a view. Zeros are added: fewer than a tile, so no scale is.
+    """
+    q, scale = x
+    q = torch.nn.functional.pad(q.contiguous().view(torch.uint8), [0, -q.size(1) % _ALIGNMENT]).view(E4M3)
+    return (q.clone() if q.data_ptr() % _ALIGNMENT else q), scale.contiguous()
+
+
 def _work(experts: Sequence[Quantized], group_sizes: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Per block of rows: its first row, the end of its expert's rows, the addresses of the expert's q and scale."""
     work, start = [], 0
     for (q, scale), size in zip(experts, group_sizes, strict=True):
         end = start + size
-        work += [(row, end, q.data_ptr(), scale.data_ptr()) for row in range(start, end, _BLOCK_M)]
+        work += [(row, end, q.data_ptr(), scale.data_ptr()) for row in range(start, end, _BLOCK["BLOCK_M"])]
         start = end
     return work
 

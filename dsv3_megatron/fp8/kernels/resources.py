@@ -1,5 +1,6 @@
 """What a compiled kernel needs of an SM, read from its cubin and its PTX."""
 
+import json
 import re
 import subprocess
 from dataclasses import dataclass
@@ -35,16 +36,23 @@ class Resources:
         return found
 
 
-def read_resources(cubin: Path, shared_bytes: int, ptx: str) -> Resources:
-    """Registers and local memory from the cubin through `cuobjdump`, wgmma instructions from the PTX.
+def read_resources(cubin: Path) -> Resources:
+    """Registers and local memory from the cubin through `cuobjdump`, wgmma instructions from the PTX beside it.
 
-    Triton uses local memory for nothing but spilled registers, so stack and local bytes are the spills.
-    Shared memory is dynamic and thus no property of the cubin: Triton's own count is passed in.
+    Triton uses local memory for nothing but spilled registers, so stack and local bytes are the spills. Shared memory
+    is given at launch and thus no property of the cubin: Triton's count is in the JSON beside it.
+
+    Raises:
+        RuntimeError: cuobjdump printed something else than it does today.
     """
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     if set(usage) != {"REG", "STACK", "LOCAL"}:
         raise RuntimeError(f"{' '.join(command)} names no REG, STACK and LOCAL:\n{dump}")
-    spill = usage["STACK"] + usage["LOCAL"]
-    return Resources(usage["REG"], spill, shared_bytes, len(FP8_WGMMA.findall(ptx)))
+    return Resources(
+        registers=usage["REG"],
+        spill_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=json.loads(cubin.with_suffix(".json").read_text())["shared"],
+        fp8_wgmma=len(FP8_WGMMA.findall(cubin.with_suffix(".ptx").read_text())),
+    )

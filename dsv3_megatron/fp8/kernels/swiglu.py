@@ -14,7 +14,7 @@ from dsv3_megatron.fp8.tiles import Quantized
 __all__ = ["swiglu_quantize_tile", "swiglu_quantize_tile_backward"]
 
 _ROWS = 16  # of a program of the forward kernel
-_STRIP = {"ROWS": 32, "num_warps": 16}  # of the backward kernel
+_STRIP = {"ROWS": 16, "num_warps": 8}  # of the backward kernel
 
 
 def swiglu_quantize_tile(

@@ -48,7 +48,7 @@ def assert_same(actual: Quantized, expected: Quantized) -> None:
 
 
 def assert_quantizers(call: Call, x: Tensor, eps: float, pow2: bool) -> None:
-    options = {"eps": eps, "pow2": pow2}
+    options: dict[str, Any] = {"eps": eps, "pow2": pow2}
     for name in ("quantize_tile", "quantize_tile_t", "quantize_block"):
         assert_same(call(name, x, **options), getattr(fp8, name)(x, **options))
     q, scale = fp8.quantize_tile(x, **options)
@@ -79,7 +79,7 @@ def assert_gemm(call: Call, a: Quantized, b: Quantized, tensor_core_error: float
     `tensor_core_error`: what the hardware adds, as a share of Σ|a||b| (0 in the interpreter, which sums in fp32).
     """
     expected = fp8.gemm_nt(a, b)
-    assert_sums_close(call("gemm_nt", a, b), expected, *map(_dequantized, (a, b)), tensor_core_error)
+    assert_sums_close(call("gemm_nt", a, b), expected, dequantize(*a), dequantize(*b), tensor_core_error)
 
 
 def assert_grouped_gemm(
@@ -87,9 +87,9 @@ def assert_grouped_gemm(
 ) -> None:
     actual, expected = call("grouped_gemm_nt", a, b, sizes), fp8.grouped_gemm_nt(a, b, sizes)
     assert actual.shape == expected.shape
-    rows = zip(actual.split(sizes), expected.split(sizes), _dequantized(a).split(sizes), b, strict=True)
+    rows = zip(actual.split(sizes), expected.split(sizes), dequantize(*a).split(sizes), b, strict=True)
     for part, part_ref, x, w in rows:
-        assert_sums_close(part, part_ref, x, _dequantized(w), tensor_core_error)
+        assert_sums_close(part, part_ref, x, dequantize(*w), tensor_core_error)
 
 
 def assert_sums_close(
@@ -115,8 +115,8 @@ def assert_swiglu_backward(
     expected = swiglu_reference.swiglu_quantize_tile_backward(grad, u, weights, pow2=pow2)
     for name in ("grad_u", "grad_u_t", "hidden_t"):
         assert_nearly_same(getattr(actual, name), getattr(expected, name))
-    if weights is None:
-        assert actual.grad_weights is None and expected.grad_weights is None
+    if weights is None or expected.grad_weights is None:
+        assert weights is actual.grad_weights is expected.grad_weights is None
         return
     finite = expected.grad_weights[expected.grad_weights.isfinite()].abs()
     atol = 1e-5 * float(finite.max()) if finite.numel() else 0.0
@@ -144,10 +144,6 @@ def _ordered(q: Tensor) -> Tensor:
     """E4M3 codes as integers in the order of their values; ±0 both 0."""
     code = q.view(torch.uint8).int()
     return torch.where(code < 128, code, 128 - code)
-
-
-def _dequantized(x: Quantized) -> Tensor:
-    return dequantize(*x)
 
 
 def _differing(what: str, actual: Tensor, expected: Tensor) -> str:

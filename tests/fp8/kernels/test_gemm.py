@@ -64,5 +64,9 @@ def test_refuses_what_does_not_fit(interpreted: Interpreter) -> None:
         interpreted("gemm_nt", fp8.quantize_tile_t(torch.ones(6, 200)), b)
     with pytest.raises(ValueError, match="must name 2 experts and sum to 6 rows"):
         interpreted("grouped_gemm_nt", a, [b, b], [4, 3])
+    with pytest.raises(
+        ValueError, match=r"b is torch.uint8 with scales in torch.float32: use torch.float8_e4m3fn"
+    ):
+        interpreted("gemm_nt", a, (b[0].view(torch.uint8), b[1]))
     with pytest.raises(ValueError, match="all experts must have one shape"):
         interpreted("grouped_gemm_nt", a, [b, fp8.quantize_block(torch.ones(4, 200))], [4, 2])
