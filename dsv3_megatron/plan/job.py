@@ -1,0 +1,171 @@
+"""What is planned: model sizes, layout, precision, recompute and batch, without Megatron."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.metrics.flops import ModelSizes
+from dsv3_megatron.pipeline.build import INTERLEAVED
+
+
+class PlanError(RefusedArgument):
+    """A job that cannot be planned; the text names the option, its value and what to use."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline stage holds.
+
+    Attributes:
+        dense, moe: decoder layers of each kind.
+        mtp: multi-token-prediction layers; each passes the output head once more.
+        embedding, head: whether the stage begins or ends the model.
+    """
+
+    dense: int = 0
+    moe: int = 0
+    mtp: int = 0
+    embedding: bool = False
+    head: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, and MTP layers, which are one more each."""
+        return self.dense + self.moe + self.mtp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Formats by their bytes per element.
+
+    Attributes:
+        compute: parameters, activations and messages between stages.
+        fp8: linear layers on E4M3 operands, caches as in report §3.3.3.
+        main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32.
+    """
+
+    compute: int = 2
+    fp8: bool = False
+    main_gradient: int = 4
+    master: int = 4
+    moment: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Ranks and pipeline of a job; sizes as Megatron's arguments.
+
+    Attributes:
+        num_gpus: of the job.
+        pp: pipeline ranks of the job (with DualPipe of both directions together).
+        num_model_chunks: stages per rank of Megatron's interleaved schedule, else 1.
+        overlap_pairs: the all-to-all of a pair's forward runs beside the backward's computation, and vice versa.
+    """
+
+    num_gpus: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    schedule: str = "1f1b"
+    num_model_chunks: int = 1
+    overlap_pairs: bool = True
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages of the model."""
+        if self.schedule == INTERLEAVED:
+            return self.pp * self.num_model_chunks
+        return 2 * self.pp if self.schedule == "dualpipev" else self.pp
+
+    @property
+    def dp(self) -> int:
+        """Replicas of the pipeline: ranks that see different data (a rank of DualPipe counts once)."""
+        return self.num_gpus // (self.tp * self.cp * self.pp)
+
+    @property
+    def copies(self) -> int:
+        """Ranks of one pipeline that hold the same stage: 2 under DualPipe."""
+        return 2 if self.schedule == "dualpipe" else 1
+
+    @property
+    def dense_shards(self) -> int:
+        """Ranks that hold the same dense parameter, and share its optimizer state (ZeRO-1)."""
+        return self.dp * self.cp * self.copies
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that hold the same expert."""
+        return max(1, self.num_gpus // (self.pp * self.ep)) * self.copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that a plan depends on, besides the hardware and the parameter counts.
+
+    Attributes:
+        sizes: of the model; `sizes.seq_length` is that of a sample.
+        stages: what each stage holds, from the embedding to the head.
+        global_batch_size, micro_batch_size: in samples.
+        recompute: names of `--recompute-modules`; "full" for whole layers.
+        distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
+        transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
+        moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
+        load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
+        balance_loss: the sequence-wise balance loss is on.
+    """
+
+    sizes: ModelSizes
+    layout: Layout
+    stages: tuple[Stage, ...]
+    global_batch_size: int
+    micro_batch_size: int = 1
+    precision: Precision = field(default_factory=Precision)
+    recompute: frozenset[str] = frozenset()
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    transformer_impl: str = "transformer_engine"
+    moe_router_num_groups: int = 1
+    moe_router_group_topk: int = 1
+    load_imbalance: float = 1.0
+    balance_loss: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.stages) != self.layout.num_stages:
+            raise PlanError(
+                f"pipeline_model_parallel_layout has {len(self.stages)} stages, but schedule={self.layout.schedule} on "
+                f"pipeline_model_parallel_size={self.layout.pp} has {self.layout.num_stages}: give that many"
+            )
+        if self.global_batch_size % (self.micro_batch_size * self.layout.dp):
+            raise PlanError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
+                f"{self.micro_batch_size} × {self.layout.dp} data-parallel ranks"
+            )
+
+    @property
+    def delays_weight_gradients(self) -> bool:
+        """Whether the schedule runs weight gradients apart from the backward pass."""
+        return self.layout.schedule != "1f1b"
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of one pipeline and step, both directions together."""
+        return self.global_batch_size // (self.micro_batch_size * self.layout.dp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sizes.seq_length
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of a microbatch on one rank of a context-parallel group."""
+        return self.micro_batch_size * self.sizes.seq_length // self.layout.cp
+
+    @cached_property
+    def routed_tokens(self) -> float:
+        """Token copies that the fullest expert-parallel rank receives for one layer and microbatch.
+
+        A rank sends `topk` copies of its part of the tokens, and receives as many when the load is even.
+        """
+        return self.tokens / self.layout.tp * self.sizes.moe_router_topk * self.load_imbalance
