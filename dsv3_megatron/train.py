@@ -53,8 +53,11 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from dsv3_megatron import dualpipe, metrics, optimizer
+    from dsv3_megatron import dualpipe, metrics, optimizer, resilience
     from dsv3_megatron.arguments import add_arguments
+    from dsv3_megatron.recipe.install import install as follow_schedules
+    from dsv3_megatron.resilience.watch import watching
+    from dsv3_megatron.sft.arguments import check as check_sft_data
     from dsv3_megatron.specs.builder import DSV3ModelConfig
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
@@ -63,22 +66,28 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     set_startup_timestamps(program_start=started, main_entry=time.time())
     optimizer.install()
     metrics.install()
+    follow_schedules()
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
+        check_sft_data(args)
+        resilience.install(args)
         model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
         model.seed = args.seed
         config = pretrain_cfg_container_from_args(args, model)
+    except RefusedArgument:
+        raise
     except (AssertionError, ValueError) as error:
         # Megatron checks arguments with assertions: what they say is for the user to read, not a crash.
         raise RefusedArgument(f"Megatron refuses these arguments: {error or repr(error)}") from error
-    pretrain(
-        config,
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        get_embedding_ranks=embedding_ranks,
-        **pretrain_options,
-    )
+    with watching(args.rank_timeout_s):
+        pretrain(
+            config,
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=embedding_ranks,
+            **pretrain_options,
+        )
     args = get_args()
     return {"iteration": _last_iteration(args), "consumed_train_samples": args.consumed_train_samples}
 

@@ -9,6 +9,12 @@ from typing import NoReturn
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
 from dsv3_megatron.fp8 import arguments as fp8_arguments
+from dsv3_megatron.recipe import arguments as recipe_arguments
+from dsv3_megatron.resilience import arguments as resilience_arguments
+from dsv3_megatron.sft import arguments as sft_arguments
+
+
+_YARN = (("--original-max-position-embeddings", int, 4096), ("--beta-fast", float, 32.0), ("--beta-slow", float, 1.0))
 
 
 class _QuietParser(ArgumentParser):
@@ -20,13 +26,19 @@ class _QuietParser(ArgumentParser):
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our own options to a Megatron parser; usable as Megatron's `extra_args_provider`."""
-    # Megatron takes None, not 0, for "no MTP", and has no option that says so.
+    # Megatron takes None, not 0, for "no MTP" and "no query compression", and has no option that says so.
     for action in parser._actions:
-        if action.dest == "mtp_num_layers":
-            action.type = _layers_or_none
+        if action.dest in ("mtp_num_layers", "q_lora_rank"):
+            action.type = _number_or_none
     dualpipe_arguments.add_arguments(parser)
     fp8_arguments.add_arguments(parser)
+    recipe_arguments.add_arguments(parser)
+    resilience_arguments.add_arguments(parser)
+    sft_arguments.add_arguments(parser)
     group = parser.add_argument_group("dsv3")
+    # Fields of MLA's configuration that Megatron has no options for; it takes arguments by the fields' names.
+    for option, kind, value in _YARN:
+        group.add_argument(option, type=kind, default=value, help="of --rope-type yarn (default %(default)s)")
     group.add_argument(
         "--allow-deviation",
         nargs="+",
@@ -37,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _layers_or_none(text: str) -> int | None:
+def _number_or_none(text: str) -> int | None:
     return int(text) or None
 
 

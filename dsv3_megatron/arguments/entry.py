@@ -23,7 +23,12 @@ def complete_command_line(parser: ArgumentParser) -> None:
     if "--spec=dsv3" in words or any(words[i : i + 2] == ["--spec", "dsv3"] for i in range(len(words))):
         # Megatron itself refuses words that nobody knows.
         sys.argv[1:] = complete(words, parser, known_only=True)
-        _use_schedule(parser.parse_known_args()[0])
+        args = parser.parse_known_args()[0]
+        _use_schedule(args)
+        if args.train_tokens is not None:
+            from dsv3_megatron.recipe.install import install
+
+            install()
 
 
 def _use_schedule(args: Namespace) -> None:

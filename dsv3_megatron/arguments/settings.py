@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv3_megatron.dualpipe.arguments import default_layout
+from dsv3_megatron.recipe.arguments import MEGATRON_ARGUMENTS, default_min_lr, schedules_of
+from dsv3_megatron.recipe.schedules import BATCH_SIZE
+from dsv3_megatron.sft import arguments as sft_arguments
 
 Kind = Literal["size", "fixed", "recipe", "run"]
 
@@ -87,6 +90,16 @@ def _vocab_size(args: Namespace) -> Any:
     return 129280 if named == "NullTokenizer" and not hasattr(args, "padded_vocab_size") else NOT_SET
 
 
+def _from_sft_data(value: Callable[[Namespace, dict[str, Any]], Any], otherwise: Any = NOT_SET) -> Callable[[Namespace], Any]:
+    """What the folder of `--sft-data` says; `otherwise` without one."""
+
+    def found(args: Namespace) -> Any:
+        report = sft_arguments.report_of(args)
+        return otherwise if report is None else value(args, report)
+
+    return found
+
+
 def _tokenizer_type(args: Namespace) -> Any:
     return "NullTokenizer" if getattr(args, "mock_data", False) else "HuggingFaceTokenizer"
 
@@ -100,8 +113,25 @@ def _rope_fusion(args: Namespace) -> Any:
     return NOT_SET if getattr(args, "rope_type", "rope") == "yarn" else False
 
 
-def _unless_given(dest: str, value: Any) -> Callable[[Namespace], Any]:
-    return lambda args: NOT_SET if hasattr(args, dest) else value
+def _min_lr(args: Namespace) -> Any:
+    """2.2e-5 belongs to the published peak; the schedules by tokens take a tenth of any."""
+    if getattr(args, "train_tokens", None) is not None and hasattr(args, "lr"):
+        return default_min_lr(args.lr)
+    return NOT_SET if hasattr(args, "lr") else 2.2e-5
+
+
+def _batch_size(args: Namespace) -> Any:
+    return NOT_SET if getattr(args, "train_tokens", None) is None else BATCH_SIZE
+
+
+def _by_tokens(name: str) -> Callable[[Namespace], Any]:
+    """What `--train-tokens` makes of one of Megatron's arguments."""
+
+    def value(args: Namespace) -> Any:
+        schedules = schedules_of(args)
+        return NOT_SET if schedules is None else MEGATRON_ARGUMENTS[name](schedules)
+
+    return value
 
 
 def _grouped_gemm(args: Namespace) -> Any:
@@ -167,7 +197,17 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("init_method_std", 0.006, "--init-method-std", "size", MODEL),
     Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "run", "byte-level BPE (R§4.1)"),
     Setting("vocab_size", _vocab_size, "--vocab-size", "size", MODEL),
-    Setting("seq_length", 4096, "--seq-length", "run", "R§4.2"),
+    Setting("sft", _from_sft_data(lambda args, report: True), "--sft", "run", "with --sft-data"),
+    Setting(
+        "tokenizer_model", _from_sft_data(lambda args, report: args.sft_data), "--tokenizer-model", "run", "with --sft-data"
+    ),
+    Setting(
+        "seq_length",
+        _from_sft_data(lambda args, report: report["seq_length"], otherwise=4096),
+        "--seq-length",
+        "run",
+        "R§4.2; the rows of --sft-data",
+    ),
     Setting(
         "max_position_embeddings",
         _from("seq_length", 4096),
@@ -176,8 +216,20 @@ SETTINGS: tuple[Setting, ...] = (
         "R§4.2, the sequence length",
     ),
     Setting("micro_batch_size", 1, "--micro-batch-size", "run", "arXiv 2505.09343: one sequence"),
-    Setting("min_lr", _unless_given("lr", 2.2e-5), "--min-lr", "run", "R§4.2"),
+    Setting("min_lr", _min_lr, "--min-lr", "run", "R§4.2"),
     Setting("lr", 2.2e-4, "--lr", "run", "R§4.2; the right value depends on the model's size"),
+    Setting("global_batch_size", _batch_size, "--global-batch-size", "run", "R§4.2, with --train-tokens"),
+    *(
+        Setting(name, _by_tokens(name), "--" + name.replace("_", "-"), "run", "R§4.2, from --train-tokens")
+        for name in MEGATRON_ARGUMENTS
+    ),
+    Setting(
+        "train_iters",
+        _from_sft_data(lambda args, report: sft_arguments.train_iters(args) or NOT_SET),
+        "--train-iters",
+        "run",
+        "R§5.1: 2 epochs of --sft-data",
+    ),
     Setting("eval_interval", 1000, "--eval-interval", "run", "Megatron fails without"),
     Setting("cp_comm_type", _cp_comm_type, "--cp-comm-type", "run", "how the reference backend does it"),
     # Attention (R§2.1.1).

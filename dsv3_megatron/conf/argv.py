@@ -102,7 +102,7 @@ def _argument(name: str, value: Any) -> list[str]:
                     f"{name}={item}: not possible{nearest(str(item), choices)}"
                     f" Available: {', '.join(choices)}"
                 )
-    if len(values) > 1 and action.nargs not in ("+", "*"):
+    if len(values) > 1 and action.nargs in (None, "?"):
         raise ConfigError(f"{name}={values}: takes one value")
     texts = [str(item) for item in values]
     # A value that begins with a hyphen would read as an option.

@@ -23,12 +23,14 @@ SECTIONS = {
 }
 # Arguments of which Megatron takes one: the one on the command line displaces what a file sets.
 ALTERNATIVES = (
-    ("train_iters", "train_samples"),
+    ("train_tokens", "train_iters", "train_samples"),
     ("lr_decay_iters", "lr_decay_samples"),
     ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
     ("global_batch_size", "step_batch_size_schedule"),
 )
+# Part of `train_tokens`: they go where it goes.
+BY_TOKENS = ("batch_ramp", "last_lr")
 
 
 def groups() -> dict[str, list[str]]:
@@ -120,6 +122,10 @@ def _displace_alternatives(cfg: DictConfig, given: set[str]) -> None:
             for name in names:
                 if name in cfg and name not in given:
                     cfg[name] = None
+    if cfg.get("train_tokens") is None:
+        for name in BY_TOKENS:
+            if name in cfg and name not in given:
+                cfg[name] = None
 
 
 def _resolve_processes(cfg: DictConfig, started: int | None) -> None:

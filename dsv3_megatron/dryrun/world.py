@@ -52,6 +52,8 @@ class FakeWorld:
     @classmethod
     def of(cls, cfg: DictConfig, rank: int) -> "FakeWorld":
         """For a configuration from `dsv3_megatron.conf.compose`."""
+        # A layout stands for the whole run: which part of a batch ramp it can run is for recipe.ranks to say.
+        cfg = DictConfig({**cfg, "batch_ramp": None})
         return cls(to_megatron_argv(cfg), rank, world_size(cfg), cfg.cluster.gpus_per_node)
 
     def __enter__(self) -> "FakeWorld":

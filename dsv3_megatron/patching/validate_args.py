@@ -1,7 +1,7 @@
-"""`arguments.validate_args`: where `--pipeline-schedule` takes hold, in every way into Megatron's trainer.
+"""`arguments.validate_args`: where `--pipeline-schedule` and `--batch-ramp` take hold, in every way into the trainer.
 
 Megatron validates a layout as it knows it; only then can it be folded into a V, and it must be before the model's
-configuration is made from the arguments.
+configuration is made from the arguments. Likewise it takes a final batch size or a ramp; here a ramp has both.
 """
 
 import functools
@@ -18,6 +18,10 @@ def _install(original: Any) -> Any:
             from dsv3_megatron.dualpipe.arguments import place
 
             place(args)
+        if getattr(args, "batch_ramp", None) is not None:
+            from dsv3_megatron.recipe.arguments import apply
+
+            apply(args)
         return result
 
     return validate_args
@@ -27,6 +31,7 @@ PATCH = Patch(
     name="validate_args",
     target="megatron.training.arguments:validate_args",
     signature="(args, defaults={})",
-    why="--pipeline-schedule: the validated layout is folded into a V before the model is configured from it",
+    why="--pipeline-schedule: the validated layout is folded into a V before the model is configured from it; "
+    "--batch-ramp: validated with its final batch size",
     install=_install,
 )

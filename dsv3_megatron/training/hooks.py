@@ -7,7 +7,6 @@
 A function may be added once; they are called in the order in which they were added, on every rank.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +46,6 @@ def run_step(original: Callable[..., Any], call: dict[str, Any]) -> Any:
         before(call)
     forward_backward = call["forward_backward_func"]
 
-    @functools.wraps(forward_backward)
     def then_update(*args: Any, **kwargs: Any) -> Any:
         losses = forward_backward(*args, **kwargs)
         for update in _update:

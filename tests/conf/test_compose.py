@@ -52,11 +52,10 @@ def test_published_layout() -> None:
 
 def test_pretraining_constants() -> None:
     cfg = compose(["model=v3_671b", "layout=pp16_ep64"])
-    tokens_per_step = cfg.global_batch_size * cfg.seq_length
-    assert tokens_per_step * cfg.train_iters == pytest.approx(14.8e12, rel=1e-5)
-    assert tokens_per_step * cfg.lr_decay_iters == pytest.approx(14.3e12, rel=1e-5)
-    assert tokens_per_step * cfg.lr_wsd_decay_iters == pytest.approx(4.3e12, rel=1e-5)
-    assert (cfg.lr, cfg.min_lr, cfg.lr_warmup_iters) == (2.2e-4, 2.2e-5, 2000)
+    assert float(cfg.train_tokens) == 14.8e12 and cfg.batch_ramp == [3072, 768]
+    assert (cfg.global_batch_size, cfg.seq_length) == (15360, 4096)
+    assert (cfg.lr, cfg.min_lr, cfg.last_lr) == (2.2e-4, 2.2e-5, 7.3e-6)
+    assert cfg.recompute_modules == ["layernorm", "mla_up_proj"]
     assert (cfg.adam_beta1, cfg.adam_beta2, cfg.weight_decay, cfg.clip_grad) == (0.9, 0.95, 0.1, 1.0)
     assert (cfg.moe_router_bias_update_rate, cfg.moe_aux_loss_coeff, cfg.mtp_loss_scaling_factor) == (
         1e-3,

@@ -7,7 +7,7 @@ It drives the errors (`check`), their tests (each row's example), and the suppor
 from argparse import Namespace
 
 from dsv3_megatron.arguments.errors import RefusedArgument
-from dsv3_megatron.arguments.refusals import backend, layout, model, overlap, run, schedule
+from dsv3_megatron.arguments.refusals import backend, layout, model, overlap, recipe, resilience, run, schedule, sft
 from dsv3_megatron.arguments.refusals.table import Refusal
 from dsv3_megatron.arguments.surroundings import Surroundings, detect
 
@@ -19,6 +19,9 @@ REFUSALS: tuple[Refusal, ...] = (
     *layout.ROWS,
     *overlap.ROWS,
     *schedule.ROWS,
+    *recipe.ROWS,
+    *sft.ROWS,
+    *resilience.ROWS,
     *backend.ROWS,
 )
 

@@ -117,16 +117,6 @@ ROWS = (
         DUALPIPE + " --global-batch-size 32 --eval-global-batch-size 8",
     ),
     Refusal(
-        "schedule_batch_ramp",
-        FEATURE,
-        "--rampup-batch-size / --step-batch-size-schedule",
-        "{rampup_batch_size} / {step_batch_size_schedule}",
-        _given("rampup_batch_size", "step_batch_size_schedule"),
-        f"{SCHEDULE} {{pipeline_schedule}} needs enough microbatches at every step of a ramp, which is not checked yet",
-        "a constant --global-batch-size",
-        ZB1P + " --rampup-batch-size 8 8 100",
-    ),
-    Refusal(
         "schedule_virtual_stages",
         FEATURE,
         "--num-virtual-stages-per-pipeline-rank / --num-layers-per-virtual-pipeline-stage",
@@ -216,22 +206,6 @@ ROWS = (
         "Megatron's schedule plans, which the overlapped pairs use, hold one MTP layer",
         "--mtp-num-layers 1 (DeepSeek-V3's)",
         ZB1P + " --mtp-num-layers 2 --expert-model-parallel-size 2",
-    ),
-    Refusal(
-        "schedule_packed_mtp",
-        FEATURE,
-        SCHEDULE,
-        "{pipeline_schedule} with --sft or --dataloader-inter-document-masking, --mtp-num-layers {mtp_num_layers} and "
-        "--expert-model-parallel-size {expert_model_parallel_size}",
-        lambda a, s: (
-            _on(a)
-            and bool(a.mtp_num_layers)
-            and (a.sft or a.dataloader_inter_document_masking)
-            and a.expert_model_parallel_size > 1
-        ),
-        "the MTP node of Megatron's schedule plans takes no document boundaries",
-        "--mtp-num-layers 0 or --expert-model-parallel-size 1",
-        ZB1P + " --expert-model-parallel-size 2 --dataloader-inter-document-masking",
     ),
     _unsupported(
         "schedule_own_overlap",

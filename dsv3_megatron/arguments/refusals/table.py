@@ -22,6 +22,7 @@ class Refusal:
         example: words that trigger it, added to a valid command line.
         where: surroundings of the example.
         without: words of the valid command line that the example lacks.
+        detail: what the message adds about these very arguments, computed from them.
     """
 
     name: str
@@ -34,9 +35,13 @@ class Refusal:
     example: str
     where: Surroundings = field(default_factory=lambda: Surroundings(world_size=8))
     without: str = ""
+    detail: Callable[[Namespace, Surroundings], str] | None = None
 
     def message(self, args: Namespace, around: Surroundings) -> str:
         """The error text: argument, value, reason, what to use."""
         names = {**vars(around), **vars(args)}
         given = f"{self.argument} {self.value.format(**names)}".strip()
-        return f"{given}: {self.reason.format(**names)}. Use {self.use.format(**names)}."
+        reason = self.reason.format(**names)
+        if self.detail is not None:
+            reason += f" ({self.detail(args, around)})"
+        return f"{given}: {reason}. Use {self.use.format(**names)}."
