@@ -5,10 +5,13 @@ configuration. The cache lies in `$XDG_CACHE_HOME/dsv3_megatron` (else `~/.cache
 argument that shapes a module, and the versions of Megatron and of the code that builds modules.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,13 +108,21 @@ def _build(cfg: Any, tp: int) -> ParameterCounts:
     has_dense, has_moe = _kinds(cfg)
     if not (has_dense and has_moe):
         few.num_layers, few.moe_layer_freq = 1, [int(has_moe)]
-    few.moe_layer_freq = f"({list(few.moe_layer_freq)})"
+    few.moe_layer_freq = "(" + "+".join(f"[{flag}]*1" for flag in few.moe_layer_freq) + ")"
     ep = few.get("expert_model_parallel_size") or 1
     world = max(tp, ep)
     few.sequence_parallel = True if tp > 1 else few.get("sequence_parallel")
-    with FakeWorld(to_megatron_argv(few), 0, world, world) as fake:
+    print("counting parameters from real modules (once per model)", file=sys.stderr, flush=True)
+    with quiet(), FakeWorld(to_megatron_argv(few), 0, world, world) as fake:
         weights = [weight for chunk in fake.build_chunks() for weight in weights_of(chunk)]
     return counts_of(weights, [False, True] if has_dense and has_moe else [has_moe], tp)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the list of all arguments that Megatron prints; errors are raised, not printed."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _kinds(cfg: Any) -> tuple[bool, bool]:

@@ -19,25 +19,27 @@ class Achieved:
         hbm, nvlink, ib: bandwidths.
         small_gemm_rows: rows per expert at which a grouped product reaches half of its fraction.
         latency: seconds of an all-to-all or message besides its bytes.
-        beside_latency, beside_ib: the same, and the fraction of InfiniBand, of an all-to-all that runs beside
-            computation on `communication_sms`.
+        beside_token, beside_ib: of an all-to-all between nodes that runs beside computation on
+            `communication_sms`: seconds per token whatever its bytes, and the fraction of InfiniBand.
         pair_gap: seconds per layer of an overlapped pair in which neither stream works (launches, events).
         communication_sms: taken from computation while a pair runs.
+        sustained: speed of the tensor cores in a long run against the short trace (clocks under load).
     """
 
-    fp8_gemm: float = 0.465
+    fp8_gemm: float = 0.483
     bf16_gemm: float = 0.70
-    attention_forward: float = 0.57
-    attention_backward: float = 0.42
+    attention_forward: float = 0.619
+    attention_backward: float = 0.501
     hbm: float = 0.80
     nvlink: float = 0.80
     ib: float = 0.95
     small_gemm_rows: float = 64
     latency: float = 0.2e-3
-    beside_latency: float = 2.7e-3
-    beside_ib: float = 0.73
-    pair_gap: float = 0.85e-3
+    beside_token: float = 0.617e-6
+    beside_ib: float = 0.737
+    pair_gap: float = 0.885e-3
     communication_sms: int = 20
+    sustained: float = 0.87
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,5 +105,5 @@ def gpu_named(name: str | None) -> Gpu:
 
 def without_communication(gpu: Gpu) -> Gpu:
     """The same GPU with free communication: the limit that shows what communication costs."""
-    achieved = replace(gpu.achieved, latency=0, beside_latency=0)
+    achieved = replace(gpu.achieved, latency=0, beside_token=0)
     return replace(gpu, nvlink=INFINITE, ib=INFINITE, achieved=achieved)

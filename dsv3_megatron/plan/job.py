@@ -41,11 +41,13 @@ class Precision:
     Attributes:
         compute: parameters, activations and messages between stages.
         fp8: linear layers on E4M3 operands, caches as in report §3.3.3.
+        fp8_dispatch: the dispatch sends E4M3 too (not upstream in Megatron).
         main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32.
     """
 
     compute: int = 2
     fp8: bool = False
+    fp8_dispatch: bool = False
     main_gradient: int = 4
     master: int = 4
     moment: int = 2

@@ -66,7 +66,7 @@ class Operators:
         """`tokens` rows through weights of `parameters` elements, in the precision of the linear layers."""
         a = self.gpu.achieved
         fp8 = self.job.precision.fp8
-        rate = self.gpu.fp8 * a.fp8_gemm if fp8 else self.gpu.bf16 * a.bf16_gemm
+        rate = a.sustained * (self.gpu.fp8 * a.fp8_gemm if fp8 else self.gpu.bf16 * a.bf16_gemm)
         if rows_per_gemm is not None:
             rate *= rows_per_gemm / (rows_per_gemm + a.small_gemm_rows)
         return 2 * parameters * tokens / rate
@@ -80,14 +80,14 @@ class Operators:
     def dense_layer(self) -> LayerTimes:
         """A layer with a dense MLP."""
         s = self.job.sizes
-        return LayerTimes(*self._attention(), *self._mlp(s.ffn_hidden_size, self.job.tokens / self.job.layout.tp))
+        return LayerTimes(*self._attention(), *self._mlp(s.ffn_hidden_size, self.job.tokens / self.job.layout.tp, {"mlp"}))
 
     def moe_layer(self, beside: bool = False) -> LayerTimes:
         """A MoE layer; `beside`: its all-to-alls as slow as they are beside computation."""
         job, s, tp = self.job, self.job.sizes, self.job.layout.tp
         rows = job.routed_tokens * job.layout.ep / s.num_moe_experts
-        routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, rows, tp=1)
-        shared = self._mlp(s.moe_shared_expert_intermediate_size, job.tokens / tp)
+        routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, {"moe"}, rows)
+        shared = self._mlp(s.moe_shared_expert_intermediate_size, job.tokens / tp, {"moe", "shared_experts"})
         mlp = tuple(r + t for r, t in zip(routed, shared, strict=True))
         fp8, bf16 = (self.all_to_all(size, beside) for size in (self._dispatch_bytes, 2.0))
         comm = {"dispatch": fp8, "combine": bf16, "dispatch_b": bf16, "combine_b": fp8}
@@ -97,7 +97,7 @@ class Operators:
     @property
     def _dispatch_bytes(self) -> float:
         """Per element: E4M3 with one scale per 128, or BF16 (R§3.3.3)."""
-        return 1 + 4 / 128 if self.job.precision.fp8 else 2.0
+        return 1 + 4 / 128 if self.job.precision.fp8_dispatch else 2.0
 
     def _attention(self) -> tuple[float, float, float]:
         """Forward, input backward, weight backward of MLA with its norms, and the tensor-parallel collectives."""
@@ -111,8 +111,8 @@ class Operators:
         # The down projections are whole on every tensor-parallel rank, which has a part of the sequence.
         gemm = self.linear(down, tokens / tp) + self.linear(up + out, tokens)
         core_flops = heads * (qk + s.v_head_dim) * s.seq_length * tokens  # causal: half of 2·2
-        core_f = core_flops / (self.gpu.bf16 * a.attention_forward)
-        core_b = 2.5 * core_flops / (self.gpu.bf16 * a.attention_backward)
+        core_f = core_flops / (self.gpu.bf16 * a.attention_forward * a.sustained)
+        core_b = 2.5 * core_flops / (self.gpu.bf16 * a.attention_backward * a.sustained)
         traffic_f = 2 * (6 * heads * qk + 5 * heads * (s.qk_head_dim + s.v_head_dim) / 2 + 3 * heads * s.v_head_dim)
         traffic_f = tokens * (traffic_f + 2 * 6 * s.hidden_size / tp + 8 * (q_rank + kv_rank) / tp)
         traffic_w = tokens * 3 * (q_rank + kv_rank + heads * (qk + s.qk_head_dim + 2 * s.v_head_dim) + s.hidden_size)
@@ -131,7 +131,7 @@ class Operators:
         return f, b, gemm + self.memory(traffic_w)
 
     def _mlp(
-        self, width: int, tokens: float, rows: float | None = None, tp: int | None = None
+        self, width: int, tokens: float, recomputed_by: set[str], rows: float | None = None
     ) -> tuple[float, float, float]:
         """Forward, input backward, weight backward of a SwiGLU MLP of `width` on `tokens` of this rank.
 
@@ -144,9 +144,7 @@ class Operators:
         edge = tokens * s.hidden_size * (2 + 2 * cache)
         f = gemm + self.memory(swiglu + edge)
         b = gemm + self.memory(2 * (swiglu + edge))
-        if "full" in recompute or "moe" in recompute or (rows is None and "mlp" in recompute):
-            b += f
-        elif rows is None and "shared_experts" in recompute and width != s.ffn_hidden_size:
+        if recompute & (recomputed_by | {"full"}):
             b += f
         elif "moe_act" in recompute:
             b += self.memory(swiglu / 2)
@@ -159,7 +157,7 @@ class Operators:
         job, s = self.job, self.job.sizes
         rows, tp = job.tokens * num_heads, job.layout.tp
         gemm = 2 * rows * s.hidden_size * s.padded_vocab_size / tp
-        gemm /= self.gpu.bf16 * self.gpu.achieved.bf16_gemm
+        gemm /= self.gpu.bf16 * self.gpu.achieved.bf16_gemm * self.gpu.achieved.sustained
         softmax = self.memory(rows * s.padded_vocab_size / tp * 12)
         return gemm + softmax, 2 * gemm + softmax, gemm
 
@@ -179,7 +177,7 @@ class Operators:
         tokens = job.tokens / job.layout.tp * job.load_imbalance
         size = bytes_per_element * job.sizes.hidden_size * tokens
         nodes, ranks = destinations(job, gpu.nvlink_domain)
-        latency = a.beside_latency if beside and nodes else a.latency
+        latency = tokens * a.beside_token if beside and nodes else a.latency
         slowness = (a.beside_ib if beside else a.ib), a.nvlink
         return latency + max(nodes * size / (gpu.ib * slowness[0]), ranks * size / (gpu.nvlink * slowness[1]))
 

@@ -1,0 +1,76 @@
+"""`python -m dsv3_megatron.plan model=v3_671b layout=pp16_ep64 cluster=h800_2048`."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+
+from dsv3_megatron.conf import compose
+from dsv3_megatron.errors import exits_cleanly
+from dsv3_megatron.plan.options import Options, parse
+
+USAGE = """usage: python -m dsv3_megatron.plan [output=table|json] [NAME=VALUE ...]
+
+Predicts memory, time and cost of a training job without running it. NAME=VALUE: as in dsv3_megatron.train_hydra
+(model=, layout=, cluster=, schedule=, precision=, and any argument), and:
+
+  tokens=14.8e12 price=2.0   cost of a token budget, at dollars per GPU-hour
+  load_imbalance=1.0         tokens of the fullest expert-parallel rank against the mean (1: forced balance)
+  pictures=FOLDER            timeline (SVG, PNG, Chrome trace), memory by part and over time
+  measured=FILE              a timeline that --profile-pipeline wrote, laid over the predicted one
+
+Compare layouts with python -m dsv3_megatron.plan.search."""
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return
+    run(parse(argv))
+
+
+def start_megatron() -> None:
+    """Megatron without a GPU: only its arguments and the sizes of its modules are wanted."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from dsv3_megatron import cpu
+
+    cpu.activate()
+
+
+def run(options: Options) -> None:
+    """Plan and print."""
+    cfg = compose(options.overrides)
+    start_megatron()
+    from dsv3_megatron.plan import report
+    from dsv3_megatron.plan.cost import cost_table
+    from dsv3_megatron.plan.from_config import from_config
+    from dsv3_megatron.plan.step import plan
+
+    planned = from_config(cfg, options.load_imbalance)
+    result = plan(planned.job, planned.gpu, planned.counts)
+    if options.pictures is not None:
+        from dsv3_megatron.plan.pictures import write_all
+
+        for line in write_all(result, options.pictures, options.measured):
+            print(line, file=sys.stderr)
+    if options.output == "json":
+        print(json.dumps(report.as_dict(result)))
+        return
+    print(report.summary(result))
+    print(f"\n{report.memory_table(result)}")
+    if not result.fits:
+        changes = report.what_would_fit(result, planned.counts)
+        print("what would make it fit:")
+        for change in changes or ["no single change of recompute, precision or expert parallelism"]:
+            print(f"  {change}")
+    if options.tokens is not None:
+        print(f"\n{cost_table(result, options.tokens, options.price)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A plan for people: summary, memory of each pipeline rank, and what would make it fit."""
+
+from dataclasses import replace
+
+from dsv3_megatron.plan.job import Job, PlanError
+from dsv3_megatron.plan.memory import GIB, plan_memory
+from dsv3_megatron.plan.parameters import ParameterCounts
+from dsv3_megatron.plan.step import Plan, schedule_of
+
+
+def as_dict(plan: Plan) -> dict[str, object]:
+    """The contract of `output=json`; `memory_gib` has one number per pipeline rank."""
+    return {
+        "step_s": plan.step_s,
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "gpu_hours_per_1t": plan.gpu_hours(1e12),
+        "days_per_1t": plan.days(1e12),
+        "bubble_s": plan.bubble_s,
+        "memory_gib": plan.memory_gib,
+        "fits": plan.fits,
+    }
+
+
+def summary(plan: Plan) -> str:
+    """One line per figure."""
+    job, layout, update = plan.job, plan.job.layout, plan.update
+    costs = plan.costs
+    middle = len(job.stages) // 2
+    rows = [
+        ("job", f"{layout.num_gpus} × {plan.gpu.name}, TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep}"),
+        ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
+        ("", f"{'fp8' if job.precision.fp8 else 'bf16' if job.precision.compute == 2 else 'fp32'}, recompute "
+             f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
+        ("step", f"{plan.step_s:.3f} s"),
+        ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
+        ("  gradients, optimizer, parameters",
+         f"{update.gradient_reduce:.3f}, {update.optimizer:.3f}, {update.parameter_gather:.3f} s not hidden"),
+        ("stage in the middle", "F {:.1f}, B {:.1f}, W {:.1f}, F&B {:.1f} ms".format(
+            *(1e3 * costs.per_stage(name, len(job.stages))[middle] for name in ("f", "b", "w", "fb")))),
+        ("tokens/s/GPU", f"{plan.tokens_per_s_per_gpu:.0f}"),
+        ("1T tokens", f"{plan.gpu_hours(1e12) / 1e3:.1f}K GPU-hours, {plan.days(1e12):.2f} days"),
+    ]  # fmt: skip
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def memory_table(plan: Plan) -> str:
+    """GiB of each pipeline rank, part by part."""
+    names = list(dict.fromkeys(name for rank in plan.memory for name in rank.parts))
+    head = ["rank", "stages", *names, "peak"]
+    schedule = plan.simulation.schedule
+    rows = []
+    for rank, memory in enumerate(plan.memory):
+        stages = ",".join(str(stage) for stage, _ in schedule.stages_of(rank))
+        parts = [f"{memory.parts.get(name, 0) / GIB:.1f}" for name in names]
+        rows.append([str(rank), stages, *parts, f"{memory.peak / GIB:.1f}"])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    worst = max(plan.memory_gib)
+    verdict = "fits" if plan.fits else "does not fit"
+    lines.append(f"GiB; the fullest rank {verdict}: {worst:.1f} of {plan.gpu.memory / GIB:.1f}")
+    return "\n".join(lines)
+
+
+def what_would_fit(plan: Plan, counts: ParameterCounts) -> list[str]:
+    """Single changes of arguments, and their peaks, that make a plan fit that does not."""
+    found = []
+    for change, job in _changes(plan.job):
+        try:
+            memory = plan_memory(job, counts, schedule_of(job), plan.gpu.overhead)
+        except PlanError:
+            continue
+        peak = max(rank.peak for rank in memory)
+        if peak <= plan.gpu.memory:
+            found.append(f"{change}: {peak / GIB:.1f} GiB")
+    return found
+
+
+def _changes(job: Job) -> list[tuple[str, Job]]:
+    report = frozenset({"layernorm", "mla_up_proj", "moe_act"})
+    changes = [
+        ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm]",
+         replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj"})),
+        ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe_act]",
+         replace(job, recompute=job.recompute | report)),
+        ("the same with precision=fp8_dsv3",
+         replace(job, recompute=job.recompute | report,
+                 precision=replace(job.precision, fp8=True, fp8_dispatch=True))),
+        ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe]",
+         replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj", "moe"})),
+        ("recompute_granularity=full recompute_method=uniform recompute_num_layers=1",
+         replace(job, recompute=frozenset({"full"}))),
+    ]  # fmt: skip
+    ep = job.layout.ep * 2
+    if job.sizes.num_moe_experts % ep == 0 and job.layout.num_gpus % (job.layout.pp * ep) == 0:
+        changes.append(
+            (f"expert_model_parallel_size={ep}", replace(job, layout=replace(job.layout, ep=ep)))
+        )
+    if job.micro_batch_size > 1:
+        changes.append(("micro_batch_size=1", replace(job, micro_batch_size=1)))
+    return changes
