@@ -83,6 +83,7 @@ def forward_backward_func() -> Any:
 
         from dsv3_megatron.dualpipe.profile import StepProfile
         from dsv3_megatron.dualpipe.schedule import PipelineSchedule
+        from dsv3_megatron.training.batch import is_packed
 
         args = get_args()
         _active.function = PipelineSchedule(
@@ -91,6 +92,7 @@ def forward_backward_func() -> Any:
             _active.placement,
             _active.timeout_s,
             _active.pair_order,
+            plans=not (is_packed(args) and args.mtp_num_layers),
         )
         _active.function.profile = StepProfile.from_args(args)
     return _active.function

@@ -38,6 +38,8 @@ class PipelineSchedule:
         placement: the V-shaped placement, None where Megatron's own holds (zb1p).
         timeout_s: a pipeline message that takes longer is an error.
         pair_order: a name of `overlap.ORDERS`.
+        plans: whether chunks with expert parallelism run through Megatron's schedule plans, so that pairs overlap; not
+            with document boundaries and MTP, since the plans' MTP node takes none.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class PipelineSchedule:
         placement: Placement | None,
         timeout_s: float,
         pair_order: str = "megatron",
+        plans: bool = True,
     ) -> None:
         self.name = name
+        self.plans = plans
         self.num_ranks = num_ranks
         self.placement = placement
         self.timeout_s = timeout_s
@@ -108,7 +112,7 @@ class PipelineSchedule:
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
             cp_size=groups.cp.size(),
-            use_plans=uses_plans(config) and not forward_only,
+            use_plans=self.plans and uses_plans(config) and not forward_only,
             reduce=self._reduce,
         )
         if step.use_plans:

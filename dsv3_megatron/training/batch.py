@@ -13,7 +13,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args
+from megatron.training import get_args, get_tokenizer
 
 KEYS = (
     "tokens",
@@ -46,15 +46,16 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     """The next microbatch, broadcast over tensor-parallel ranks and cut for this context-parallel rank.
 
     Returns:
-        A dict with `KEYS`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is fp32 of
-        that shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1]; entries that a chunk
-        has no use for, or all of them on a middle stage, are None.
+        A dict with `KEYS` and `padding_mask`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is fp32 of
+        that shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1],
+        `padding_mask` bool like `tokens`, True for padding, which experts' loads do not count (only where data is padded:
+        fine-tuning). Entries that a chunk has no use for, or all of them on a middle stage, are None.
     """
     args = get_args()
     packed = is_packed(args)
     needed = reads_tokens(model)
     if not needed and not packed:
-        return dict.fromkeys(KEYS)
+        return dict.fromkeys((*KEYS, "padding_mask"))
 
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -73,13 +74,16 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        # "MTP here" makes Megatron broadcast every field, which is right for any stage that reads tokens.
-        mtp_on_this_rank=needed,
+        # "MTP here" makes Megatron broadcast every field, which is right for any stage that reads tokens, if only to
+        # tell padding.
+        mtp_on_this_rank=needed or args.sft,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
     )
     batch = flatten_batch_for_packed_sequences(batch)
+    batch["padding_mask"] = batch["tokens"] == get_tokenizer().pad if args.sft else None
     if not needed:
-        return {key: batch[key] if key.startswith(("cu_", "max_")) else None for key in KEYS}
+        kept = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "padding_mask")
+        return {key: batch.get(key) if key in kept else None for key in (*KEYS, "padding_mask")}
     return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=args.hybrid_context_parallel,

@@ -14,9 +14,9 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.training import get_args, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from dsv3_megatron.sft.dataset import train_valid_test_rows
 from dsv3_megatron.training.batch import is_packed
 
 # Fields of GPTDatasetConfig that Megatron names otherwise on the command line.
@@ -73,8 +73,9 @@ def train_valid_test_datasets(num_samples: Sequence[int], vp_stage: int | None =
     """Build the three datasets, of at least `num_samples` samples each (train, validation, test)."""
     args = get_args()
     if args.sft:
-        kind = SFTDataset
-    elif args.mock_data:
+        print_rank_0(f"> packed conversations of {args.sft_data} for training and validation ...")
+        return train_valid_test_rows(Path(args.sft_data), num_samples, args.seed, is_built_here(vp_stage))
+    if args.mock_data:
         kind = MockGPTDataset
     else:
         kind = GPTDataset

@@ -10,6 +10,7 @@ from megatron.core.utils import StragglerDetector
 from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
+from dsv3_megatron.resilience import guard
 from dsv3_megatron.training.batch import get_batch, packed_seq_params
 
 # A loss this many times the largest one seen is reported by --check-for-spiky-loss.
@@ -43,10 +44,17 @@ def forward_step(
 
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     # A plan takes packed sequences too (Megatron's own entry point drops them there).
-    kwargs = {"labels": batch["labels"], "loss_mask": batch["loss_mask"], "packed_seq_params": packing}
+    kwargs = {
+        "labels": batch["labels"],
+        "loss_mask": batch["loss_mask"],
+        "packed_seq_params": packing,
+        "padding_mask": batch["padding_mask"],
+    }
     with _straggler_timer:
         run = model.build_schedule_plan if return_schedule_plan else model
         output = run(*inputs, **kwargs)
+    if not return_schedule_plan:
+        guard.saw_output(model, output)
     return output, partial(loss_func, batch["loss_mask"])
 
 
@@ -66,21 +74,19 @@ def loss_func(
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(losses.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
+    guard.saw_loss(loss, num_tokens)
     _validate(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report
 
 
 def _validate(loss: torch.Tensor) -> None:
-    """Let Megatron's rerun state machine look for NaN, Inf and spikes before the loss is reduced."""
-    args = get_args()
-    machine = get_rerun_state_machine()
-    checks: list[tuple[Callable[..., Any], str, bool]] = []
-    if args.check_for_nan_in_loss_and_grad:
-        checks += [(torch.isnan, "NaN in the local loss", True), (torch.isinf, "Inf in the local loss", True)]
-    if args.check_for_spiky_loss:
+    """Let Megatron's rerun state machine repeat a step with a spike, to tell a faulty device from a bad batch.
+
+    NaN and Inf are the guard's (`dsv3_megatron.resilience.guard`).
+    """
+    if get_args().check_for_spiky_loss:
+        machine = get_rerun_state_machine()
         unexpected = partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
-        checks.append((unexpected, "spiky loss", False))
-    for rejection, message, fatal in checks:
         # Forward passes are deterministic, hence tolerance 0.
-        machine.validate_result(loss, rejection, message, tolerance=0.0, fatal=fatal)
+        machine.validate_result(loss, unexpected, "spiky loss", tolerance=0.0, fatal=False)

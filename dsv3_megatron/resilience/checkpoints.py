@@ -1,0 +1,104 @@
+"""Which checkpoints of a folder are complete, and which one a run goes on from.
+
+Megatron writes the data of a checkpoint first and `metadata.json` last, then names the iteration in a tracker file. A
+rank that is killed on the way leaves a folder without the mark, or a tracker that names nothing; neither may be loaded.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MARK = "metadata.json"
+REPLACED = ".replaced"  # suffix of a checkpoint that is being written anew
+
+
+class NoCompleteCheckpoint(RuntimeError):
+    """A folder was to be loaded from, and none of its checkpoints is complete."""
+
+
+def folder_of(root: Path, iteration: int) -> Path:
+    """Megatron's folder of a checkpoint."""
+    return root / f"iter_{iteration:07d}"
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder is a whole torch_dist checkpoint: marked as finished, and no data is missing or cut short."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        json.loads((checkpoint / MARK).read_text())
+        entries = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+    except Exception:  # reading a pickle that was cut short may raise anything
+        return False
+    needed: dict[str, int] = {}
+    for entry in entries:
+        end = entry.offset + entry.length
+        needed[entry.relative_path] = max(end, needed.get(entry.relative_path, 0))
+    return all(_size(checkpoint / name) >= size for name, size in needed.items())
+
+
+def complete_iterations(root: Path) -> list[int]:
+    """Iterations of all complete checkpoints in `root`, in the order in which they were finished."""
+    finished = [
+        folder for folder in root.glob("iter_*") if _iteration(folder) is not None and is_complete(folder)
+    ]
+    finished.sort(key=lambda folder: ((folder / MARK).stat().st_mtime_ns, folder.name))
+    return [int(folder.name.removeprefix("iter_")) for folder in finished]
+
+
+def iteration_to_load(root: Path) -> int:
+    """The iteration that the tracker names if that checkpoint is complete, else the one that was finished last.
+
+    Raises:
+        NoCompleteCheckpoint: there is none.
+    """
+    try:
+        named = int((root / TRACKER).read_text())
+    except (OSError, ValueError):
+        named = None
+    if named is not None and is_complete(folder_of(root, named)):
+        return named
+    complete = complete_iterations(root)
+    if not complete:
+        raise NoCompleteCheckpoint(
+            f"--load {root}: no checkpoint there is complete; a run was ended while it saved its first one. Remove the "
+            "folder to begin anew, or load another one"
+        )
+    return complete[-1]
+
+
+def begin(root: Path, iteration: int) -> None:
+    """Make way for a checkpoint: what an interrupted save left goes, a complete one stays aside until `recover`.
+
+    This and `recover` are for one rank of the job that saves in `root`.
+    """
+    recover(root)
+    target = folder_of(root, iteration)
+    if is_complete(target):
+        target.rename(target.with_name(target.name + REPLACED))
+    elif target.is_dir():
+        shutil.rmtree(target)
+
+
+def recover(root: Path) -> None:
+    """Of each checkpoint that was written anew keep the new one if it is complete, the former one otherwise."""
+    for former in root.glob("iter_*" + REPLACED):
+        target = former.with_name(former.name.removesuffix(REPLACED))
+        if is_complete(target):
+            shutil.rmtree(former)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            former.rename(target)
+
+
+def _iteration(folder: Path) -> int | None:
+    text = folder.name.removeprefix("iter_")
+    return int(text) if text.isdigit() else None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: conversations packed into rows, each masked from the others, loss on answers only."""
