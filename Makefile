@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 bench-pipeline bench-train test test-all test-te test-gpu lint clean
+.PHONY: help setup demo demo-pp4 bench-pipeline bench-train test test-all test-te test-gpu kernels lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,6 +44,9 @@ bench-pipeline: setup  ## executed against simulated time of every pipeline sche
 
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
 	$(PY) -m dsv3_megatron.demo.throughput
+
+kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, spills, shared memory
+	$(PY) -m dsv3_megatron.fp8.kernels.compile
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

@@ -123,20 +123,21 @@ def _source(planned: Launch) -> ASTSource:
     """The kernel with its arguments specialised as Triton does at a launch: ones, and multiples of 16."""
     signature: dict[str, str] = dict.fromkeys(planned.constants, "constexpr")
     constants, attributes = dict(planned.constants), {}
-    names = planned.kernel.arg_names
-    for position, (name, value) in enumerate(zip(names, planned.args, strict=False)):
+    parameters = planned.kernel.params
+    for position, (parameter, value) in enumerate(zip(parameters, planned.args, strict=False)):
+        name, specialize = parameter.name, not parameter.do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and specialize:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
         divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if divisible and name not in constants:
+        if divisible and specialize:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(planned.kernel, {name: signature[name] for name in names}, constants, attributes)
+    return ASTSource(planned.kernel, {p.name: signature[p.name] for p in parameters}, constants, attributes)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.fp8.kernels.launch import TILE, launch
+from dsv3_megatron.fp8.kernels.launch import TILE, any_rows, launch
 from dsv3_megatron.fp8.kernels.numerics import SMALLEST_NORMAL, ceil_to_power_of_two, finite_abs, is_finite
 from dsv3_megatron.fp8.kernels.tiles import check_matrix, empty
 
@@ -40,7 +40,7 @@ def unpack_e5m6(packed: Tensor, scale: Tensor, num_columns: int | None = None) -
     return out
 
 
-@triton.jit
+@any_rows
 def _pack_e5m6_kernel(x_ptr, packed_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
@@ -61,7 +61,7 @@ def _pack_e5m6_kernel(x_ptr, packed_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
     tl.store(scale_ptr + rows * tl.cdiv(k, 128) + tile, scale, mask=rows < m)
 
 
-@triton.jit
+@any_rows
 def _unpack_e5m6_kernel(packed_ptr, scale_ptr, out_ptr, m, k, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.fp8.kernels.launch import TILE, launch
+from dsv3_megatron.fp8.kernels.launch import TILE, any_rows, launch
 from dsv3_megatron.fp8.kernels.tiles import E4M3, check_matrix, empty
 from dsv3_megatron.fp8.tiles import Quantized
 
@@ -125,7 +125,7 @@ def _work(experts: Sequence[Quantized], group_sizes: Sequence[int]) -> list[tupl
     return work
 
 
-@triton.jit
+@any_rows
 def _gemm_kernel(
     a_ptr,
     a_scale_ptr,

@@ -14,6 +14,10 @@ import triton
 
 TILE = 128
 
+# Decorates a kernel in which the number of rows, m, is no part of an address: tokens of an expert are any number, and
+# without this Triton would compile once for multiples of 16 and once for others.
+any_rows = triton.jit(do_not_specialize=["m"])
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.fp8.kernels.launch import TILE, launch
+from dsv3_megatron.fp8.kernels.launch import TILE, any_rows, launch
 from dsv3_megatron.fp8.kernels.numerics import finite_abs, tile_scale, to_e4m3
 from dsv3_megatron.fp8.kernels.swiglu_reference import SwigluGradients
 from dsv3_megatron.fp8.kernels.tiles import check_matrix, check_scale, empty
@@ -97,7 +97,7 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@any_rows
 def _swiglu_kernel(
     u_ptr,
     weights_ptr,

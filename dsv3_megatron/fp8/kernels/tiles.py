@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.fp8.kernels.launch import TILE, launch
+from dsv3_megatron.fp8.kernels.launch import TILE, any_rows, launch
 from dsv3_megatron.fp8.kernels.numerics import finite_abs, tile_scale, to_e4m3
 from dsv3_megatron.fp8.tiles import Quantized
 
@@ -86,7 +86,7 @@ def empty(like: Tensor, rows: int, columns: int, dtype: torch.dtype = E4M3) -> T
     return torch.empty(rows, columns, dtype=dtype, device=like.device)
 
 
-@triton.jit
+@any_rows
 def _quantize_tile_kernel(x_ptr, q_ptr, scale_ptr, m, k, eps, POW2: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
@@ -99,7 +99,7 @@ def _quantize_tile_kernel(x_ptr, q_ptr, scale_ptr, m, k, eps, POW2: tl.constexpr
     tl.store(scale_ptr + rows * tl.cdiv(k, 128) + tile, scale, mask=rows < m)
 
 
-@triton.jit
+@any_rows
 def _quantize_tile_t_kernel(x_ptr, q_ptr, scale_ptr, m, k, eps, POW2: tl.constexpr, COLUMNS: tl.constexpr):
     tile = tl.program_id(0)
     rows = tile * 128 + tl.arange(0, 128)
@@ -112,7 +112,7 @@ def _quantize_tile_t_kernel(x_ptr, q_ptr, scale_ptr, m, k, eps, POW2: tl.constex
     tl.store(scale_ptr + tile * k + columns, scale, mask=columns < k)
 
 
-@triton.jit
+@any_rows
 def _quantize_block_kernel(x_ptr, q_ptr, scale_ptr, m, k, eps, POW2: tl.constexpr):
     rows = tl.program_id(0) * 128 + tl.arange(0, 128)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
