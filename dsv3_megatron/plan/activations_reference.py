@@ -5,12 +5,15 @@ the formulas `e` is the bytes per element of the compute dtype, sizes are per to
 Tensor parallelism is not modelled.
 """
 
+import math
 from collections.abc import Iterator
 
 from dsv3_megatron.plan.activations import Block, Kept
 from dsv3_megatron.plan.job import Job, Stage
 
 FP32, INT64 = 4, 8
+E5M6 = 1.5  # bytes, packed
+TILE = 128  # elements with one fp32 scale in FP8 (report §3.3.2)
 
 
 def blocks(job: Job, stage: Stage) -> list[Block]:
@@ -35,13 +38,37 @@ def _block(job: Job, kept: Iterator[tuple[str, str, float]], *others: float) -> 
     return Block(tensors, *(size * job.tokens for size in others))
 
 
-def _norm(job: Job, width: int, recomputed: bool = False) -> float:
+def _norm(job: Job, width: int, recomputed: bool = False, output: bool | None = None) -> float:
     """A norm and its input: fp32 input and normalised values, 1/rms, and the output in the compute dtype.
 
-    In fp32 the input is the residual stream or latent itself. Of a recomputed norm only the input is kept.
+    In fp32 the input is the residual stream or latent itself. Of a recomputed norm only the input is kept. FP8 layers
+    keep the output in E4M3 of their own; it is there besides only where something else needs it (`output`).
     """
     e = job.precision.compute
-    return e * width if recomputed else FP32 * (2 * width + 1) + e * width
+    if recomputed:
+        return e * width
+    with_output = not job.precision.fp8 if output is None else output
+    return FP32 * (2 * width + 1) + (e * width if with_output else 0)
+
+
+def _tiles(width: float, bytes_per_element: float = 1.0) -> float:
+    """Quantised values and their scales, one per 128 columns."""
+    return bytes_per_element * width + FP32 * math.ceil(width / TILE)
+
+
+def _cached(job: Job, width: int) -> float:
+    """What an FP8 linear layer keeps of its input; 0 in other precisions, where the input itself is listed."""
+    return _tiles(width) if job.precision.fp8 else 0
+
+
+def _deferred(job: Job, elements: float, rows: float) -> float:
+    """Inputs and output gradients that wait, of layers with so many columns in all, `rows` of them each.
+
+    In FP8 they wait as operands of the weight gradient: transposed, a scale for 128 rows.
+    """
+    if not job.precision.fp8:
+        return job.precision.compute * elements
+    return elements * (1 + FP32 * math.ceil(rows / TILE) / rows)
 
 
 def _recomputes(job: Job, module: str) -> bool:
@@ -70,8 +97,15 @@ def _attention(job: Job) -> Block:
 
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "norm", "input norm", _norm(job, h, _recomputes(job, "layernorm"))
-        yield "attention", "query latent and its norm", _norm(job, q_rank) if q_rank else 0
-        yield "attention", "key-value latent and its norm", _norm(job, kv_rank)
+        yield "attention", "query latent and its norm", _norm(job, q_rank, output=latents) if q_rank else 0
+        yield "attention", "key-value latent and its norm", _norm(job, kv_rank, output=latents)
+        yield "attention", "E4M3 inputs of the down projections", 2 * _cached(job, h)
+        if not up_again:
+            yield (
+                "attention",
+                "E4M3 inputs of the up projections",
+                _cached(job, q_rank) + _cached(job, kv_rank),
+            )
         if e == FP32:
             yield "attention", "rope part of the key", e * rope
         elif up_again:
@@ -80,8 +114,9 @@ def _attention(job: Job) -> Block:
         yield "attention", "scaled queries and keys", FP32 * 2 * heads * qk
         yield "attention", "probabilities", probabilities
         yield "attention", "values", FP32 * heads * v if not (up_again and e == FP32) else 0
-        yield "attention", "output", e * heads * v
+        yield "attention", "output", _tiles(heads * v, E5M6) if job.precision.fp8 else e * heads * v
 
+    latents = up_again or not job.precision.fp8  # recompute starts from them
     linear = (h + q_rank + kv_rank + rope) + (q_rank + heads * qk) + (kv_rank + heads * (s.qk_head_dim + v))
     linear += heads * v + h
     up = e * heads * (qk + s.qk_head_dim + v)
@@ -91,7 +126,7 @@ def _attention(job: Job) -> Block:
         backward += up + e * heads * v
     if _recomputes(job, "layernorm"):
         backward += (FP32 + e) * h
-    return _block(job, kept(), e * linear, forward, backward)
+    return _block(job, kept(), _deferred(job, linear, job.tokens), forward, backward)
 
 
 def _dense_mlp(job: Job) -> Block:
@@ -100,10 +135,15 @@ def _dense_mlp(job: Job) -> Block:
 
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "norm", "norm before the MLP", _norm(job, h, again)
-        yield "dense_mlp", "SwiGLU: halves, factors, output", e * 5 * width
+        if job.precision.fp8:
+            yield "dense_mlp", "E4M3 inputs of the MLP and of its SwiGLU", _tiles(h) + _tiles(2 * width)
+        else:
+            yield "dense_mlp", "SwiGLU: halves, factors, output", e * 5 * width
 
     backward = e * (width + 2 * h) + ((FP32 + e) * h if again else 0)
-    return _block(job, kept(), e * (2 * h + 3 * width), e * 2 * h, backward)
+    if job.precision.fp8:
+        backward += FP32 * 6 * width  # SwiGLU's derivative is in fp32
+    return _block(job, kept(), _deferred(job, 2 * h + 3 * width, job.tokens), e * 2 * h, backward)
 
 
 def _moe(job: Job) -> Block:
@@ -114,15 +154,22 @@ def _moe(job: Job) -> Block:
     again = _recomputes(job, "layernorm")
 
     def kept() -> Iterator[tuple[str, str, float]]:
-        yield "norm", "norm before the MLP", _norm(job, h, again)
+        yield "norm", "norm before the MLP", _norm(job, h, again, output=True)
         yield "router", "scores, probabilities, map", (2 * FP32 + 1) * experts
         yield "router", "chosen scores and their sums", FP32 * (topk + 1 + job.balance_loss)
         yield "router", "sorted indices", INT64 * (2 * experts + topk)
-        yield "routed_experts", "inputs and probabilities", (e * h + FP32) * routed
-        yield "routed_experts", "SwiGLU: halves, factors, output, weighted", e * 6 * width * routed
-        yield "shared_experts", "SwiGLU: halves, factors, output", e * 5 * shared
+        if job.precision.fp8:
+            yield "routed_experts", "E4M3 inputs, probabilities", (_tiles(h) + FP32) * routed
+            yield "routed_experts", "E4M3 inputs of SwiGLU", _tiles(2 * width) * routed
+            yield "shared_experts", "E4M3 inputs of the MLP and of its SwiGLU", _tiles(h) + _tiles(2 * shared)
+        else:
+            yield "routed_experts", "inputs and probabilities", (e * h + FP32) * routed
+            yield "routed_experts", "SwiGLU: halves, factors, output, weighted", e * 6 * width * routed
+            yield "shared_experts", "SwiGLU: halves, factors, output", e * 5 * shared
 
-    deferred = e * ((2 * h + 3 * shared) + (2 * h + 3 * width) * routed)
+    rows = job.routed_tokens * job.layout.ep / experts  # of one expert
+    deferred = _deferred(job, 2 * h + 3 * shared, job.tokens)
+    deferred += _deferred(job, 2 * h + 3 * width, rows) * routed
     forward = e * (3 * h * routed + h)  # permuted tokens, the experts' outputs apart and together
     backward = e * (2 * h * routed + h) + ((FP32 + e) * h if again else 0)
     return _block(job, kept(), deferred, forward, backward)
@@ -141,9 +188,9 @@ def _mtp_input(job: Job) -> Block:
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "mtp", "embedding and its norm", normed + FP32 * h
         yield "mtp", "norm of the hidden states", normed + copy
-        yield "mtp", "joined input of the projection", e * 2 * h
+        yield "mtp", "joined input of the projection", _cached(job, 2 * h) or e * 2 * h
 
-    return _block(job, kept(), e * 3 * h)
+    return _block(job, kept(), _deferred(job, 3 * h, job.tokens))
 
 
 def _mtp_norm(job: Job) -> Block:

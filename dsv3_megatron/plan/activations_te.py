@@ -27,7 +27,9 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
         row += [_mtp_input(job), _attention(job), _moe(job)]
     if stage.head:
         row.append(_head(job, 1 + stage.mtp))
-    if "full" in job.recompute:  # of a layer only its input is kept; one layer's own is there while it runs backward
+    if (
+        "full" in job.recompute
+    ):  # of a layer only its input is kept; one layer's own is there while it runs backward
         row = [_only_input(job, block) for block in row]
     return row
 
@@ -35,7 +37,9 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
 def _only_input(job: Job, block: Block) -> Block:
     if any(tensor.part in ("head", "mtp") for tensor in block.kept):
         return block
-    size = job.precision.compute * job.sizes.hidden_size * job.tokens / job.layout.tp / 2  # two blocks per layer
+    size = (
+        job.precision.compute * job.sizes.hidden_size * job.tokens / job.layout.tp / 2
+    )  # two blocks per layer
     kept = (Kept("layer", "input", size),)
     return Block(kept, block.deferred, block.forward + block.size, block.backward + 2 * block.size)
 
@@ -87,7 +91,11 @@ def _dense_mlp(job: Job) -> Block:
 
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "norm", "residual", e * s.hidden_size / tp
-        yield "dense_mlp", "input", 0 if again or "layernorm" in job.recompute else cached * s.hidden_size / tp
+        yield (
+            "dense_mlp",
+            "input",
+            0 if again or "layernorm" in job.recompute else cached * s.hidden_size / tp,
+        )
         yield "dense_mlp", "SwiGLU", 0 if again else _swiglu(job, width)
 
     workspace = e * (4 * width + 2 * s.hidden_size)

@@ -123,7 +123,9 @@ def main() -> None:
     print("milliseconds, trace and table:")
     for name, ms in trace_times(gpu).items():
         print(f"  {name:20} {published[name]:6.1f} {ms:6.1f} {ms / published[name] - 1:+.0%}")
-    print(f"sustained speed fitted on W of Table 4: {fit_sustained(gpu):.3f} (table: {gpu.achieved.sustained})")
+    print(
+        f"sustained speed fitted on W of Table 4: {fit_sustained(gpu):.3f} (table: {gpu.achieved.sustained})"
+    )
     for kind, ms in unit_times(gpu).items():
         if kind in deepseek.UNIT_TIMES:
             print(f"  {kind:4} {deepseek.UNIT_TIMES[kind]:6.0f} {ms:6.1f}")

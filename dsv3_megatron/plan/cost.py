@@ -13,7 +13,9 @@ def cost_table(plan: Plan, tokens: float, price: float) -> str:
     )
 
 
-def report_totals(gpu_hours_per_1t: float, price: float = deepseek.DOLLARS_PER_GPU_HOUR) -> list[tuple[str, float, float]]:
+def report_totals(
+    gpu_hours_per_1t: float, price: float = deepseek.DOLLARS_PER_GPU_HOUR
+) -> list[tuple[str, float, float]]:
     """(phase, K GPU-hours, M dollars) of DeepSeek-V3, pre-training at the given rate (Table 1 of the report).
 
     Long context and post-training are the report's hours: their batches and lengths differ from those planned here.

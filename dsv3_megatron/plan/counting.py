@@ -93,7 +93,9 @@ def counts_of(weights: Iterable[Any], moe_pattern: Sequence[bool], tp: int = 1) 
             kind = "moe" if moe_pattern[weight.layer] else "dense"
             target = layers.setdefault((kind, weight.layer), {})
         target[weight.kind] = target.get(weight.kind, 0) + size
-    first = {kind: next((c for (k, _), c in layers.items() if k == kind), {}) for kind in ("dense", "moe", "mtp")}
+    first = {
+        kind: next((c for (k, _), c in layers.items() if k == kind), {}) for kind in ("dense", "moe", "mtp")
+    }
     return ParameterCounts(**first, embedding=embedding, head=head, tp=tp, padded_vocab_size=vocabulary)
 
 

@@ -46,11 +46,21 @@ def _validated(cfg: DictConfig) -> Namespace:
     from dsv3_megatron.cpu import CPU_FLAGS
     from dsv3_megatron.dryrun.world import megatron_args
 
-    words = [*to_megatron_argv(cfg), *CPU_FLAGS]
+    words = [*to_megatron_argv(at_full_batch(cfg)), *CPU_FLAGS]
     try:
         return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
     finally:
         dualpipe.activate("1f1b", None)
+
+
+def at_full_batch(cfg: DictConfig) -> DictConfig:
+    """Without a batch ramp: a plan is of one step, at global_batch_size. The ramp's own steps are planned one by one,
+    with global_batch_size=…"""
+    full = cfg.copy()
+    for name in ("batch_ramp", "step_batch_size_schedule"):
+        if full.get("global_batch_size") is not None and name in full:
+            full[name] = None
+    return full
 
 
 def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalance: float) -> Job:
@@ -94,6 +104,7 @@ def _layout(cfg: DictConfig, args: Namespace, num_stages: int) -> Layout:
         ep=args.expert_model_parallel_size,
         schedule=schedule,
         num_model_chunks=chunks,
+        microbatch_group_size=args.microbatch_group_size_per_vp_stage if chunks > 1 else None,
         overlap_pairs=overlap,
     )
 
@@ -105,7 +116,8 @@ def _stages(cfg: DictConfig, args: Namespace) -> list[Stage]:
     notation, mtp = cfg.get("pipeline_model_parallel_layout"), args.mtp_num_layers or 0
     if notation:
         rows = [
-            [layer.name for layer in stage] for stage in PipelineParallelLayerLayout.parse_str_to_list(notation)
+            [layer.name for layer in stage]
+            for stage in PipelineParallelLayerLayout.parse_str_to_list(notation)
         ]
     else:
         num_stages = (cfg.get("pipeline_model_parallel_size") or 1) * (

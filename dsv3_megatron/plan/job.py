@@ -61,6 +61,7 @@ class Layout:
         num_gpus: of the job.
         pp: pipeline ranks of the job (with DualPipe of both directions together).
         num_model_chunks: stages per rank of Megatron's interleaved schedule, else 1.
+        microbatch_group_size: of that schedule; None for `pp`.
         overlap_pairs: the all-to-all of a pair's forward runs beside the backward's computation, and vice versa.
     """
 
@@ -71,6 +72,7 @@ class Layout:
     ep: int = 1
     schedule: str = "1f1b"
     num_model_chunks: int = 1
+    microbatch_group_size: int | None = None
     overlap_pairs: bool = True
 
     @property

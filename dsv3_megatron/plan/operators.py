@@ -80,7 +80,9 @@ class Operators:
     def dense_layer(self) -> LayerTimes:
         """A layer with a dense MLP."""
         s = self.job.sizes
-        return LayerTimes(*self._attention(), *self._mlp(s.ffn_hidden_size, self.job.tokens / self.job.layout.tp, {"mlp"}))
+        return LayerTimes(
+            *self._attention(), *self._mlp(s.ffn_hidden_size, self.job.tokens / self.job.layout.tp, {"mlp"})
+        )
 
     def moe_layer(self, beside: bool = False) -> LayerTimes:
         """A MoE layer; `beside`: its all-to-alls as slow as they are beside computation."""
@@ -113,10 +115,15 @@ class Operators:
         core_flops = heads * (qk + s.v_head_dim) * s.seq_length * tokens  # causal: half of 2·2
         core_f = core_flops / (self.gpu.bf16 * a.attention_forward * a.sustained)
         core_b = 2.5 * core_flops / (self.gpu.bf16 * a.attention_backward * a.sustained)
-        traffic_f = 2 * (6 * heads * qk + 5 * heads * (s.qk_head_dim + s.v_head_dim) / 2 + 3 * heads * s.v_head_dim)
+        traffic_f = 2 * (
+            6 * heads * qk + 5 * heads * (s.qk_head_dim + s.v_head_dim) / 2 + 3 * heads * s.v_head_dim
+        )
         traffic_f = tokens * (traffic_f + 2 * 6 * s.hidden_size / tp + 8 * (q_rank + kv_rank) / tp)
-        traffic_w = tokens * 3 * (q_rank + kv_rank + heads * (qk + s.qk_head_dim + 2 * s.v_head_dim) + s.hidden_size)
+        traffic_w = (
+            tokens * 3 * (q_rank + kv_rank + heads * (qk + s.qk_head_dim + 2 * s.v_head_dim) + s.hidden_size)
+        )
         collectives = 4 * self.tensor_parallel(2)  # gather and scatter around attention and around the MLP
+        collectives += self.context_parallel(2 * heads * (qk + s.v_head_dim))
         f = gemm + core_f + self.memory(traffic_f) + collectives
         b = gemm + core_b + self.memory(2 * traffic_f) + collectives
         if "full" in recompute:
@@ -188,6 +195,13 @@ class Operators:
             return 0
         size = bytes_per_element * self.job.tokens * self.job.sizes.hidden_size * (tp - 1) / tp
         return size / self._rate(tp)
+
+    def context_parallel(self, bytes_per_token: float) -> float:
+        """Keys and values of the other context-parallel ranks."""
+        cp = self.job.layout.cp
+        if cp == 1:
+            return 0
+        return bytes_per_token * self.job.tokens * (cp - 1) / self._rate(cp * self.job.layout.tp)
 
     def message(self) -> float:
         """Activation or gradient between two stages, over InfiniBand unless all ranks share NVLink."""

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from dsv3_megatron.plan.job import Job, Stage
 
 EXPERTS = "routed_experts"
-LINEAR = ("attention", "dense_mlp", "shared_experts", EXPERTS, "mtp_projection")  # on FP8 operands, report §3.3.1
+LINEAR = (
+    "attention",
+    "dense_mlp",
+    "shared_experts",
+    EXPERTS,
+    "mtp_projection",
+)  # on FP8 operands, report §3.3.1
 
 
 @dataclass(frozen=True)

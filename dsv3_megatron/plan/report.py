@@ -55,7 +55,9 @@ def memory_table(plan: Plan) -> str:
         parts = [f"{memory.parts.get(name, 0) / GIB:.1f}" for name in names]
         rows.append([str(rank), stages, *parts, f"{memory.peak / GIB:.1f}"])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
+    ]
     worst = max(plan.memory_gib)
     verdict = "fits" if plan.fits else "does not fit"
     lines.append(f"GiB; the fullest rank {verdict}: {worst:.1f} of {plan.gpu.memory / GIB:.1f}")
@@ -93,9 +95,7 @@ def _changes(job: Job) -> list[tuple[str, Job]]:
     ]  # fmt: skip
     ep = job.layout.ep * 2
     if job.sizes.num_moe_experts % ep == 0 and job.layout.num_gpus % (job.layout.pp * ep) == 0:
-        changes.append(
-            (f"expert_model_parallel_size={ep}", replace(job, layout=replace(job.layout, ep=ep)))
-        )
+        changes.append((f"expert_model_parallel_size={ep}", replace(job, layout=replace(job.layout, ep=ep))))
     if job.micro_batch_size > 1:
         changes.append(("micro_batch_size=1", replace(job, micro_batch_size=1)))
     return changes

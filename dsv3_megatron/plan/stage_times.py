@@ -66,7 +66,9 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     w = stage.dense * dense.w + num_moe * moe.w
     fb = stage.dense * (dense.f + dense.b)
     overlaps = job.layout.overlap_pairs and job.layout.ep > 1
-    paired = min(pair(moe, ops.moe_layer(beside=True), gpu).length, moe.f + moe.b) if overlaps else moe.f + moe.b
+    paired = (
+        min(pair(moe, ops.moe_layer(beside=True), gpu).length, moe.f + moe.b) if overlaps else moe.f + moe.b
+    )
     fb += num_moe * paired
     ends = []
     if stage.head:

@@ -76,9 +76,17 @@ class Plan:
 def schedule_of(job: Job) -> Schedule:
     """The table of the job; PlanError with the schedule's own words where it has none for these sizes."""
     layout = job.layout
-    chunks = {"num_model_chunks": layout.num_model_chunks} if layout.schedule == INTERLEAVED else {}
+    chunks = group = None
+    if layout.schedule == INTERLEAVED:
+        chunks, group = layout.num_model_chunks, layout.microbatch_group_size
     try:
-        return build_schedule(layout.schedule, layout.pp, job.num_microbatches, **chunks)
+        return build_schedule(
+            layout.schedule,
+            layout.pp,
+            job.num_microbatches,
+            num_model_chunks=chunks,
+            microbatch_group_size=group,
+        )
     except ValueError as error:
         raise PlanError(
             f"schedule={layout.schedule}, pipeline_model_parallel_size={layout.pp}, global_batch_size="

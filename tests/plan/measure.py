@@ -12,9 +12,7 @@ from tests.plan.live_tensors import LiveTensors
 
 def run(layout: common.Layout, problem: ScheduledProblem, timeout: float = 240) -> list[int]:
     """Per rank, the peak of one step after a first one, parameters and gradients included."""
-    return run_distributed(
-        _peak_of_rank, layout.world_size, timeout=timeout, layout=layout, problem=problem
-    )
+    return run_distributed(_peak_of_rank, layout.world_size, timeout=timeout, layout=layout, problem=problem)
 
 
 def _peak_of_rank(rank: int, world_size: int, layout: common.Layout, problem: ScheduledProblem) -> int:

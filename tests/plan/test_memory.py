@@ -26,8 +26,8 @@ OVERRIDES = (("deallocate_pipeline_outputs", True),)  # as the trainer sets it
 BOUND = 0.03
 
 
-def _problem(recompute: bool, dtype: torch.dtype = torch.float32) -> ScheduledProblem:
-    overrides = OVERRIDES + (RECOMPUTE if recompute else ())
+def _problem(recompute: bool, fp8: bool = False, dtype: torch.dtype = torch.float32) -> ScheduledProblem:
+    overrides = OVERRIDES + (RECOMPUTE if recompute else ()) + ((("fp8_recipe", "dsv3"),) if fp8 else ())
     if dtype == torch.bfloat16:
         overrides += (("bf16", True),)
     return ScheduledProblem(
@@ -67,9 +67,7 @@ def _job(layout: ScheduledLayout | common.Layout, problem: ScheduledProblem) -> 
     counts = layers_per_stage(problem.num_layers, shape.num_stages)
     last = shape.num_stages - 1
     stages = tuple(
-        Stage(
-            dense=int(i == 0), moe=n - int(i == 0), mtp=int(i == last), embedding=i == 0, head=i == last
-        )
+        Stage(dense=int(i == 0), moe=n - int(i == 0), mtp=int(i == last), embedding=i == 0, head=i == last)
         for i, n in enumerate(counts)
     )
     bytes_ = problem.dtype.itemsize
@@ -79,7 +77,13 @@ def _job(layout: ScheduledLayout | common.Layout, problem: ScheduledProblem) -> 
         stages=stages,
         global_batch_size=problem.num_sequences,
         micro_batch_size=problem.micro_batch_size,
-        precision=Precision(compute=bytes_, main_gradient=4, master=0, moment=0),  # steps without optimizer
+        precision=Precision(
+            compute=bytes_,
+            fp8="fp8_recipe" in dict(problem.overrides),
+            main_gradient=4,
+            master=0,  # steps without optimizer
+            moment=0,
+        ),
         recompute=frozenset(dict(problem.overrides).get("recompute_modules", ())),
         transformer_impl="local",
     )
@@ -102,9 +106,11 @@ def _predicted(layout: common.Layout, problem: ScheduledProblem) -> list[float]:
     return [rank.peak for rank in plan_memory(job, counts, schedule)]
 
 
-def compare(schedule: str, pp: int, recompute: bool, dtype: torch.dtype = torch.float32) -> None:
+def compare(
+    schedule: str, pp: int, recompute: bool, fp8: bool = False, dtype: torch.dtype = torch.float32
+) -> None:
     layout = _layout(schedule, pp)
-    problem = _problem(recompute, dtype)
+    problem = _problem(recompute, fp8, dtype)
     if schedule == "1f1b":
         fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(common.Problem)}
         measured = measure.run(layout, common.Problem(**fields))  # type: ignore[arg-type]
@@ -112,7 +118,9 @@ def compare(schedule: str, pp: int, recompute: bool, dtype: torch.dtype = torch.
         measured = measure.run(layout, problem)
     predicted = _predicted(layout, problem)
     errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
-    print(f"{schedule} pp={pp} recompute={recompute} {dtype}: {measured} {[f'{e:+.2%}' for e in errors]}")
+    print(
+        f"{schedule} pp={pp} recompute={recompute} fp8={fp8} {dtype}: {measured} {[f'{e:+.2%}' for e in errors]}"
+    )
     assert max(map(abs, errors)) <= BOUND, (measured, predicted)
 
 
@@ -120,3 +128,17 @@ def compare(schedule: str, pp: int, recompute: bool, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_peak_of_a_real_step_is_predicted(schedule: str, recompute: bool) -> None:
     compare(schedule, 2, recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+def test_peak_of_a_real_fp8_step_is_predicted(schedule: str, recompute: bool) -> None:
+    compare(schedule, 2, recompute, fp8=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+def test_peak_of_a_real_bf16_step_is_predicted(recompute: bool, fp8: bool) -> None:
+    compare("zb1p", 2, recompute, fp8, torch.bfloat16)

@@ -1,0 +1,162 @@
+"""Predicted against published: `python -m dsv3_megatron.plan.bench` (`make bench-planner`)."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dsv3_megatron.pipeline import Costs, simulate
+from dsv3_megatron.plan import deepseek
+from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
+from dsv3_megatron.plan.calibration import trace_times, unit_times
+from dsv3_megatron.plan.compare import comparison
+from dsv3_megatron.plan.cost import report_totals
+from dsv3_megatron.plan.hardware import GPUS
+from dsv3_megatron.plan.job import Job
+from dsv3_megatron.plan.operators import Operators
+from dsv3_megatron.plan.published import ALL_TO_ALL_US, RUNS
+from dsv3_megatron.plan.stage_times import costs
+from dsv3_megatron.plan.step import plan, schedule_of, update
+
+H800 = GPUS["h800"]
+TRAINING = replace(deepseek.JOB, load_imbalance=LOAD_IMBALANCE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the error table; `kind` is "fit" or "prediction"."""
+
+    what: str
+    unit: str
+    published: float
+    predicted: float
+    kind: str
+    note: str = ""
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.published - 1
+
+
+def deepseek_rows() -> list[Row]:
+    """DeepSeek's own training. Its pair and its step were fitted; the rest follows from them."""
+    result = plan(TRAINING, H800, deepseek.COUNTS)
+    units = unit_times(H800, TRAINING)
+    pair = trace_times(H800)["pair of 4 layers"]
+    bubble = result.simulation.bubble[0]
+    rows = [
+        Row("pair of 4 MoE layers in the trace", "ms", deepseek.TRACE_PAIR_OF_4_LAYERS, pair, "fit"),
+        Row("step", "s", deepseek.STEP_S, result.step_s, "fit"),
+        Row("tokens/s/GPU", "", deepseek.TOKENS_PER_S_PER_GPU, result.tokens_per_s_per_gpu, "fit"),
+        Row("1T tokens", "K GPU-hours", deepseek.GPU_HOURS_PER_1T / 1e3, result.gpu_hours(1e12) / 1e3, "fit"),
+        Row("1T tokens", "days", deepseek.DAYS_PER_1T, result.days(1e12), "fit"),
+        Row("bubble of rank 0", "s", deepseek.BUBBLE_S, bubble, "prediction", "Table 4 read as rank 0"),
+        Row(
+            "optimizer",
+            "s",
+            deepseek.OPTIMIZER_S,
+            result.update.seconds,
+            "prediction",
+            "with gradients, parameters",
+        ),
+    ]
+    for kind, ms in deepseek.UNIT_TIMES.items():
+        how = "fit" if kind == "W" else "prediction"
+        rows.append(Row(f"mean {kind} of rank 0", "ms", ms, units[kind], how, "I: input-only backward"))
+    return rows
+
+
+def run_rows() -> list[Row]:
+    """Other published runs, all predicted."""
+    rows = []
+    for run in RUNS:
+        result = plan(run.job, GPUS[run.gpu], deepseek.COUNTS)
+        note = f"{run.source}; assumed: {run.assumed}"
+        rows.append(
+            Row(
+                run.name,
+                "tokens/s/GPU",
+                run.tokens_per_s_per_gpu,
+                result.tokens_per_s_per_gpu,
+                "prediction",
+                note,
+            )
+        )
+    return rows
+
+
+def all_to_all_rows() -> list[Row]:
+    """Dispatch alone, of Megatron's paper: the communication model without computation beside it."""
+    rows = []
+    for (gpu, ep), (dispatch, combine) in ALL_TO_ALL_US.items():
+        job = replace(deepseek.JOB, layout=replace(deepseek.JOB.layout, ep=ep))
+        predicted = 1e6 * Operators(job, GPUS[gpu]).all_to_all(2.0)
+        mean = (dispatch + combine) / 2
+        rows.append(Row(f"{gpu} EP{ep}, mean of dispatch and combine", "us", mean, predicted, "prediction"))
+    return rows
+
+
+def steps_towards_the_whole() -> list[tuple[str, float]]:
+    """What each part of the model adds to the step that the trace alone predicts: seconds, cumulative."""
+    trace = replace(H800, achieved=replace(H800.achieved, sustained=1.0))
+    balanced = deepseek.JOB
+    table = schedule_of(balanced)
+    middle = len(balanced.stages) // 2
+
+    def uniform(stage_costs: Costs) -> Costs:
+        numbers = (
+            stage_costs.per_stage(name, len(balanced.stages))[middle] for name in ("f", "b", "w", "fb")
+        )
+        return Costs(*numbers)
+
+    def makespan(job: Job, gpu, *, alike: bool = False, p2p: bool = True) -> float:
+        stage_costs = costs(job, gpu)
+        if alike:
+            stage_costs = uniform(stage_costs)
+        return simulate(table, stage_costs if p2p else replace(stage_costs, p2p=0)).makespan
+
+    after = update(balanced, trace, deepseek.COUNTS, table).seconds
+    return [
+        ("the trace alone: 16 stages of 4 MoE layers, no messages", makespan(balanced, trace, alike=True)),
+        ("+ uneven stages: dense layers, MTP, two passes of the head", makespan(balanced, trace, p2p=False)),
+        ("+ messages between stages", makespan(balanced, trace)),
+        ("+ gradients, optimizer, parameters", makespan(balanced, trace) + after),
+        ("+ sustained clocks (fitted on W)", makespan(balanced, H800) + after),
+        ("+ load imbalance and waiting for it (fitted on the step)", makespan(TRAINING, H800) + after),
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As Markdown."""
+    lines = ["| what | published | predicted | error | how |", "|---|---|---|---|---|"]
+    for row in rows:
+        unit = f" {row.unit}" if row.unit else ""
+        lines.append(
+            f"| {row.what} | {row.published:.4g}{unit} | {row.predicted:.4g}{unit} | {row.error:+.1%} | {row.kind} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, runs, exchange = deepseek_rows(), run_rows(), all_to_all_rows()
+    if words == ["output=json"]:
+        rows = [vars(row) | {"error": row.error} for row in (*own, *runs, *exchange)]
+        print(json.dumps(rows))
+        return
+    print("DeepSeek-V3's own training, 2048 H800\n\n" + table(own))
+    print("\nFrom the trace to the step\n")
+    for what, seconds in steps_towards_the_whole():
+        print(f"  {seconds:6.2f} s  {what}")
+    print("\nOther published runs of DeepSeek-V3: predictions, none fitted\n\n" + table(runs) + "\n")
+    for row in runs:
+        print(f"  {row.what}: {row.note}")
+    print("\nAll-to-all alone, BF16, 4096 tokens (arXiv 2603.07685, table 7, HybridEP)\n\n" + table(exchange))
+    print("\nCost of DeepSeek-V3 (report, Table 1: 2664K, 119K, 5K, 2788K GPU-hours, $5.576M)\n")
+    for phase, hours, money in report_totals(plan(TRAINING, H800, deepseek.COUNTS).gpu_hours(1e12)):
+        print(f"  {phase:14} {hours:7.0f}K GPU-hours  ${money:.3f}M")
+    print("\n" + comparison(TRAINING, H800, deepseek.COUNTS))
+
+
+if __name__ == "__main__":
+    main()
