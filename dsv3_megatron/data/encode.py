@@ -2,6 +2,7 @@
 again."""
 
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from dsv3_megatron.data.documents import Piece, document_id, is_validation, read_piece
 from dsv3_megatron.data.fim import document_tokens, fim_cuts
+from dsv3_megatron.data.punctuation import split_at_random
 from dsv3_megatron.data.vocabulary import DocumentEncoder
 
 SPLITS = ("train", "valid")
@@ -23,6 +25,7 @@ class EncodeSettings:
     json_key: str = "text"
     valid_fraction: float = 0.05
     fim_rate: float = 0.1
+    split_rate: float = 0.1  # of tokens that join punctuation and line breaks; unpublished
     seed: int = 1234
 
 
@@ -53,7 +56,8 @@ def encode_shard(
     """Encode the documents of a shard into `output` (.npz), complete or not at all; returns their totals.
 
     The file holds per split `{split}_tokens` [num tokens] and `{split}_lengths` [num documents], and the
-    totals. Only training documents take the FIM form, so the validation loss means the same at each rate.
+    totals. Only training documents take the FIM form and have tokens split, so the validation loss means the same at
+    each rate.
     """
     encoder = DocumentEncoder(tokenizer_dir)
     dtype = token_dtype(encoder.vocab_size)
@@ -66,6 +70,9 @@ def encode_shard(
             cuts = None if held_out else fim_cuts(text, doc_id, settings.fim_rate, settings.seed)
             fim_documents += cuts is not None
             ids = document_tokens(text, cuts, encoder.encode, encoder.special_ids)
+            if not held_out and settings.split_rate:
+                rng = random.Random(b"split" + doc_id + settings.seed.to_bytes(8, "little"))
+                ids = split_at_random(ids, encoder.merged_punctuation, settings.split_rate, rng)
             tokens["valid" if held_out else "train"].append(np.asarray(ids, dtype=dtype))
     arrays: dict[str, Any] = {}
     for split, documents in tokens.items():

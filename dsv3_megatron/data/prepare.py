@@ -61,6 +61,7 @@ class PrepareSettings:
         for name, value in (
             ("--valid-fraction", self.encode.valid_fraction),
             ("--fim-rate", self.encode.fim_rate),
+            ("--split-rate", self.encode.split_rate),
         ):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} {value}: must be from 0 to 1")
@@ -314,6 +315,12 @@ def _parser() -> argparse.ArgumentParser:
         default=EncodeSettings.fim_rate,
         help="share of training documents in FIM form",
     )
+    add(
+        "--split-rate",
+        type=float,
+        default=EncodeSettings.split_rate,
+        help="share of tokens joining punctuation and line breaks that are split, in training documents",
+    )
     add("--seed", type=int, default=EncodeSettings.seed, help="of the FIM choices (default: %(default)s)")
     add(
         "--workers",
@@ -335,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     settings = PrepareSettings(
         vocab_size=args.vocab_size,
-        encode=EncodeSettings(args.json_key, args.valid_fraction, args.fim_rate, args.seed),
+        encode=EncodeSettings(args.json_key, args.valid_fraction, args.fim_rate, args.split_rate, args.seed),
         tokenizer_bytes=args.tokenizer_bytes,
         shard_bytes=args.shard_bytes,
     )

@@ -4,11 +4,14 @@ The folder is what Megatron reads with `--tokenizer-type HuggingFaceTokenizer --
 a network.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dsv3_megatron.data.punctuation import merged_tokens
 
 FIM_BEGIN = "<|fim_begin|>"
 FIM_HOLE = "<|fim_hole|>"
@@ -30,7 +33,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ '" + ASSISTANT + "' + message['content'] + eos_token }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '"
+    + ASSISTANT
+    + "' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
 )
@@ -105,6 +110,12 @@ class DocumentEncoder:
         if missing := [token for token in SPECIAL_TOKENS if token not in self.special_ids]:
             raise ValueError(f"{folder / TOKENIZER_FILE} lacks the special tokens {', '.join(missing)}")
         self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    @functools.cached_property
+    def merged_punctuation(self) -> dict[int, list[int]]:
+        """Ids that join punctuation and line breaks, with the ids of their parts."""
+        texts = {token: self.decode([token]) for token in range(self.vocab_size)}
+        return merged_tokens(texts, self.encode)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

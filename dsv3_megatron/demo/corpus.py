@@ -55,7 +55,9 @@ def standard_library_files(max_bytes: int, folder: Path | None = None) -> list[P
 def prepare_corpus(folder: Path, max_bytes: int, vocab_size: int, valid_fraction: float) -> None:
     """Prepare the standard library into `folder`, once: a finished folder is left alone."""
     settings = PrepareSettings(
-        vocab_size=vocab_size, encode=EncodeSettings(valid_fraction=valid_fraction), shard_bytes=1 << 20
+        vocab_size=vocab_size,
+        encode=EncodeSettings(valid_fraction=valid_fraction, split_rate=0.0),
+        shard_bytes=1 << 20,
     )
     prepare(standard_library_files(max_bytes), folder, settings)
 
