@@ -55,6 +55,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
 
     from dsv3_megatron import dualpipe, metrics, optimizer, resilience
     from dsv3_megatron.arguments import add_arguments
+    from dsv3_megatron.ema.trainer import install as keep_average
     from dsv3_megatron.recipe.install import install as follow_schedules
     from dsv3_megatron.resilience.watch import watching
     from dsv3_megatron.sft.arguments import check as check_sft_data
@@ -67,6 +68,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     optimizer.install()
     metrics.install()
     follow_schedules()
+    keep_average()
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
         check_sft_data(args)

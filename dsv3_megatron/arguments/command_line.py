@@ -8,13 +8,17 @@ from typing import NoReturn
 
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
+from dsv3_megatron.ema import arguments as ema_arguments
 from dsv3_megatron.fp8 import arguments as fp8_arguments
 from dsv3_megatron.recipe import arguments as recipe_arguments
 from dsv3_megatron.resilience import arguments as resilience_arguments
 from dsv3_megatron.sft import arguments as sft_arguments
 
-
-_YARN = (("--original-max-position-embeddings", int, 4096), ("--beta-fast", float, 32.0), ("--beta-slow", float, 1.0))
+_YARN = (
+    ("--original-max-position-embeddings", int, 4096),
+    ("--beta-fast", float, 32.0),
+    ("--beta-slow", float, 1.0),
+)
 
 
 class _QuietParser(ArgumentParser):
@@ -33,6 +37,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     dualpipe_arguments.add_arguments(parser)
     fp8_arguments.add_arguments(parser)
     recipe_arguments.add_arguments(parser)
+    ema_arguments.add_arguments(parser)
     resilience_arguments.add_arguments(parser)
     sft_arguments.add_arguments(parser)
     group = parser.add_argument_group("dsv3")

@@ -29,6 +29,10 @@ def complete_command_line(parser: ArgumentParser) -> None:
             from dsv3_megatron.recipe.install import install
 
             install()
+        if args.ema_decay is not None or args.eval_ema:
+            from dsv3_megatron.ema.trainer import install as keep_average
+
+            keep_average()
 
 
 def _use_schedule(args: Namespace) -> None:

@@ -53,6 +53,9 @@ def to_argv(cfg: DictConfig) -> list[str]:
 def to_megatron_argv(cfg: DictConfig) -> list[str]:
     """`to_argv` without `--device`, which the trainer takes before Megatron parses the rest."""
     argv: list[str] = []
+    missing = [name for name in map(str, cfg) if OmegaConf.is_missing(cfg, name)]
+    if missing:
+        raise ConfigError(f"{missing[0]}: this recipe needs a value, {missing[0]}=…")
     for name, value in cfg.items():
         if name not in SECTIONS and name != "device" and value is not None:
             argv += _argument(str(name), value)

@@ -95,6 +95,9 @@ def fitting_combinations() -> list[list[str]]:
             fitting.append([f"model={model}", f"layout={layout}"])
     for group in ("precision", "data", "recipe", "schedule"):
         fitting += [[f"{group}={option}"] for option in groups()[group]]
+    for overrides in fitting:
+        if OmegaConf.is_missing(compose(overrides), "pretrained_checkpoint"):
+            overrides.append("pretrained_checkpoint=checkpoints")
     return fitting
 
 

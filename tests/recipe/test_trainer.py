@@ -39,7 +39,7 @@ def assert_follows(records: list[dict], samples: int, batch: tuple[int, int, int
 
 def test_every_step_and_a_resume_inside_the_ramp(tmp_path) -> None:
     """Megatron saves by itself where the batch grows; the resumed steps are the straight run's."""
-    straight = run(recorded.words(SAMPLES, BATCH, "--save", str(tmp_path)))
+    straight = run(recorded.words(SAMPLES, BATCH, "--save", str(tmp_path), "--save-interval", "1000"))
     assert_follows(straight, SAMPLES, BATCH)
     assert {step["batch"] for step in straight} == {1, 2, 3, 4}
     lrs = [step["lr"] for step in straight]

@@ -7,7 +7,18 @@ It drives the errors (`check`), their tests (each row's example), and the suppor
 from argparse import Namespace
 
 from dsv3_megatron.arguments.errors import RefusedArgument
-from dsv3_megatron.arguments.refusals import backend, layout, model, overlap, recipe, resilience, run, schedule, sft
+from dsv3_megatron.arguments.refusals import (
+    backend,
+    ema,
+    layout,
+    model,
+    overlap,
+    recipe,
+    resilience,
+    run,
+    schedule,
+    sft,
+)
 from dsv3_megatron.arguments.refusals.table import Refusal
 from dsv3_megatron.arguments.surroundings import Surroundings, detect
 
@@ -20,6 +31,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *overlap.ROWS,
     *schedule.ROWS,
     *recipe.ROWS,
+    *ema.ROWS,
     *sft.ROWS,
     *resilience.ROWS,
     *backend.ROWS,

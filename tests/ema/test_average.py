@@ -1,0 +1,96 @@
+"""The average of the weights against a loop in the open, and what happens beside it."""
+
+import threading
+
+import pytest
+import torch
+
+from dsv3_megatron.ema.average import WeightAverage
+
+
+def parameters(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (7, 5), "b": (3,), "c": (64, 33)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_a_synchronous_loop(dtype: torch.dtype) -> None:
+    """Bit for bit, over steps that change the parameters right after `wait`."""
+    weights = parameters(dtype)
+    expected = {name: p.float().clone() for name, p in weights.items()}
+    average = WeightAverage(weights, decay=0.9)
+    assert all(value.dtype == torch.float32 for value in average.average.values())
+    for step in range(50):
+        average.wait()
+        for name, p in weights.items():
+            p.add_(torch.full_like(p, 0.01 * (step + 1)))
+            expected[name].lerp_(p.float(), 1 - 0.9)
+        average.update()
+    average.wait()
+    for name in weights:
+        assert torch.equal(average.average[name], expected[name])
+
+    # By the definition, in float64.
+    total = sum(0.1 * 0.9 ** (49 - k) * sum(0.01 * (j + 1) for j in range(k + 1)) for k in range(50))
+    if dtype == torch.float32:
+        start = parameters(dtype)["b"].double()
+        assert torch.allclose(average.average["b"].double(), start + total, rtol=1e-4)
+
+
+def test_update_does_not_wait_and_wait_does(monkeypatch) -> None:
+    weights = parameters(torch.float32)
+    average = WeightAverage(weights, decay=0.5)
+    go, original = threading.Event(), average._update
+
+    def blocked(written) -> None:
+        assert go.wait(10)
+        original(written)
+
+    monkeypatch.setattr(average, "_update", blocked)
+    before = average.average["a"].clone()
+    weights["a"].add_(1)
+    average.update()  # returns although nothing can be done yet
+    assert torch.equal(average.average["a"], before)
+    go.set()
+    average.wait()
+    assert torch.allclose(average.average["a"], before + 0.5)
+
+
+def test_a_failure_reaches_the_training_thread() -> None:
+    weights = parameters(torch.float32)
+    average = WeightAverage(weights, decay=0.5)
+    average.average["b"] = torch.zeros(9)
+    average.update()
+    with pytest.raises(RuntimeError, match="could not be updated"):
+        average.wait()
+
+
+def test_in_place_gives_the_weights_back_even_after_an_error() -> None:
+    weights = parameters(torch.bfloat16)
+    average = WeightAverage(weights, decay=0.5)
+    for p in weights.values():
+        p.mul_(3)
+    kept = {name: p.clone() for name, p in weights.items()}
+    average.update()
+    with pytest.raises(KeyError), average.in_place():
+        assert all(torch.equal(p, average.average[name].bfloat16()) for name, p in weights.items())
+        assert not torch.equal(weights["a"], kept["a"])
+        raise KeyError
+    assert all(torch.equal(p, kept[name]) for name, p in weights.items())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_pinned_and_equal() -> None:
+    weights = {name: p.cuda() for name, p in parameters(torch.bfloat16).items()}
+    average = WeightAverage(weights, decay=0.9)
+    expected = {name: p.float().cpu() for name, p in weights.items()}
+    assert all(value.is_pinned() for value in average.average.values())
+    for _ in range(20):
+        average.wait()
+        for name, p in weights.items():
+            p.mul_(1.01)
+            expected[name].lerp_(p.float().cpu(), 1 - 0.9)
+        average.update()
+    average.wait()
+    assert all(torch.equal(average.average[name], expected[name]) for name in weights)
