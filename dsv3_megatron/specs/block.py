@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 
+from dsv3_megatron.fp8 import policy
 from dsv3_megatron.specs.init import initialize
 from dsv3_megatron.specs.layers import decoder_block, mtp_block
 
@@ -28,6 +29,7 @@ def dsv3(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBloc
             change.
     """
     _check(config.transformer)
+    policy.announce(config.transformer)
     _initialize_by_name(config)
     return decoder_block(config.transformer, vp_stage)
 
