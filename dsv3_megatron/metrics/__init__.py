@@ -6,6 +6,22 @@
 docs/metrics.md lists them.
 """
 
-from dsv3_megatron.metrics.install import install, latest
+from typing import Any
 
 __all__ = ["install", "latest"]
+
+# `flops` is for pure code too: torch is imported only by those who train.
+
+
+def install() -> None:
+    """See `hooks.install`."""
+    from dsv3_megatron.metrics import hooks
+
+    hooks.install()
+
+
+def latest() -> dict[str, Any]:
+    """See `hooks.latest`."""
+    from dsv3_megatron.metrics import hooks
+
+    return hooks.latest()

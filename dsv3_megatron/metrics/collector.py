@@ -18,7 +18,7 @@ __all__ = ["Collector"]
 
 
 class Collector:
-    """State of one process; see `dsv3_megatron.metrics.install` for who calls it."""
+    """State of one process; see `dsv3_megatron.metrics.hooks` for who calls it."""
 
     def __init__(self) -> None:
         self.enabled = True  # whether the running step will be logged

@@ -9,7 +9,7 @@ from dsv3_megatron.patching import Patch
 def _install(original: Any) -> Any:
     @functools.wraps(original)
     def reset_model_temporary_tensors(config: Any, model: Any) -> None:
-        from dsv3_megatron.metrics.install import before_counts_are_cleared
+        from dsv3_megatron.metrics.hooks import before_counts_are_cleared
 
         before_counts_are_cleared(config, model)
         original(config, model)

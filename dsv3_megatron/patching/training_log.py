@@ -12,7 +12,7 @@ def _install(original: Any) -> Any:
 
     @functools.wraps(original)
     def training_log(*args: Any, **kwargs: Any) -> Any:
-        from dsv3_megatron.metrics.install import around_training_log
+        from dsv3_megatron.metrics.hooks import around_training_log
 
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()

@@ -12,7 +12,7 @@ from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.job import Job, Layout, Precision, Stage
 
 _MOE_PAPER = "arXiv 2603.07685 (Scalable Training of MoE Models with Megatron Core), tables 11 and 20"
-_BRIDGE = "NVIDIA-NeMo/Megatron-Bridge docs/performance-summary-archive.md"
+_BRIDGE = "NVIDIA-NeMo/Megatron-Bridge docs/performance-summary(-archive).md"
 _DGXC = "NVIDIA/dgxc-benchmarking deepseek_v3/pretrain/megatron_bridge/README.md"
 
 
@@ -105,7 +105,7 @@ RUNS = (
         4256, f"{_BRIDGE}, 26.04.01", "layers per stage, recompute and no overlap of pairs as in the paper's run"),
     Run("256 GB200, MXFP8, PP4 VPP4 EP64, GBS 4096, newest", "gb200",
         _megatron(num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, recompute={"mlp"}, fp8=True),
-        4912, f"{_BRIDGE.replace('-archive', '')}, 26.08", "as before; its recipe captures whole iterations as CUDA graphs"),
+        4912, f"{_BRIDGE}, 26.08", "as before; its recipe captures whole iterations as CUDA graphs"),
     Run("256 GB200, MXFP8, PP8 VPP4 EP32, no MTP", "gb200",
         _megatron(num_gpus=256, pp=8, ep=32, batch=4096, layers=[2] * 30 + [1, 0], recompute={"mlp"}, fp8=True, mtp=0),
         4018, f"{_BRIDGE}, 25.11", "layers per stage, recompute and no overlap of pairs as in the paper's MXFP8 run"),

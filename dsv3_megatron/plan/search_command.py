@@ -162,7 +162,8 @@ def _row(result: Plan, candidate: Candidate) -> str:
     return (
         f"{result.step_s:7.2f} {result.tokens_per_s_per_gpu:6.0f} {result.bubble_s:6.2f} "
         f"{max(result.memory_gib):6.1f}  TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep} DP{layout.dp} "
-        f"micro {job.micro_batch_size}  {schedule}  extra {candidate.last_stage_extra}  {','.join(sorted(job.recompute)) or 'no recompute'}"
+        f"micro {job.micro_batch_size}  {schedule}  "
+        f"extra {candidate.last_stage_extra}  {','.join(sorted(job.recompute)) or 'no recompute'}"
     )
 
 
