@@ -53,7 +53,7 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
     overrides = trainer_overrides(run_dir, settings, iterations)
     if settings.schedule != "1f1b":
         step = min(resumed_from + PROFILED_STEP, iterations)
-        overrides += [f"profile_pipeline={step}", f"profile_pipeline_dir={_quoted(run_dir)}"]
+        overrides += [f"profile_pipeline={step}", f"profile_pipeline_dir={quoted(run_dir)}"]
     cfg = compose(overrides)
     _check_windows(cfg, settings.num_windows)
 
@@ -89,8 +89,8 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         f"schedule={settings.schedule}",
         "data=indexed",
         "device=cpu",
-        f"corpus.dir={_quoted(run_dir / 'corpus')}",
-        f"data_cache_path={_quoted(run_dir / 'corpus' / 'cache')}",
+        f"corpus.dir={quoted(run_dir / 'corpus')}",
+        f"data_cache_path={quoted(run_dir / 'corpus' / 'cache')}",
         f"train_iters={iterations}",
         # The learning rate has its course in the first run, and stays at its end in later ones.
         f"lr_decay_iters={settings.train_iters}",
@@ -106,10 +106,10 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
         f"seed={settings.seed}",
         f"eval_interval={max(settings.train_iters // 8, 1)}",
         "eval_iters=1",
-        f"save={_quoted(run_dir / 'checkpoints')}",
-        f"load={_quoted(run_dir / 'checkpoints')}",
+        f"save={quoted(run_dir / 'checkpoints')}",
+        f"load={quoted(run_dir / 'checkpoints')}",
         f"save_interval={max(settings.train_iters // 2, 1)}",
-        f"tensorboard_dir={_quoted(run_dir / 'tensorboard')}",
+        f"tensorboard_dir={quoted(run_dir / 'tensorboard')}",
         "tensorboard_log_interval=1",
         "log_interval=1",
         *settings.overrides,
@@ -129,7 +129,7 @@ def _check_windows(cfg: DictConfig, num_windows: int) -> None:
         )
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path as the value of an override, whatever characters it has."""
     return "'" + str(path).replace("'", r"\'") + "'"
 

@@ -18,8 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--on-bad-step",
         choices=ACTIONS,
         default="stop",
-        help="a step with NaN, Inf or a loss spike: stop: end the run; skip: leave the step out; rewind: leave it out and "
-        "take weights, moments and biases from the newest checkpoint of --save",
+        help="a step with NaN, Inf or a loss spike: stop: end the run; skip: leave the step out; rewind: leave it out "
+        "and take weights, moments and biases from the newest checkpoint of --save",
     )
     group.add_argument(
         "--loss-spike-factor",

@@ -69,7 +69,7 @@ class RankWatch:
         self._thread.start()
 
     def finish(self) -> None:
-        """This rank has done its work: it will not be missed. Rank 0, which may hold the store, waits for the others."""
+        """This rank is done and will not be missed; rank 0, which may hold the store, waits for the others."""
         self._stop.set()
         self._thread.join(self.timeout_s)
 

@@ -58,8 +58,8 @@ def check(args: Namespace) -> None:
         return
     if args.seq_length != report["seq_length"]:
         raise RefusedArgument(
-            f"--seq-length {args.seq_length}: the rows of --sft-data {args.sft_data} have {report['seq_length']} tokens. "
-            "Leave it out, or prepare the conversations for that length"
+            f"--seq-length {args.seq_length}: the rows of --sft-data {args.sft_data} have {report['seq_length']} "
+            "tokens. Leave it out, or prepare the conversations for that length"
         )
     rows = report["train"]["rows"] * args.sft_epochs
     if rows < args.global_batch_size:

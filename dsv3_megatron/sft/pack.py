@@ -7,8 +7,8 @@ from collections.abc import Sequence
 def pack(lengths: Sequence[int], row_length: int, seed: int = 0, look_back: int = 64) -> list[list[int]]:
     """Sample indices of each row.
 
-    Samples are taken in a random order and put into the fullest of the last `look_back` open rows that has room, so that
-    rows stay mixtures and little is left empty. How DeepSeek packs is unpublished.
+    Samples are taken in a random order and put into the fullest of the last `look_back` open rows that has room, so
+    that rows stay mixtures and little is left empty. How DeepSeek packs is unpublished.
 
     Args:
         lengths: tokens of each sample, at most `row_length`.

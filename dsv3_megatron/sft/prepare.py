@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,17 @@ REPORT_FILE = "sft.json"
 SPLITS = ("train", "valid")
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json")
 
+Conversation = Sequence[Mapping[str, str]]
 Sample = tuple[list[int], list[bool]]
 
 
-def read_conversations(files: Sequence[Path]) -> list[list[dict[str, str]]]:
+def read_conversations(files: Sequence[Path]) -> list[Conversation]:
     """All conversations, checked.
 
     Raises:
         BadConversation: names file and line.
     """
-    found = []
+    found: list[Conversation] = []
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
@@ -54,33 +55,47 @@ def read_conversations(files: Sequence[Path]) -> list[list[dict[str, str]]]:
     return found
 
 
+def split(conversations: Sequence[Conversation], valid_fraction: float) -> dict[str, list[Conversation]]:
+    """Train and held-out conversations, by a digest of their text."""
+    parts: dict[str, list[Conversation]] = {name: [] for name in SPLITS}
+    for messages in conversations:
+        digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+        parts["valid" if is_validation(digest, valid_fraction) else "train"].append(messages)
+    return parts
+
+
 def prepare(
-    conversations: Sequence[Sequence[dict[str, str]]],
+    conversations: Mapping[str, Sequence[Conversation]],
     tokenizer: Path,
     output_dir: Path,
     seq_length: int,
-    valid_fraction: float = 0.05,
     seed: int = 1234,
 ) -> dict[str, Any]:
     """Write `{train,valid}_{tokens,answers,ends}.npy`, the tokenizer's files and, last, the report `sft.json`.
 
     `tokens` are ids [rows, seq_length], `answers` bool of that shape, `ends` int32 [rows, most samples in a row]: where
-    each sample of a row ends, then seq_length. A conversation is held out by a digest of its text. Those longer than a
-    row are left out, and counted.
+    each sample of a row ends, then seq_length. Conversations longer than a row are left out, and counted.
+
+    Args:
+        conversations: by "train" and "valid"; valid may be empty.
 
     Raises:
-        BadConversation: none is left in a split.
+        BadConversation: all of a split are too long, or there is none to train on.
     """
     encoder = DocumentEncoder(tokenizer)
-    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    samples: dict[str, list[Sample]] = {}
     too_long = 0
-    for messages in conversations:
-        sample = conversation_tokens(messages, encoder.encode, encoder.special_ids)
-        if len(sample[0]) > seq_length:
-            too_long += 1
-            continue
-        digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
-        samples["valid" if is_validation(digest, valid_fraction) else "train"].append(sample)
+    for name in SPLITS:
+        found = [
+            conversation_tokens(messages, encoder.encode, encoder.special_ids)
+            for messages in conversations[name]
+        ]
+        samples[name] = [sample for sample in found if len(sample[0]) <= seq_length]
+        too_long += len(found) - len(samples[name])
+        if not samples[name] and (name == "train" or found):
+            raise BadConversation(
+                f"no conversation is left for {name}: {len(found)} were given, all longer than --seq-length {seq_length}"
+            )
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / REPORT_FILE).unlink(missing_ok=True)
     report: dict[str, Any] = {
@@ -88,20 +103,15 @@ def prepare(
         "too_long": too_long,
         "vocab_size": encoder.vocab_size,
     }
-    for split in SPLITS:
-        if not samples[split] and (split == "train" or valid_fraction > 0):
-            raise BadConversation(
-                f"no conversation is left for {split}: of {len(conversations)}, {too_long} are longer than "
-                f"--seq-length {seq_length}; --valid-fraction is {valid_fraction}"
-            )
-        rows = pack([len(ids) for ids, _ in samples[split]], seq_length, seed)
-        _write_rows(output_dir, split, samples[split], rows, seq_length, encoder)
-        tokens = sum(len(ids) for ids, _ in samples[split])
-        report[split] = {
-            "conversations": len(samples[split]),
+    for name in SPLITS:
+        rows = pack([len(ids) for ids, _ in samples[name]], seq_length, seed)
+        _write_rows(output_dir, name, samples[name], rows, seq_length, encoder)
+        tokens = sum(len(ids) for ids, _ in samples[name])
+        report[name] = {
+            "conversations": len(samples[name]),
             "rows": len(rows),
             "tokens": tokens,
-            "answer_tokens": sum(sum(answer) for _, answer in samples[split]),
+            "answer_tokens": sum(sum(answer) for _, answer in samples[name]),
             "filled": round(tokens / max(len(rows) * seq_length, 1), 4),
         }
     for name in TOKENIZER_FILES:
@@ -161,10 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234, help="of the packing (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        conversations = read_conversations(args.input)
-        report = prepare(
-            conversations, args.tokenizer, args.output_dir, args.seq_length, args.valid_fraction, args.seed
-        )
+        conversations = split(read_conversations(args.input), args.valid_fraction)
+        report = prepare(conversations, args.tokenizer, args.output_dir, args.seq_length, args.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -46,10 +46,10 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     """The next microbatch, broadcast over tensor-parallel ranks and cut for this context-parallel rank.
 
     Returns:
-        A dict with `KEYS` and `padding_mask`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is fp32 of
-        that shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1],
-        `padding_mask` bool like `tokens`, True for padding, which experts' loads do not count (only where data is padded:
-        fine-tuning). Entries that a chunk has no use for, or all of them on a middle stage, are None.
+        A dict with `KEYS` and `padding_mask`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is
+        fp32 of that shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1]. `padding_mask` is bool
+        like `tokens`, True for padding, which experts' loads do not count; only fine-tuning has any. Entries that a
+        chunk has no use for, or all of them on a middle stage, are None.
     """
     args = get_args()
     packed = is_packed(args)

@@ -64,7 +64,7 @@ def run_to_the_end(
         for rank, process in enumerate(processes):
             if rank not in ended_at and not process.is_alive():
                 ended_at[rank] = time.monotonic()
-        if time.monotonic() - min(ended_at.values(), default=start + 120) > bound_s:
+        if time.monotonic() - min(ended_at.values(), default=start + 400) > bound_s:
             break
         time.sleep(0.05)
     first = min(ended_at.values(), default=start)

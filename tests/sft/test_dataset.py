@@ -1,5 +1,6 @@
 """From JSONL to batches: labels, masks and boundaries against the conversations themselves."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -48,18 +49,18 @@ def test_rows_hold_the_conversations_and_targets_are_their_answers(prepared: Pat
             )
             bounds = row["cu_seqlens"].tolist()
             assert bounds[0] == 0 and bounds[-1] == SEQ_LENGTH and len(bounds) == SEQ_LENGTH + 1
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in itertools.pairwise(bounds):
                 ids = row["tokens"][start:end].tolist()
                 if not ids or ids[0] == encoder.special_ids["<|pad_token|>"]:
                     assert row["loss_mask"][start:end].sum() == 0
                     continue
                 assert row["position_ids"][start:end].tolist() == list(range(end - start))
                 # What is learnt at a position is the next token of the same conversation, if it is the assistant's.
-                learnt = [False] + (row["loss_mask"][start : end - 1] == 1).tolist()
+                learnt = [False, *(row["loss_mask"][start : end - 1] == 1).tolist()]
                 assert row["labels"][start : end - 1].tolist() == ids[1:] and row["loss_mask"][end - 1] == 0
                 found.append((ids, learnt))
                 targets += sum(learnt)
-            assert row["max_seqlen"] == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+            assert row["max_seqlen"] == max(b - a for a, b in itertools.pairwise(bounds))
     assert sorted(found) == expected
     assert targets == report["train"]["answer_tokens"] + report["valid"]["answer_tokens"]
     assert report["valid"]["conversations"] > 3 and report["train"]["filled"] > 0.7
@@ -87,15 +88,13 @@ def test_errors_name_the_place(tokenizer_dir: Path, tmp_path: Path) -> None:
         lines.write_text(f"{good}\n\n{bad}\n")
         with pytest.raises(BadConversation, match=rf"chats\.jsonl:3: .*{problem}"):
             read_conversations([lines])
-    with pytest.raises(
-        BadConversation, match="no conversation is left for train: of 3, 3 are longer than --seq-length 8"
-    ):
-        prepare(conversations(3), tokenizer_dir, tmp_path / "out", seq_length=8)
+    with pytest.raises(BadConversation, match="left for train: 3 were given, all longer than --seq-length 8"):
+        prepare({"train": conversations(3), "valid": []}, tokenizer_dir, tmp_path / "out", seq_length=8)
     assert not (tmp_path / "out" / "sft.json").exists()
 
 
 def test_too_long_conversations_are_counted(tokenizer_dir: Path, tmp_path: Path) -> None:
     chats = conversations(10)
     chats[3][0]["content"] = "no " * 100
-    report = prepare(chats, tokenizer_dir, tmp_path, SEQ_LENGTH, valid_fraction=0.0)
+    report = prepare({"train": chats, "valid": []}, tokenizer_dir, tmp_path, SEQ_LENGTH)
     assert report["too_long"] == 1 and report["train"]["conversations"] == 9

@@ -1,5 +1,7 @@
 """Packing: every sample once, no row too long, little left empty."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from dsv3_megatron.sft.pack import pack
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 64), max_size=80), st.integers(0, 3))
 def test_every_sample_once_and_no_row_too_long(lengths: list[int], seed: int) -> None:
     rows = pack(lengths, 64, seed)
@@ -23,7 +25,7 @@ def test_every_sample_once_and_no_row_too_long(lengths: list[int], seed: int) ->
 def test_rows_are_mixtures() -> None:
     rows = pack([4] * 400, 64)
     assert len(rows) == 25
-    assert any(abs(a - b) > 100 for row in rows for a, b in zip(row, row[1:], strict=False))
+    assert any(abs(a - b) > 100 for row in rows for a, b in itertools.pairwise(row))
     assert rows != pack([4] * 400, 64, seed=1)
 
 
