@@ -74,5 +74,7 @@ def launch(
             f"{kernel.__name__}: the FP8 kernels run on one CUDA device, the tensors are on "
             f"{sorted(map(str, devices))}. Without a GPU use the reference of the same name in dsv3_megatron.fp8."
         )
-    if 0 not in grid:
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(planned.tensors()[0]):  # Triton launches on the current device
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -50,9 +51,12 @@ def test_products_use_fp8_wgmma(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for text in ptx:
         assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in text
         assert "mma.sync" not in text.replace("wgmma.mma_async.sync", "")
-        assert (
-            text.count("cp.async.cg.shared.global") > 8
-        )  # both operands arrive asynchronously, 16 bytes at a time
+        # Promotion every 128: the first of the four starts from zero, the others add to it, and all are awaited.
+        first, *others = re.findall(r"wgmma\.mma_async[^;]*, (0|%p\d+), 1, 1;", text)
+        assert first == "0" and len(others) == 3 and all(predicate != "0" for predicate in others)
+        assert "wgmma.wait_group.sync.aligned 0;" in text
+        # Both operands arrive asynchronously, 16 bytes at a time: 4 loads each, before and in the loop.
+        assert len(re.findall(r"cp\.async\.cg\.shared\.global.*0x10", text)) > 8
 
 
 def test_quantisers_round_as_the_reference_does(tmp_path: Path) -> None:

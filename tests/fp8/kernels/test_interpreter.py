@@ -65,4 +65,4 @@ def test_meta_tensors_are_an_error_outside_the_compiler() -> None:
 def test_fp8_imports_without_triton() -> None:
     """Only the kernels need it: the reference runs wherever torch does."""
     code = "import sys; sys.modules['triton'] = None; import dsv3_megatron.fp8"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
