@@ -17,6 +17,7 @@ class Surroundings:
         ranks_per_node: ranks that share a machine.
         on_cpu: the CPU runtime is active.
         has_te: Transformer Engine is installed.
+        te_lacks: what the installed Transformer Engine lacks for `--fp8-recipe dsv3`.
         has_deepep: DeepEP is installed.
         megatron_version: of megatron-core.
     """
@@ -25,6 +26,7 @@ class Surroundings:
     ranks_per_node: int = 8
     on_cpu: bool = False
     has_te: bool = True
+    te_lacks: str = ""
     has_deepep: bool = True
     megatron_version: str = SUPPORTED_MEGATRON[0]
 
@@ -32,13 +34,16 @@ class Surroundings:
 def detect() -> Surroundings:
     """The surroundings of this process (from torchrun's environment and the installed packages)."""
     from dsv3_megatron import cpu
+    from dsv3_megatron.fp8 import te_recipe
 
+    has_te = _installed("transformer_engine")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return Surroundings(
         world_size=world_size,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
         on_cpu=cpu.is_active(),
-        has_te=_installed("transformer_engine"),
+        has_te=has_te,
+        te_lacks=te_recipe.lacking() if has_te and not cpu.is_active() else "",
         has_deepep=_installed("deep_ep"),
         megatron_version=importlib.metadata.version("megatron-core"),
     )

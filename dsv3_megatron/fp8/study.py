@@ -32,8 +32,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fp8_block_gradients": ("precision=fp8_dsv3", "fp8_recipe=dsv3_block_gradients"),
     "fp8_no_promotion": ("precision=fp8_dsv3", "fp8_recipe=dsv3_no_promotion"),
 }
-# Small enough for a part of one core. The learning rate is DeepSeek-V3's: at the demo's, 3e-3, two BF16 runs of the same
-# seed part by 0.4 % within 200 steps, and nothing below that could be seen.
+# Small enough for a part of one core. The learning rate is DeepSeek-V3's: at the demo's, 3e-3, two BF16 runs of the
+# same seed part by 0.4 % within 200 steps, and nothing below that could be seen.
 SIZE = (
     "global_batch_size=1",
     "micro_batch_size=1",

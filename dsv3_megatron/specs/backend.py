@@ -1,7 +1,7 @@
 """What a backend provides: the module classes from which one set of specs is built."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core.transformer.mlp import MLP
@@ -67,7 +67,11 @@ def select_backend(config: TransformerConfig) -> Backend:
     if config.transformer_impl == "transformer_engine":
         from dsv3_megatron.specs import te
 
-        return te.BACKEND
+        if recipe_of(config) is None:
+            return te.BACKEND
+        from dsv3_megatron.fp8.dispatch import FP8MoELayer
+
+        return replace(te.BACKEND, moe_layer=FP8MoELayer)
     raise ValueError(
         f"--transformer-impl {config.transformer_impl}: --spec dsv3 has local (plain PyTorch) and transformer_engine"
     )

@@ -76,6 +76,17 @@ ROWS = (
         "--fp8-recipe dsv3_per_tensor --bf16 --transformer-impl transformer_engine",
     ),
     Refusal(
+        "fp8_dsv3_te_version",
+        PRECISION,
+        "--fp8-recipe dsv3",
+        "",
+        lambda a, s: recipe_of(a) is not None and not _reference(a) and bool(s.te_lacks),
+        "the installed Transformer Engine has no {te_lacks}",
+        "Transformer Engine 2.9 or newer, or --transformer-impl local",
+        "--fp8-recipe dsv3 --bf16 --transformer-impl transformer_engine",
+        Surroundings(world_size=8, te_lacks="CustomRecipe"),
+    ),
+    Refusal(
         "fp8_dsv3_flex",
         PRECISION,
         "--moe-token-dispatcher-type",
