@@ -17,10 +17,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    from dsv3_megatron import cpu
-
     options = _parser().parse_args(argv)
-    cpu.activate()  # before anything imports Megatron
     options.run(options)
 
 

@@ -206,6 +206,7 @@ class Architecture:
         values = self.arguments()
         values["moe_layer_freq"] = [int(self.is_moe(layer)) for layer in range(self.num_layers)]
         values["q_lora_rank"] = self.q_lora_rank
+        values["layernorm_epsilon"] = values.pop("norm_epsilon")
         values["mtp_num_layers"] = self.mtp_num_layers or None
         return Namespace(**values)
 
@@ -255,7 +256,7 @@ class Architecture:
                 vocab_size=vocab_size,
                 max_position_embeddings=args.max_position_embeddings,
                 rotary_base=args.rotary_base,
-                layernorm_epsilon=getattr(args, "norm_epsilon", None) or args.layernorm_epsilon,
+                layernorm_epsilon=args.layernorm_epsilon,
                 yarn=yarn,
             )
         except AttributeError as error:

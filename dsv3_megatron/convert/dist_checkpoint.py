@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from dsv3_megatron.convert import plain_pickle
 from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.inventory import Slot
 
@@ -87,24 +88,18 @@ class DistCheckpoint:
             if getattr(info, "transform_descriptors", None):
                 raise ConversionError(f"{path}: {index.fqn}: transformed storage is not supported")
 
-    def common(self) -> dict[str, Any]:
-        """What is not sharded: Megatron's arguments, the iteration, ..."""
-        from megatron.core.safe_globals import register_safe_globals
-
-        register_safe_globals()
-        if (self.path / "common.pt").exists():  # older checkpoints
-            return torch.load(self.path / "common.pt", map_location="cpu", weights_only=True)
-        index = MetadataIndex(COMMON)
-        if index not in self._storage:
-            raise ConversionError(f"{self.path}: no common state: not saved by Megatron")
-        return self._load(index)[0]
-
     def arguments(self) -> Namespace:
         """Megatron's arguments of the run that saved it."""
-        args = self.common().get("args")
-        if args is None:
+        path, index = self.path / "common.pt", MetadataIndex(COMMON)
+        if path.exists():  # checkpoints of older versions
+            common = torch.load(path, map_location="cpu", weights_only=False, pickle_module=plain_pickle)
+        elif index in self._storage:
+            common = self._load(index, pickle_module=plain_pickle)[0]
+        else:
+            raise ConversionError(f"{self.path}: no common state: not saved by Megatron")
+        if "args" not in common:
             raise ConversionError(f"{self.path}: has no arguments of the run that saved it")
-        return args
+        return common["args"]
 
     def locate(self, slot: Slot) -> Slot:
         """The slot as this checkpoint has it: layers of equal shape may be stacked in one tensor [layers, ...]."""
@@ -176,7 +171,7 @@ class DistCheckpoint:
         by_first = self._pieces[slot.key]
         return by_first.get(-1) or by_first.get(slot.offset[0], [])
 
-    def _load(self, index: MetadataIndex) -> Any:
+    def _load(self, index: MetadataIndex, pickle_module: Any = None) -> Any:
         info = self._storage.get(index)
         if info is None:
             raise ConversionError(f"{self.path}: {index.fqn}: no file has the piece at {index.offset}")
@@ -184,7 +179,8 @@ class DistCheckpoint:
         try:
             with path.open("rb") as file:
                 view = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
-                return torch.load(view, map_location="cpu", weights_only=True)
+                safe = pickle_module is None
+                return torch.load(view, map_location="cpu", weights_only=safe, pickle_module=pickle_module)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise ConversionError(f"{path}: {index.fqn} at byte {info.offset}: {error}") from error
 

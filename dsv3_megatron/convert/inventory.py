@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsv3_megatron.convert.architecture import Architecture
-from dsv3_megatron.specs.hf_names import to_hf
+from dsv3_megatron.convert.hf_names import to_hf
 
 __all__ = ["Slot", "Weight", "duplicates", "extra_states", "is_quantized", "weights"]
 

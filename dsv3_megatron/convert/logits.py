@@ -1,6 +1,7 @@
 """Logits of both sides on the CPU in fp32: transformers' DeepSeek-V3, and the specs' reference backend."""
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,7 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
     """
     from dsv3_megatron import cpu
 
+    warnings.filterwarnings("ignore", module="megatron")  # about what it lacks for training
     cpu.activate()
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state

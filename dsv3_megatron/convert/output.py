@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +47,7 @@ class PartialOutput:
         self._lock()
         text, path = json.dumps(job, sort_keys=True), self.folder / "job.json"
         if not path.exists():
-            write_durably(path, text)
+            path.write_text(text)
         if path.read_text() != text:
             raise ConversionError(
                 f"{self.folder}: unfinished conversion of another input or with other options; finish that one, or "
@@ -75,19 +75,27 @@ class PartialOutput:
 
     def record(self, part: str) -> Any:
         """What was recorded of a finished part, None if it is not finished."""
-        path = self._record(part)
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(self._record(part).read_text())
+        except (OSError, ValueError):  # not there, or cut off by a crash of the machine
+            return None
 
     def write_part(self, part: str, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file `part` durably, then record what `write(file)` returns (JSON, not null)."""
         path = self.data / part
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
+            file = path.open("wb")
+            try:
                 value = write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            write_durably(self._record(part), json.dumps(value))
+            except BaseException:
+                with suppress(OSError):  # closing writes what is left, and fails once more on a full disk
+                    file.close()
+                raise
+            file.close()
+            self._record(part).write_text(json.dumps(value))
 
     @contextmanager
     def tensor(self, part: str, name: str) -> Iterator[None]:
@@ -138,16 +146,6 @@ def naming(what: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConversionError(f"{what}: {error.strerror or error}") from error
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Written whole or not at all, whatever happens in between."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
 
 
 def _sync_folder(folder: Path) -> None:

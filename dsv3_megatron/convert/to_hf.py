@@ -203,6 +203,7 @@ class _ToHF:
             with self.output.tensor(file, tensor.name):
                 for value in self._values(tensor):
                     write_tensor(handle, value)
+                handle.flush()  # so that a full disk is found here, where the tensor is known
             self.progress.add(tensor.num_bytes)
         return len(shard)
 

@@ -111,6 +111,7 @@ class _ToMegatron:
                     scale = self.source.stored(name + SCALE)
                     pieces.append(_write(file, name + SCALE, scale, tuple(scale.shape), (0, 0)))
                 self.source.forget(name)
+                file.flush()  # so that a full disk is found here, where the tensor is known
             self.progress.add(self._num_bytes(name))
         return pieces
 

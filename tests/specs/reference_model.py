@@ -29,7 +29,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3TopkRouter,
 )
 
-from dsv3_megatron.specs.hf_names import to_hf
+from dsv3_megatron.convert.hf_names import to_hf
 
 
 def hf_config(config: Any) -> DeepseekV3Config:

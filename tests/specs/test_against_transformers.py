@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_megatron.specs.hf_names import to_hf
+from dsv3_megatron.convert.hf_names import to_hf
 from dsv3_megatron.specs.names import global_names, named_weights
 from tests.specs.models import build, micro_config, random_batch
 from tests.specs.reference_model import ReferenceModel, ReportGate

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsv3_megatron.specs.hf_names import from_hf, to_hf
+from dsv3_megatron.convert.hf_names import from_hf, to_hf
 from dsv3_megatron.specs.names import global_names
 from tests.specs.models import build, micro_config
 

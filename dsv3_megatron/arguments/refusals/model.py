@@ -96,7 +96,7 @@ ROWS = (
             or a.yarn_correction_range_round_to_int is False
         ),
         "Megatron's MLA ignores these options; it has DeepSeek-V3's values (4096, 32, 1) already",
-        "--rope-type yarn --rotary-scaling-factor 40 alone",
+        "--original-max-position-embeddings, --beta-fast and --beta-slow where other values are meant",
         "--rope-type yarn --yarn-beta-fast 16",
     ),
     Refusal(
