@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 bench-pipeline bench-train test test-all test-te test-gpu kernels lint clean
+.PHONY: help setup demo demo-pp4 demo-sft bench-pipeline bench-planner bench-train test test-all test-te test-gpu kernels lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,6 +25,9 @@ demo: setup  ## train a small DeepSeek-V3 on real text, DualPipe in four process
 
 demo-pp4: setup  ## the same on four pipeline ranks, in eight processes
 	$(PY) -m dsv3_megatron.demo --run-dir runs/demo-pp4 --layout cpu_pp4_ep2 micro_batch_size=1
+
+demo-sft: setup  ## fine-tune the demo's model on signatures from docstrings (runs the demo first where it has not been)
+	$(PY) -m dsv3_megatron.sft.demo
 
 test: setup  ## the default tests, under 20 minutes on two cores
 	$(PY) -m pytest tests
@@ -47,6 +50,9 @@ bench-train: setup  ## training throughput of the demo's model, DualPipe against
 
 kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, spills, shared memory
 	$(PY) -m dsv3_megatron.fp8.kernels.compile
+
+bench-planner: setup  ## the planner's error table: predicted against published runs, costs, schedules
+	$(PY) -m dsv3_megatron.plan.bench
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

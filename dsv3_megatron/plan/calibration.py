@@ -14,6 +14,7 @@ Every other run in the error table is predicted with the same numbers, and balan
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.hardware import GPUS, Achieved, Gpu
@@ -41,17 +42,21 @@ def fit_trace(gpu: Gpu = GPUS["h800"]) -> Achieved:
     """The first fit."""
 
     def error(values: list[float]) -> float:
-        achieved = replace(gpu.achieved, **dict(zip(_COMPUTE, values, strict=True)))
+        achieved = replace(gpu.achieved, **_fractions(values))
         times = trace_times(replace(gpu, achieved=achieved))
         return sum((times[name] / ms - 1) ** 2 for name, ms in deepseek.TRACE_COMPUTE.items())
 
-    achieved = replace(gpu.achieved, **dict(zip(_COMPUTE, _minimise(error, [0.5, 0.5, 0.5]), strict=True)))
+    achieved = replace(gpu.achieved, **_fractions(_minimise(error, [0.5, 0.5, 0.5])))
     achieved = replace(achieved, **_fit_communication(gpu))
     without_gap = trace_times(replace(gpu, achieved=replace(achieved, pair_gap=0)))["pair of 4 layers"]
     return replace(achieved, pair_gap=(deepseek.TRACE_PAIR_OF_4_LAYERS - without_gap) / 4e3)
 
 
-def _fit_communication(gpu: Gpu) -> dict[str, float]:
+def _fractions(values: list[float]) -> dict[str, Any]:
+    return dict(zip(_COMPUTE, values, strict=True))
+
+
+def _fit_communication(gpu: Gpu) -> dict[str, Any]:
     """A line through the means of the FP8 and the BF16 all-to-alls: seconds against bytes over InfiniBand."""
     job, ms = deepseek.JOB, deepseek.TRACE_COMMUNICATION
     fp8, bf16 = (ms["dispatch"] + ms["combine_b"]) / 2e3, (ms["combine"] + ms["dispatch_b"]) / 2e3

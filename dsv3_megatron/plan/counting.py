@@ -101,12 +101,12 @@ def counts_of(weights: Iterable[Any], moe_pattern: Sequence[bool], tp: int = 1) 
 
 def _build(cfg: Any, tp: int) -> ParameterCounts:
     """Build a few layers as one rank of a small job."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from dsv3_megatron.conf.argv import to_megatron_argv
     from dsv3_megatron.dryrun import FakeWorld, weights_of
 
-    few = OmegaConf.merge(cfg, _FEW_LAYERS, {"tensor_model_parallel_size": tp})
+    few = DictConfig(OmegaConf.merge(cfg, _FEW_LAYERS, {"tensor_model_parallel_size": tp}))
     has_dense, has_moe = _kinds(cfg)
     if not (has_dense and has_moe):
         few.num_layers, few.moe_layer_freq = 1, [int(has_moe)]

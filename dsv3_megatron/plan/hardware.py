@@ -68,14 +68,15 @@ class Gpu:
     achieved: Achieved = Achieved()
 
 
-_HOPPER = {"bf16": 989.5e12, "fp8": 1979e12}
+_BF16, _FP8 = 989.5e12, 1979e12  # of Hopper
+_80_GB = 81_559 * 2**20  # as the driver reports it
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # H800: an H100 with NVLink cut to 400 GB/s both ways (R§3.1: 160 GB/s reached of 200).
-        Gpu(name="h800", **_HOPPER, hbm=3.35e12, memory=80e9 * 1.065, nvlink=200e9),
-        Gpu(name="h100", **_HOPPER, hbm=3.35e12, memory=80e9 * 1.065, nvlink=450e9),
-        Gpu(name="h200", **_HOPPER, hbm=4.8e12, memory=141e9, nvlink=450e9),
+        # H800: an H100 with NVLink cut to 400 GB/s both ways (R§3.2.2: 160 GB/s reached of 200).
+        Gpu(name="h800", bf16=_BF16, fp8=_FP8, hbm=3.35e12, memory=_80_GB, nvlink=200e9),
+        Gpu(name="h100", bf16=_BF16, fp8=_FP8, hbm=3.35e12, memory=_80_GB, nvlink=450e9),
+        Gpu(name="h200", bf16=_BF16, fp8=_FP8, hbm=4.8e12, memory=141e9, nvlink=450e9),
         # GB200 NVL72: peaks per GPU as NVIDIA's benchmark recipes state them (2450 and 4900 TFLOP/s).
         Gpu(
             name="gb200",

@@ -92,9 +92,15 @@ class Operators:
         shared = self._mlp(s.moe_shared_expert_intermediate_size, job.tokens / tp, {"moe", "shared_experts"})
         mlp = tuple(r + t for r, t in zip(routed, shared, strict=True))
         fp8, bf16 = (self.all_to_all(size, beside) for size in (self._dispatch_bytes, 2.0))
-        comm = {"dispatch": fp8, "combine": bf16, "dispatch_b": bf16, "combine_b": fp8}
-        again = fp8 + bf16 if "full" in job.recompute or "moe" in job.recompute else 0
-        return LayerTimes(*self._attention(), *mlp, **comm, again=again)
+        return LayerTimes(
+            *self._attention(),
+            *mlp,  # type: ignore[misc]
+            dispatch=fp8,
+            combine=bf16,
+            dispatch_b=bf16,
+            combine_b=fp8,
+            again=fp8 + bf16 if job.recompute & {"full", "moe"} else 0,
+        )
 
     @property
     def _dispatch_bytes(self) -> float:

@@ -27,7 +27,7 @@ _SIZES = (
     "context_parallel_size",
     "micro_batch_size",
 )
-_BASE_LAYOUT = "pp16_ep64"
+_BASE_LAYOUTS = ("pp16_ep64", "pp16_ep16", "pp8_ep8")
 
 
 @exits_cleanly
@@ -64,6 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
 
 
+def _any_layout(overrides: list[str]) -> str:
+    """A layout that the model, cluster and batch allow; only what is not varied is taken from it."""
+    for layout in _BASE_LAYOUTS:
+        try:
+            compose([f"layout={layout}", *overrides])
+        except RefusedArgument:
+            continue
+        return layout
+    raise PlanError(
+        f"none of layout={', '.join(_BASE_LAYOUTS)} divides this job: name a layout that does, layout=…"
+    )
+
+
 @dataclass(frozen=True)
 class Request:
     """The command line, taken apart.
@@ -88,13 +101,7 @@ class Request:
         }
         base = [word for word in overrides if word.partition("=")[0].lstrip("+") not in varied]
         if "layout" not in given:
-            base.insert(0, f"layout={_BASE_LAYOUT}")
-        # One rank of everything divides any cluster and model.
-        base += [
-            "pipeline_model_parallel_size=1",
-            "expert_model_parallel_size=1",
-            "tensor_model_parallel_size=1",
-        ]
+            base.insert(0, f"layout={_any_layout(base)}")
         return cls(given, base)
 
     def space(self, num_heads: int, cfg: Any) -> Space:
@@ -141,7 +148,7 @@ def refused_by_trainer(found: Found, request: Request) -> list[str]:
     lines, kept = [], []
     for result, candidate in found.best:
         try:
-            cfg = compose(request.base[:-3] + candidate.overrides())
+            cfg = compose(request.base + candidate.overrides())
             _complete(to_argv(at_full_batch(cfg)))
             kept.append((result, candidate))
         except RefusedArgument as error:

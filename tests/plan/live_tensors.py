@@ -1,5 +1,6 @@
 """Bytes of live tensors while code runs: what `torch.cuda.max_memory_allocated` is on a GPU, for any device."""
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -53,7 +54,7 @@ class LiveTensors(TorchDispatchMode):
             return
         if key not in self._bytes:
             with self._lock:
-                self._references[key] = weakref.ref(storage, lambda _, key=key: self._freed(key))
+                self._references[key] = weakref.ref(storage, functools.partial(self._freed, key))
                 self._bytes[key] = 0
                 if self._label is not None:
                     self._labels[key] = self._label(tensor)
@@ -70,7 +71,7 @@ class LiveTensors(TorchDispatchMode):
                 if self._label is not None:
                     self.at_peak = self.snapshot()
 
-    def _freed(self, key: int) -> None:
+    def _freed(self, key: int, _: object = None) -> None:
         with self._lock:
             self.now -= self._bytes.pop(key, 0)
             self._labels.pop(key, None)

@@ -71,7 +71,9 @@ def test_bad_input_names_the_option(words: list[str], expected: str, capsys: pyt
 
 
 def _small_plan():
-    cfg = compose(["model=tiny", "layout=cpu_pp4", "cluster.gpu=h100", "schedule=dualpipe", "global_batch_size=32"])
+    cfg = compose(
+        ["model=tiny", "layout=cpu_pp4", "cluster.gpu=h100", "schedule=dualpipe", "global_batch_size=32"]
+    )
     planned = from_config(cfg, 1.0)
     return plan(planned.job, planned.gpu, planned.counts)
 
@@ -111,7 +113,11 @@ def test_a_plan_takes_less_than_two_seconds_beyond_megatron(capsys: pytest.Captu
 
 
 def test_search_command(capsys: pytest.CaptureFixture) -> None:
-    words = ["pipeline_model_parallel_size=16", "expert_model_parallel_size=64", "tensor_model_parallel_size=1"]
+    words = [
+        "pipeline_model_parallel_size=16",
+        "expert_model_parallel_size=64",
+        "tensor_model_parallel_size=1",
+    ]
     words += ["context_parallel_size=1", "micro_batch_size=1", "best=3"]
     search_command.main([*PUBLISHED, "precision=fp8_dsv3", *words, "output=json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

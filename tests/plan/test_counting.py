@@ -64,11 +64,22 @@ def test_the_cache_is_read_and_belongs_to_one_configuration(monkeypatch: pytest.
     cfg = compose(["model=micro", "layout=cpu_single"])
     first = count_parameters(cfg, 1)
     built = []
-    monkeypatch.setattr(counting, "_build", lambda cfg, tp: built.append(cfg) or first)
+
+    def build(cfg, tp):
+        built.append(cfg)
+        return first
+
+    monkeypatch.setattr(counting, "_build", build)
     assert count_parameters(cfg, 1) == first and not built
     count_parameters(compose(["model=micro", "layout=cpu_single", "train_iters=7"]), 1)
     assert not built  # shapes no module
-    for change in ("hidden_size=64", "num_experts=16", "q_lora_rank=12", "vocab_size=512", "moe_layer_freq=([1]*4)"):
+    for change in (
+        "hidden_size=64",
+        "num_experts=16",
+        "q_lora_rank=12",
+        "vocab_size=512",
+        "moe_layer_freq=([1]*4)",
+    ):
         count_parameters(compose(["model=micro", "layout=cpu_single", change]), 1)
         assert len(built) == 1, change
         built.clear()
