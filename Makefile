@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-sft bench-pipeline bench-planner bench-train test test-all test-te test-gpu kernels lint clean
+.PHONY: help setup demo demo-pp4 demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a rep
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.pipeline.bench
 
+bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (16 GB of disk)
+	$(PY) -m dsv3_megatron.convert.bench
+
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
 	$(PY) -m dsv3_megatron.demo.throughput
 
@@ -53,6 +56,15 @@ kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, s
 
 bench-planner: setup  ## the planner's error table: predicted against published runs, costs, schedules
 	$(PY) -m dsv3_megatron.plan.bench
+
+study-fp8: setup  ## FP8 against BF16 on the demo's model, with noise floor and ablations (resumes; about an hour)
+	$(PY) -m dsv3_megatron.fp8.study
+
+bench-fp8: setup  ## an emulated FP8 step against a BF16 step on CPU
+	$(PY) -m dsv3_megatron.fp8.bench
+
+accumulation-fp8: setup  ## picture of the error of sums in 14 bits, with and without promotion
+	$(PY) -m dsv3_megatron.fp8.accumulation
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(VENV)/bin/ruff check .

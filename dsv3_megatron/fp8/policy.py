@@ -38,7 +38,7 @@ POLICY = (
     Row("embedding", r"word_embeddings", "BF16"),
     Row("output head", r"output_layer", "BF16"),
     Row("gating", r"router", "FP32"),
-    Row("norms", r"layernorm|norm", "FP32"),
+    Row("norms", r"\w*norm", "FP32"),
     Row("attention operators", r"core_attention(\..*)?", "BF16"),
     Row("Linear after attention", r"linear_proj", "E4M3", "input in E5M6"),
     Row("second Linear of an MLP", r"linear_fc2", "E4M3", "SwiGLU's input in E4M3, output computed again"),
