@@ -35,6 +35,15 @@ test: setup  ## the default tests, under 20 minutes on two cores
 test-all: setup  ## the slow tests too
 	$(PY) -m pytest tests -m 'not gpu and not te'
 
+bench-ema: setup  ## what the average of the weights costs a step, with stages that sleep
+	$(PY) -m dsv3_megatron.ema.bench
+
+demo-longctx: setup  ## a tiny model extended to eight times its context, with YaRN and without (resumes when run again)
+	$(PY) -m dsv3_megatron.longctx
+
+study-moments: setup  ## bf16 against fp32 moments: the loss over 1000 steps of the demo (resumes when run again)
+	$(PY) -m dsv3_megatron.optimizer.study
+
 test-te: setup  ## Transformer Engine's real modules, constructed on CPU (builds TE's extension the first time: ~12 minutes)
 	bash scripts/install_te.sh $(PY)
 	DSV3_TEST_TE=1 $(PY) -m pytest tests -m te

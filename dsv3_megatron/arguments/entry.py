@@ -24,6 +24,7 @@ def complete_command_line(parser: ArgumentParser) -> None:
         # Megatron itself refuses words that nobody knows.
         sys.argv[1:] = complete(words, parser, known_only=True)
         args = parser.parse_known_args()[0]
+        _refuse_what_only_our_trainer_does(args)
         _use_schedule(args)
         if args.train_tokens is not None:
             from dsv3_megatron.recipe.install import install
@@ -33,6 +34,18 @@ def complete_command_line(parser: ArgumentParser) -> None:
             from dsv3_megatron.ema.trainer import install as keep_average
 
             keep_average()
+
+
+def _refuse_what_only_our_trainer_does(args: Namespace) -> None:
+    options = {"--sft-data": args.sft_data, "--loss-spike-factor": args.loss_spike_factor}
+    if args.on_bad_step != "stop":
+        options["--on-bad-step"] = args.on_bad_step
+    for option, value in options.items():
+        if value is not None:
+            raise RefusedArgument(
+                f"{option} {value}: pretrain_gpt.py has its own forward step and data. "
+                "Use python -m dsv3_megatron.train."
+            )
 
 
 def _use_schedule(args: Namespace) -> None:

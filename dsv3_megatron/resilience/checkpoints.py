@@ -69,27 +69,38 @@ def iteration_to_load(root: Path) -> int:
 
 
 def begin(root: Path, iteration: int) -> None:
-    """Make way for a checkpoint: what an interrupted save left goes, a complete one stays aside until `recover`.
+    """Make way for a checkpoint: what an interrupted save left goes, a complete one stays aside until it is settled.
 
-    This and `recover` are for one rank of the job that saves in `root`.
+    This, `settle` and `recover` are for one rank of the job that saves in `root`.
     """
-    recover(root)
     target = folder_of(root, iteration)
+    settle(target)
     if is_complete(target):
-        target.rename(target.with_name(target.name + REPLACED))
+        target.rename(_former(target))
     elif target.is_dir():
         shutil.rmtree(target)
 
 
+def settle(target: Path) -> None:
+    """If a checkpoint was written anew, keep the new one if it is complete, the former one otherwise."""
+    former = _former(target)
+    if not former.is_dir():
+        return
+    if is_complete(target):
+        shutil.rmtree(former)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        former.rename(target)
+
+
 def recover(root: Path) -> None:
-    """Of each checkpoint that was written anew keep the new one if it is complete, the former one otherwise."""
+    """Settle what a run that was killed left; nothing may be under way in `root`."""
     for former in root.glob("iter_*" + REPLACED):
-        target = former.with_name(former.name.removesuffix(REPLACED))
-        if is_complete(target):
-            shutil.rmtree(former)
-        else:
-            shutil.rmtree(target, ignore_errors=True)
-            former.rename(target)
+        settle(former.with_name(former.name.removesuffix(REPLACED)))
+
+
+def _former(target: Path) -> Path:
+    return target.with_name(target.name + REPLACED)
 
 
 def _iteration(folder: Path) -> int | None:

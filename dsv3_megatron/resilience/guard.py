@@ -66,6 +66,7 @@ class StepGuard:
         self.spikes = None if spike_factor is None else SpikeDetector(spike_factor)
         self.bad_in_a_row = 0
         self.bad = False
+        self._routers: list[Any] | None = None
 
     # --- during the step
 
@@ -76,7 +77,9 @@ class StepGuard:
         self._losses: list[tuple[int, torch.Tensor]] = []
         self._passes: dict[int, int] = {}
         self._local_gradients: torch.Tensor | None = None
-        self._biases = [(router, router.expert_bias.clone()) for router in _routers(call["model"])]
+        if self._routers is None:
+            self._routers = _routers(call["model"])
+        self._biases = [(router, router.expert_bias.clone()) for router in self._routers]
         config = call["config"]
         if not isinstance(config.finalize_model_grads_func, _LookBeforeReducing):
             config.finalize_model_grads_func = _LookBeforeReducing(self, config.finalize_model_grads_func)
@@ -85,7 +88,6 @@ class StepGuard:
         number = self._passes.get(id(model), 0)
         self._passes[id(model)] = number + 1
         self._outputs.append((model, number, torch.isfinite(output.detach()).all()))
-        self._last = model
 
     def loss(self, total: torch.Tensor, num_tokens: torch.Tensor) -> None:
         """The loss belongs to the `forward` that was told last."""

@@ -28,7 +28,7 @@ def around_save(original: Callable[..., Any], call: dict[str, Any]) -> Any:
         _on_rank_0(lambda: checkpoints.begin(root, iteration))
         result = original(**call)
         if not args.async_save:
-            _on_rank_0(lambda: checkpoints.recover(root))
+            _on_rank_0(lambda: checkpoints.settle(checkpoints.folder_of(root, iteration)))
     except Exception as error:
         if (cause := _write_error(error)) is None:
             raise

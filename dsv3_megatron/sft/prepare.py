@@ -94,7 +94,8 @@ def prepare(
         too_long += len(found) - len(samples[name])
         if not samples[name] and (name == "train" or found):
             raise BadConversation(
-                f"no conversation is left for {name}: {len(found)} were given, all longer than --seq-length {seq_length}"
+                f"no conversation is left for {name}: {len(found)} were given, all longer than --seq-length "
+                f"{seq_length}"
             )
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / REPORT_FILE).unlink(missing_ok=True)

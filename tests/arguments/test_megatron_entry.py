@@ -60,6 +60,14 @@ def two_words(*words):
     return ["--spec", *FULL_SPEC, *LOCAL, *MICRO, *words]
 
 
+@pytest.mark.parametrize("words", ["--on-bad-step skip", "--loss-spike-factor 2.0"])
+def test_what_only_our_trainer_does(monkeypatch, parser, capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, parser, ["--spec", "dsv3", *LOCAL, *MICRO, *words.split()])
+    assert ended.value.code == 2
+    assert f"error: {words}: pretrain_gpt.py" in capsys.readouterr().err
+
+
 def test_unpatched_complete_line_is_accepted():
     check_command_line(complete(two_words()))
 

@@ -26,6 +26,7 @@ def run(monkeypatch, capsys, *words):
         ("--normalization LayerNorm", "error: --normalization LayerNorm contradicts DeepSeek-V3"),
         ("--num-layer 3", "error: unrecognized arguments: --num-layer 3; did you mean --num-layers"),
         ("--device tpu", "error: --device tpu: use cuda (the default) or cpu"),
+        ("--save /proc/nowhere --save-interval 1", "error: --save /proc/nowhere: No such file or directory"),
         # Megatron's own assertion.
         ("--lr 1e-5 --min-lr 1e-3", "error: Megatron refuses these arguments: "),
     ],
