@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint clean
+.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
