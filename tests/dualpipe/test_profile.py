@@ -23,6 +23,8 @@ WORDS = ["--spec", "dsv3", "--device", "cpu", *MICRO, "--pipeline-model-parallel
 def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches: int, tmp_path) -> None:
     words = ["--pipeline-schedule", schedule, "--expert-model-parallel-size", str(ep)]
     words += ["--profile-pipeline", "2", "--profile-pipeline-dir", str(tmp_path)]
+    if ep == 2:
+        words += ["--pipeline-pair-order", "report"]
     run_distributed(train, world_size=world_size, timeout=120, init=False, words=[*WORDS, *words])
     assert (tmp_path / "pipeline_step2.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "pipeline_step2.svg").read_text()[:2000]
