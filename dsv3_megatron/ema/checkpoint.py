@@ -50,10 +50,12 @@ def is_in(checkpoint: Path) -> bool:
 def load(checkpoint: Path, model: Sequence[Any], values: Mapping[str, Tensor]) -> None:
     """Fill `values`, named as `named_parameters(model)`, from a checkpoint of any layout."""
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.utils import unwrap_model
 
     metadata = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(model)}
+    chunks = unwrap_model(list(model))  # checkpoints have the names of the bare model
+    state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     wanted = {PREFIX: sharded(state, named_parameters(model), values)}
     for name, value in dist_checkpointing.load(wanted, str(checkpoint))[PREFIX].items():
         if value is not values[name]:

@@ -22,7 +22,13 @@ from dsv3_megatron.longctx import needles
 # Two layers, the second with experts; positions matter, as the latest of several values is asked for.
 MODEL = (
     *("model=micro", "layout=cpu_single", "device=cpu", "mtp_num_layers=0"),
-    *("num_layers=2", "moe_layer_freq='([0]*1+[1]*1)'", "hidden_size=64", "ffn_hidden_size=128", "init_method_std=0.1"),
+    *(
+        "num_layers=2",
+        "moe_layer_freq='([0]*1+[1]*1)'",
+        "hidden_size=64",
+        "ffn_hidden_size=128",
+        "init_method_std=0.1",
+    ),
     *("num_attention_heads=4", "q_lora_rank=48", "kv_lora_rank=32", "qk_pos_emb_head_dim=16"),
     *("num_experts=4", "moe_router_num_groups=2", "moe_router_group_topk=1"),
     *("moe_ffn_hidden_size=64", "moe_shared_expert_intermediate_size=64"),
