@@ -42,15 +42,13 @@ PARALLEL_ARGS=(
 TRAINING_ARGS=(
     --bf16
     --global-batch-size "${GLOBAL_BATCH_SIZE:-15360}"
-    --train-iters "${TRAIN_ITERS:-235240}"
+    --train-tokens "${TRAIN_TOKENS:-14.8e12}"   # all schedules go by it (docs/recipe.md)
     --lr 2.2e-4
-    --min-lr 2.2e-5
-    --lr-warmup-iters "${LR_WARMUP_ITERS:-2000}"
-    --lr-decay-style WSD
-    --lr-decay-iters "${LR_DECAY_ITERS:-227292}"
-    --lr-wsd-decay-style cosine
-    --lr-wsd-decay-iters "${LR_WSD_DECAY_ITERS:-68347}"
+    --recompute-granularity selective
+    --recompute-modules layernorm mla_up_proj
 )
+# Another batch size than DeepSeek-V3's stays as it is; its own is reached from 3072 sequences on.
+[[ -n ${GLOBAL_BATCH_SIZE:-} ]] || TRAINING_ARGS+=(--batch-ramp 3072 768)
 DATA_ARGS=(
     --data-path "$DATA_PREFIX"
     --tokenizer-type HuggingFaceTokenizer

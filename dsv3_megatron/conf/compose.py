@@ -29,7 +29,7 @@ ALTERNATIVES = (
     ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
     ("global_batch_size", "step_batch_size_schedule"),
 )
-# Part of `train_tokens`: they go where it goes.
+# Part of `train_tokens`: they go where it goes. A ramp leads to the batch size of its file, not to one that is given.
 BY_TOKENS = ("batch_ramp", "last_lr")
 
 
@@ -122,10 +122,10 @@ def _displace_alternatives(cfg: DictConfig, given: set[str]) -> None:
             for name in names:
                 if name in cfg and name not in given:
                     cfg[name] = None
-    if cfg.get("train_tokens") is None:
-        for name in BY_TOKENS:
-            if name in cfg and name not in given:
-                cfg[name] = None
+    parts = BY_TOKENS if cfg.get("train_tokens") is None else ()
+    for name in (*parts, *(("batch_ramp",) if "global_batch_size" in given else ())):
+        if name in cfg and name not in given:
+            cfg[name] = None
 
 
 def _resolve_processes(cfg: DictConfig, started: int | None) -> None:

@@ -129,6 +129,15 @@ def test_an_override_displaces_its_alternatives() -> None:
     assert compose([]).lr_warmup_fraction == 0.1
 
 
+def test_train_iters_and_a_batch_size_displace_parts_of_the_schedules_by_tokens() -> None:
+    recipe = ["model=v3_671b", "layout=pp16_ep64"]
+    cfg = compose([*recipe, "train_iters=1000"])
+    assert (cfg.train_tokens, cfg.batch_ramp, cfg.last_lr) == (None, None, None) and cfg.train_iters == 1000
+    cfg = compose([*recipe, "global_batch_size=1024"])
+    assert float(cfg.train_tokens) == 14.8e12 and cfg.batch_ramp is None and cfg.last_lr == 7.3e-6
+    assert compose([*recipe, "global_batch_size=6144", "batch_ramp=[2048,512]"]).batch_ramp == [2048, 512]
+
+
 def test_virtual_stages_become_a_layer_layout() -> None:
     cfg = compose(["num_virtual_stages_per_pipeline_rank=2"])
     assert cfg.pipeline_model_parallel_layout == "Et|(t|)*2tmL"
