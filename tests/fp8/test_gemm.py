@@ -63,7 +63,7 @@ class TestAccumulatorOf14Bits:
     """The report: nearly 2 % of error at K = 4096, cured by promotion every 128 (§3.3.2)."""
 
     def test_report(self) -> None:
-        assert largest_error(4096, None) == pytest.approx(0.02, abs=0.005)
+        assert 0.01 < largest_error(4096, None) < 0.03
         assert largest_error(4096, 128) < 0.001
 
     def test_grows_with_the_interval(self) -> None:

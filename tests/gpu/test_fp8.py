@@ -1,0 +1,80 @@
+"""FP8 on one GPU: Transformer Engine under `--fp8-recipe dsv3` against the reference backend's exact emulation.
+
+The yardstick is the reference backend in fp32. Both compute in E4M3 by the same tiles, so TE's error may be at most a
+few times the emulation's; outputs of single layers are nearer, since they differ by bf16 rounding and the order of sums.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dsv3_megatron.fp8 import difference
+from dsv3_megatron.fp8.recipe import FACTORIES
+from tests.gpu.test_backends import BF16, TE, distance, one_gpu, outputs_and_gradients  # noqa: F401  (fixture)
+
+pytestmark = pytest.mark.gpu
+
+EMULATED = {"fp8_recipe": "dsv3"}
+TE_FP8 = {"fp8": "e4m3", "fp8_recipe": "custom", "fp8_quantizer_factory": FACTORIES + "dsv3"}
+FACTOR = 3.0
+
+
+def test_model(one_gpu: None, record_property: Callable[[str, object], None]) -> None:  # noqa: F811
+    exact = outputs_and_gradients({})
+    emulated = outputs_and_gradients(BF16 | EMULATED)
+    te = outputs_and_gradients(BF16 | TE | TE_FP8)
+    assert exact.keys() == emulated.keys() == te.keys()
+    errors = {
+        name: (distance(te[name], exact[name]), distance(emulated[name], exact[name])) for name in exact
+    }
+    worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-12))
+    record_property("loss_error_te", f"{errors['losses'][0]:.2e}")
+    record_property("loss_error_emulated", f"{errors['losses'][1]:.2e}")
+    record_property("worst", f"{worst}: TE {errors[worst][0]:.2e}, emulated {errors[worst][1]:.2e}")
+    far = {name: pair for name, pair in errors.items() if pair[0] > FACTOR * max(pair[1], 2.0**-5)}
+    assert not far, f"TE is more than {FACTOR}x as far from fp32 as the emulation: {far}"
+    assert errors["losses"][0] > 1e-5, "TE did not compute in FP8"
+
+
+@pytest.mark.parametrize("tokens, size_in, size_out", [(512, 7168, 2048), (1024, 2048, 7168)])
+def test_linear(
+    one_gpu: None,  # noqa: F811
+    record_property: Callable[[str, object], None],
+    tokens: int,
+    size_in: int,
+    size_out: int,
+) -> None:
+    """One Linear of V3's sizes, all three products, TE's quantisers against the reference's."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import CustomRecipe
+
+    from dsv3_megatron.fp8 import te_recipe
+    from dsv3_megatron.fp8.recipe import RECIPES
+
+    generator = torch.Generator().manual_seed(0)
+    x, w, dy = (
+        torch.randn(shape, generator=generator).bfloat16().cuda()
+        for shape in ((tokens, size_in), (size_out, size_in), (tokens, size_out))
+    )
+    layer = te.Linear(size_in, size_out, bias=False, params_dtype=torch.bfloat16)
+    layer.weight.data.copy_(w)
+    x.requires_grad_()
+    with te.autocast(enabled=True, recipe=CustomRecipe(qfactory=te_recipe.dsv3)):
+        y = layer(x)
+    y.backward(dy)
+    recipe = RECIPES["dsv3"]
+    q, scale = recipe.weight(w)
+    expected = {
+        "Fprop": (y, recipe.product(recipe.activation(x.detach()), (q, scale))),
+        "Dgrad": (x.grad, recipe.product(recipe.gradient(dy), (q.t(), scale.t()))),
+        "Wgrad": (
+            layer.weight.grad,
+            recipe.product(recipe.gradient(dy.t()), recipe.activation(x.detach().t())),
+        ),
+    }
+    for name, (got, wanted) in expected.items():
+        assert got is not None
+        error = difference(got, wanted)
+        record_property(name, f"{error:.2e}")
+        assert error < 1e-3, name
