@@ -126,7 +126,10 @@ def _attention(job: Job) -> Block:
         backward += up + e * heads * v
     if _recomputes(job, "layernorm"):
         backward += (FP32 + e) * h
-    return _block(job, kept(), _deferred(job, linear, job.tokens), forward, backward)
+    deferred = _deferred(job, linear, job.tokens)
+    if up_again and not job.precision.fp8:
+        deferred += e * (q_rank + kv_rank)  # the latents of the first forward beside those of the second
+    return _block(job, kept(), deferred, forward, backward)
 
 
 def _dense_mlp(job: Job) -> Block:
@@ -190,7 +193,10 @@ def _mtp_input(job: Job) -> Block:
         yield "mtp", "norm of the hidden states", normed + copy
         yield "mtp", "joined input of the projection", _cached(job, 2 * h) or e * 2 * h
 
-    return _block(job, kept(), _deferred(job, 3 * h, job.tokens))
+    deferred = _deferred(job, 3 * h, job.tokens)
+    if _recomputes(job, "layernorm") and not job.precision.fp8:
+        deferred += e * 2 * h
+    return _block(job, kept(), deferred)
 
 
 def _mtp_norm(job: Job) -> Block:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ _FEW_LAYERS = {
     "pipeline_model_parallel_layout": None,
     "pipeline_schedule": None,
     "context_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
     "micro_batch_size": 1,
     "global_batch_size": None,
     "step_batch_size_schedule": None,
@@ -112,7 +114,7 @@ def _build(cfg: Any, tp: int) -> ParameterCounts:
         few.num_layers, few.moe_layer_freq = 1, [int(has_moe)]
     few.moe_layer_freq = "(" + "+".join(f"[{flag}]*1" for flag in few.moe_layer_freq) + ")"
     ep = few.get("expert_model_parallel_size") or 1
-    world = max(tp, ep)
+    world = math.lcm(tp, ep)
     few.sequence_parallel = True if tp > 1 else few.get("sequence_parallel")
     print("counting parameters from real modules (once per model)", file=sys.stderr, flush=True)
     with quiet(), FakeWorld(to_megatron_argv(few), 0, world, world) as fake:

@@ -66,6 +66,11 @@ def at_full_batch(cfg: DictConfig) -> DictConfig:
 def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalance: float) -> Job:
     if not args.global_batch_size:
         raise PlanError("global_batch_size is not set: give the number of sequences of a step")
+    if args.num_experts and (args.expert_tensor_parallel_size or 1) != 1:
+        raise PlanError(
+            f"expert_tensor_parallel_size={args.expert_tensor_parallel_size}: the planner knows whole experts only; use "
+            "expert_tensor_parallel_size=1 (Megatron's default is tensor_model_parallel_size)"
+        )
     stages = tuple(_stages(cfg, args))
     layout = _layout(cfg, args, len(stages))
     args.num_moe_experts = args.num_experts  # as Megatron's model configuration calls it

@@ -150,7 +150,7 @@ class Job:
     @property
     def delays_weight_gradients(self) -> bool:
         """Whether the schedule runs weight gradients apart from the backward pass."""
-        return self.layout.schedule != "1f1b"
+        return self.layout.schedule not in ("1f1b", INTERLEAVED)
 
     @property
     def num_microbatches(self) -> int:

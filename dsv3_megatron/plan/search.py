@@ -69,7 +69,7 @@ class Candidate:
             "pipeline_model_parallel_layout=auto",
         ]
         if layout.tp > 1:
-            words.append("sequence_parallel=true")
+            words += ["sequence_parallel=true", "expert_tensor_parallel_size=1"]
         if layout.schedule == INTERLEAVED:
             words += [
                 "schedule=1f1b",

@@ -34,7 +34,7 @@ def test_json(capsys: pytest.CaptureFixture) -> None:
     assert published["tokens_per_s_per_gpu"] == pytest.approx(1542, rel=0.05)
     assert published["fits"] is True and plain["fits"] is False  # 1F1B in bf16
     half = _json(capsys, [*AS_DEEPSEEK, "global_batch_size=7680"])
-    assert half["step_s"] == pytest.approx(published["step_s"] / 2, rel=0.1)
+    assert 0.5 < half["step_s"] / published["step_s"] < 0.6  # the bubble and the update do not halve
     assert half["days_per_1t"] > published["days_per_1t"]
 
 

@@ -11,6 +11,9 @@ from dsv3_megatron.plan.from_config import at_full_batch, from_config
 from dsv3_megatron.plan.parameters import held_by
 
 
+ETP = ["expert_tensor_parallel_size=1"]
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -37,7 +40,7 @@ def _against_the_dry_run(overrides: list[str]) -> None:
     [
         ["model=tiny", "layout=cpu_pp4"],
         ["model=tiny", "layout=cpu_pp2_ep2", "schedule=dualpipe", "global_batch_size=32"],
-        ["model=tiny", "layout=cpu_pp2_ep2", "tensor_model_parallel_size=2", "sequence_parallel=true"],
+        ["model=tiny", "layout=cpu_pp2_ep2", "tensor_model_parallel_size=2", "sequence_parallel=true", *ETP],
     ],
     ids=["pp4", "dualpipe", "tp2"],
 )
@@ -78,7 +81,7 @@ def test_the_cache_is_read_and_belongs_to_one_configuration(monkeypatch: pytest.
         "num_experts=16",
         "q_lora_rank=12",
         "vocab_size=512",
-        "moe_layer_freq=([1]*4)",
+        'moe_layer_freq="([1]*4)"',
     ):
         count_parameters(compose(["model=micro", "layout=cpu_single", change]), 1)
         assert len(built) == 1, change
