@@ -1,7 +1,7 @@
 """FP8 on one GPU: Transformer Engine under `--fp8-recipe dsv3` against the reference backend's exact emulation.
 
 The yardstick is the reference backend in fp32. Both compute in E4M3 by the same tiles, so TE's error may be at most a
-few times the emulation's; outputs of single layers are nearer, since they differ by bf16 rounding and the order of sums.
+few times the emulation's; outputs of single layers are nearer: they differ by bf16 rounding and the order of sums.
 """
 
 from collections.abc import Callable
