@@ -58,10 +58,10 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While inside, the parameters hold the average."""
+        """While inside, the parameters hold the average; their own values wait in CPU memory."""
         self.wait()
         with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+            kept = {name: torch.empty_like(p, device="cpu").copy_(p) for name, p in self.parameters.items()}
             self.put()
             try:
                 yield

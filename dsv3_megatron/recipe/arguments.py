@@ -136,9 +136,11 @@ def ramp_of(args: Any) -> BatchRamp | None:
 
 
 def first_sample(args: Any, ramp: BatchRamp) -> int:
-    """Samples consumed when this run begins: where the newest checkpoint of `--load` left off."""
+    """Samples consumed when this run begins: where the checkpoint that `--load` names left off."""
     if not getattr(args, "load", None) or getattr(args, "finetune", False):
         return 0
+    if getattr(args, "ckpt_step", None):
+        return ramp.samples_after(args.ckpt_step)
     tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return ramp.samples_after(int(text)) if text.isdigit() else 0

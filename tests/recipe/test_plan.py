@@ -1,9 +1,12 @@
 """What of the ramp a layout can run: against the definition of a valid batch, and the published layout."""
 
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.pipeline import build_schedule
+from dsv3_megatron.recipe.arguments import first_sample
 from dsv3_megatron.recipe.plan import Replicas, first_misfit, plan
 from dsv3_megatron.recipe.schedules import Schedules
 
@@ -50,3 +53,14 @@ def test_fits_means_that_the_schedule_can_be_built(batch, dp, micro, ranks, sche
     except ValueError:
         built = False
     assert replicas.fits(batch) == (whole and built)
+
+
+def test_the_check_begins_where_the_checkpoint_left_off(tmp_path) -> None:
+    """The same command on all ranks is refused at first, and accepted from the second phase's checkpoint on."""
+    args = SimpleNamespace(load=str(tmp_path), finetune=False, ckpt_step=None)
+    assert first_sample(args, RAMP) == 0  # nothing there yet
+    for step, fits in ((4193, False), (4194, True)):
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
+        assert (first_misfit(RAMP, PUBLISHED, first_sample(args, RAMP)) is None) == fits
+    assert first_sample(SimpleNamespace(load=str(tmp_path), ckpt_step=2000), RAMP) == 2000 * 3072
+    assert first_sample(SimpleNamespace(load=str(tmp_path), finetune=True), RAMP) == 0
