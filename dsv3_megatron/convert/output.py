@@ -21,7 +21,7 @@ __all__ = ["PartialOutput", "naming"]
 
 
 class PartialOutput:
-    """The unfinished output of one conversion.
+    """The unfinished output of one conversion; a context manager that holds it against other processes.
 
     Args:
         output: the folder that will be there at the end; it must not exist, or be empty.
@@ -60,6 +60,12 @@ class PartialOutput:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConversionError(f"{self.folder}: another process is writing it") from error
+
+    def __enter__(self) -> "PartialOutput":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock_file.close()
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot fit.

@@ -25,6 +25,7 @@ __all__ = ["MegatronWeights", "megatron_to_hf"]
 
 SHARD_SIZE = 5_000_000_000  # bytes; about what the release has
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_NOT_WEIGHTS = ("optimizer.", "ema.")  # what a trainer saves besides the model
 _QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -59,7 +60,7 @@ def megatron_to_hf(
 
 
 class MegatronWeights:
-    """The model in a Megatron checkpoint by released names; optimizer state is not looked at.
+    """The model in a Megatron checkpoint by released names; optimizer state and averages are not looked at.
 
     Attributes:
         checkpoint: the files.
@@ -86,7 +87,7 @@ class MegatronWeights:
             self.checkpoint.check(weight.slot)
             used.add(self.checkpoint.locate(weight.slot).key)
         left = sorted(
-            key for key in keys.keys() - used if not key.startswith("optimizer.") and not self._is_scale(key)
+            key for key in keys.keys() - used if not key.startswith(_NOT_WEIGHTS) and not self._is_scale(key)
         )
         if left:
             raise ConversionError(
@@ -169,12 +170,13 @@ class _ToHF:
         total = sum(tensor.num_bytes for tensor in todo)
         self.output.check_space(total)
         self.progress = Progress("megatron-to-hf", total)
-        self.output.run(list(self.shards), self._convert, workers)
-        self.progress.close()
-        self._carry_over()
-        self._write_json(INDEX, self._index())
-        self._write_json(CONFIG, self._config())
-        self.output.finish()
+        with self.output:
+            self.output.run(list(self.shards), self._convert, workers)
+            self.progress.close()
+            self._carry_over()
+            self._write_json(INDEX, self._index())
+            self._write_json(CONFIG, self._config())
+            self.output.finish()
 
     def _tensors(self) -> list[_Tensor]:
         """Every tensor of the output in the order of the release, the copies of an MTP layer at its end."""
@@ -198,14 +200,19 @@ class _ToHF:
 
     def _write_shard(self, file: str, handle: BinaryIO) -> int:
         shard = self.shards[file]
-        handle.write(header_of(row for tensor in shard for row in tensor.rows()))
+        header = header_of(row for tensor in shard for row in tensor.rows())
         for tensor in shard:
             with self.output.tensor(file, tensor.name):
-                for value in self._values(tensor):
-                    write_tensor(handle, value)
+                if tensor is shard[0]:
+                    handle.write(header)
+                self._write_tensor(tensor, handle)
                 handle.flush()  # so that a full disk is found here, where the tensor is known
             self.progress.add(tensor.num_bytes)
         return len(shard)
+
+    def _write_tensor(self, tensor: _Tensor, handle: BinaryIO) -> None:
+        for value in self._values(tensor):
+            write_tensor(handle, value)
 
     def _values(self, tensor: _Tensor) -> tuple[Tensor, ...]:
         """A tensor's data, and its scale."""

@@ -70,12 +70,13 @@ class _ToMegatron:
         todo = {part: sum(map(self._num_bytes, self._names(part))) for part in waiting}
         self.output.check_space(sum(todo.values()))
         self.progress = Progress("hf-to-megatron", sum(todo.values()))
-        self.output.run(list(self.file_of), self._convert, workers)
-        self.progress.close()
-        self.output.write_part(_OBJECTS, self._write_objects)
-        self._write_metadata()
-        self._carry_over()
-        self.output.finish()
+        with self.output:
+            self.output.run(list(self.file_of), self._convert, workers)
+            self.progress.close()
+            self.output.write_part(_OBJECTS, self._write_objects)
+            self._write_metadata()
+            self._carry_over()
+            self.output.finish()
         return self.arch
 
     def _names(self, part: str) -> list[str]:
@@ -204,7 +205,14 @@ def _write(
 def _save(file: BinaryIO, value: Any) -> int:
     """As torch's own checkpoint writer does; bytes written."""
     begin = file.tell()
-    torch.save(value, file)
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(
+            error.__context__, OSError
+        ):  # after a write that failed torch fails in words of its own
+            raise error.__context__ from None
+        raise
     return file.tell() - begin
 
 

@@ -86,12 +86,21 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_goes_on_under_dualpipe_and_converts_back(converted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("dualpipe", pp=2),
+        pytest.param(Layout("dualpipe", pp=2, ep=2, world_size=4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_training_goes_on_under_dualpipe_and_converts_back(
+    layout: Layout, converted: Path, tmp_path: Path
+) -> None:
     """20 steps; then transformers has the trainer's loss of the same windows."""
     source = HFDirectory(converted / "hf")
     tokens = [torch.from_numpy(WINDOWS.tokens)]
     before = loss_of(of_transformers(source, tokens)[0])
-    layout = Layout("dualpipe", pp=2, ep=2, world_size=4)
     save = ["--train-iters", "20", "--save", str(tmp_path / "trained"), "--save-interval", "20"]
     trained = evaluated(layout, converted / "megatron", *save)
     megatron_to_hf(tmp_path / "trained", tmp_path / "back", hf_files=converted / "megatron" / "hf")
@@ -109,7 +118,7 @@ LAYOUTS = [
     Layout("1f1b", tp=2),
     Layout("1f1b", pp=2, ep=2, world_size=4),
     Layout("zb1p", pp=2),
-    Layout("dualpipe", pp=2, ep=1),
+    Layout("dualpipe", pp=2),
     Layout("dualpipe", pp=4, world_size=4),
     Layout("dualpipev", pp=2, ep=2, world_size=4),
 ]
