@@ -34,11 +34,11 @@ def sequence(rng: np.random.Generator, length: int) -> np.ndarray:
     values: dict[int, int] = {}
     for place, ask in zip(places, asks, strict=True):
         if ask:
-            key = list(values)[rng.integers(len(values))]
+            key = list(values)[int(rng.integers(len(values)))]
             tokens[place : place + 2] = FIRST_KEY + key, FIRST_VALUE + values[key]
         else:
-            key, value = rng.integers(NUM_KEYS), rng.integers(NUM_VALUES)
-            values[int(key)] = int(value)
+            key, value = int(rng.integers(NUM_KEYS)), int(rng.integers(NUM_VALUES))
+            values[key] = value
             tokens[place] = assignment(key, value)
     return tokens
 

@@ -11,6 +11,7 @@ and a number per token; attention query, key, value, output and a number per hea
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,15 +116,23 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError("measured in the forward pass only")
 
 
+def _norm(weight: torch.Tensor, x: torch.Tensor) -> Any:
+    return _FusedNorm.apply(x, weight)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *unused: Any, **named: Any) -> Any:
+    return _FusedAttention.apply(q, k, v)
+
+
 def _use_stand_ins(layer: Any) -> None:
     from dsv3_megatron.specs.attention import SDPACoreAttention
     from dsv3_megatron.specs.norm import RMSNorm
 
     for module in layer.modules():
         if isinstance(module, RMSNorm):
-            module.forward = lambda x, norm=module: _FusedNorm.apply(x, norm.weight)
+            setattr(module, "forward", partial(_norm, module.weight))  # noqa: B010
         elif isinstance(module, SDPACoreAttention):
-            module.forward = lambda q, k, v, *unused, **named: _FusedAttention.apply(q, k, v)
+            setattr(module, "forward", _attention)  # noqa: B010
 
 
 def _run(layer: Any) -> int:

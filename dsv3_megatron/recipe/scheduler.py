@@ -22,7 +22,7 @@ class FivePhaseScheduler(OptimizerParamScheduler):
     ) -> "FivePhaseScheduler":
         """The scheduler that Megatron has built from its arguments, with a last phase after it."""
         extended = cls.__new__(cls)  # its constructor would build what is there already
-        vars(extended).update(vars(scheduler), last_phase=last_phase, last_lr=last_lr)
+        extended.__dict__ = {**vars(scheduler), "last_phase": last_phase, "last_lr": last_lr}
         return extended
 
     def get_lr(self, param_group: dict) -> float:

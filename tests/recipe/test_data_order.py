@@ -38,8 +38,8 @@ def train(rank: int, world_size: int, words: list[str]) -> list[list[bytes]]:
     steps: list[list[bytes]] = []
     original = step.get_batch
 
-    def reading(*args: Any) -> dict[str, Any]:
-        batch = original(*args)
+    def reading(data_iterator: Any, model: Any) -> dict[str, Any]:
+        batch = original(data_iterator, model)
         steps[-1] += [row.numpy().astype(np.int64).tobytes() for row in batch["tokens"]]
         return batch
 

@@ -14,6 +14,7 @@ from dsv3_megatron.arguments.command_line import parse
 from dsv3_megatron.patching import install, unload
 from dsv3_megatron.recipe.arguments import apply, schedules_of
 from dsv3_megatron.recipe.install import set_constants
+from dsv3_megatron.recipe.schedules import Schedules
 from tests.recipe.test_schedules import GOLDEN
 
 SEQ = 4096
@@ -30,6 +31,12 @@ def args() -> argparse.Namespace:
     apply(parsed)
     parsed.start_weight_decay = parsed.end_weight_decay = parsed.weight_decay
     return parsed
+
+
+def published(args: argparse.Namespace) -> Schedules:
+    schedules = schedules_of(args)
+    assert schedules is not None
+    return schedules
 
 
 def new_scheduler(args: argparse.Namespace, monkeypatch) -> OptimizerParamScheduler:
@@ -77,7 +84,7 @@ def test_borders(args, calculator, monkeypatch) -> None:
         calculator.update_num_microbatches(samples, consistency_check=True)
         assert calculator.get_current_global_batch_size() == batch
         assert calculator.get_num_microbatches() == batch // 128
-        set_constants(model, schedules_of(args), samples)
+        set_constants(model, published(args), samples)
         assert (config.moe_router_bias_update_rate, config.mtp_loss_scaling_factor) == (gamma, mtp_weight)
 
 
@@ -85,7 +92,7 @@ def test_borders(args, calculator, monkeypatch) -> None:
 def test_resume_inside_each_phase(tokens: int, args, calculator, monkeypatch) -> None:
     """A scheduler that loads another's state goes on exactly as that one; so do the batches."""
     straight, resumed = new_scheduler(args, monkeypatch), new_scheduler(args, monkeypatch)
-    schedules = schedules_of(args)
+    schedules = published(args)
     straight.step(tokens // SEQ)
     resumed.load_state_dict(straight.state_dict())
     for later in (0, 1, 15360, 10**9 // SEQ, 100 * 10**9 // SEQ):
@@ -116,7 +123,7 @@ def test_steps_of_the_run_are_megatrons(args, calculator, monkeypatch) -> None:
     counted = copy.copy(args)
     counted.train_iters = None
     training.update_train_iters(counted)
-    ramp = schedules_of(args).ramp
+    ramp = published(args).ramp
     assert (
         ramp.samples_after(counted.train_iters - 1)
         < args.train_samples

@@ -70,7 +70,7 @@ def test_steps_of_a_ramp_are_those_of_a_loop(
     end = start + increment * num_increments
     ramp = Schedules(train_tokens=tokens, batch_size=end, batch_ramp=(start, increment)).ramp
     steps = samples = 0
-    firsts = {}
+    firsts: dict[int, tuple[int, int]] = {}
     while samples < ramp.thresholds[-1] and steps < 2000:
         firsts.setdefault(ramp.batch_size(samples), (steps, samples))
         assert ramp.samples_after(steps) == samples
