@@ -49,7 +49,8 @@ def test_fp8_is_on() -> None:
     one = whole(PROBLEM)
     assert one.lm_loss != plain.lm_loss and one.lm_loss == pytest.approx(plain.lm_loss, rel=5e-3)
     for name, difference in differences(one, plain).items():
-        assert 1e-3 < difference < 0.6, (name, difference)
+        # Some tokens go to other experts, whose gradients are of other tokens then.
+        assert 1e-3 < difference < (2 if ".experts." in name or "router" in name else 0.6), (name, difference)
 
 
 def test_expert_parallel() -> None:
