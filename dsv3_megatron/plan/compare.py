@@ -72,7 +72,7 @@ def comparison(job: Job, gpu: Gpu, counts: ParameterCounts) -> str:
         try:
             result: Plan = plan(with_layout(job, layout), gpu, counts)
         except (PlanError, ValueError) as error:
-            lines.append(f"| {name} | {error} | | | | |")
+            lines.append(f"| {name} | {layout.num_stages} | none: {str(error).split(';')[0]} | | | |")
             continue
         peak = max(result.memory_gib)
         verdict = "" if result.fits else " (does not fit)"

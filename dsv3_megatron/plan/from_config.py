@@ -68,7 +68,7 @@ def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalan
         raise PlanError("global_batch_size is not set: give the number of sequences of a step")
     if args.num_experts and (args.expert_tensor_parallel_size or 1) != 1:
         raise PlanError(
-            f"expert_tensor_parallel_size={args.expert_tensor_parallel_size}: the planner knows whole experts only; use "
+            f"expert_tensor_parallel_size={args.expert_tensor_parallel_size}: the planner knows whole experts; use "
             "expert_tensor_parallel_size=1 (Megatron's default is tensor_model_parallel_size)"
         )
     stages = tuple(_stages(cfg, args))

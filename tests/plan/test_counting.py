@@ -10,7 +10,6 @@ from dsv3_megatron.plan.counting import count_parameters, moe_pattern, quiet
 from dsv3_megatron.plan.from_config import at_full_batch, from_config
 from dsv3_megatron.plan.parameters import held_by
 
-
 ETP = ["expert_tensor_parallel_size=1"]
 
 
