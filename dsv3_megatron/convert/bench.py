@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="keep", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measured:
-        print(json.dumps(measured(*options.measured, dtype=options.dtype)))
+        command, source, output, workers = options.measured
+        print(json.dumps(measured(command, source, output, workers, options.dtype)))
         return
     print(json.dumps(bench(options)))
 

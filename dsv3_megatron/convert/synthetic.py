@@ -34,7 +34,7 @@ def synthetic_release(folder: Path, num_bytes: float, fp8: bool = False) -> Arch
         if sum(map(_size, shards[-1])) + _size(row) > _SHARD and shards[-1]:
             shards.append([])
         shards[-1].append(row)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write(folder / name, shard)

@@ -171,12 +171,12 @@ class _ToMegatron:
         entries = tensors | {key: BytesStorageMetadata() for key in objects}
         metadata = Metadata(state_dict_metadata=entries, storage_data=storage)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        for name, content in (
-            (f"{RELEASE}/{METADATA}", pickle.dumps(metadata)),
-            (f"{RELEASE}/metadata.json", json.dumps(config).encode()),
-            (TRACKER, RELEASE.encode()),
-        ):
-            self.output.write_part(name, lambda file, content=content: file.write(content))
+        self._write_file(f"{RELEASE}/{METADATA}", pickle.dumps(metadata))
+        self._write_file(f"{RELEASE}/metadata.json", json.dumps(config).encode())
+        self._write_file(TRACKER, RELEASE.encode())
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        self.output.write_part(name, lambda file: file.write(content))
 
     def _carry_over(self) -> None:
         """Configuration and tokenizer, and anything else small: for the way back."""

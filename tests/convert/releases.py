@@ -89,10 +89,10 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def rewrite(folder: Path, tensors: dict[str, Tensor], num_shards: int = 1) -> None:
     """Replace the directory's tensors."""
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(num_shards):
         file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         own = names[shard::num_shards]

@@ -4,10 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DeepseekV3ForCausalLM
 
 from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.hf_directory import HFDirectory
@@ -48,6 +50,20 @@ def test_round_trip_is_byte_identical(dtype: torch.dtype, tmp_path: Path) -> Non
     assert different <= {"dtype", "torch_dtype"}
     result = verify(tmp_path / "back", tmp_path / "megatron", logits=False)
     assert result == {"tensors": len(expected), "max_abs_diff": 0.0, "logits_max_abs_diff": None}
+
+
+def test_transformers_loads_what_comes_out(whole: Path, converted: Path, tmp_path: Path) -> None:
+    """From the files, with nothing missing or left over but the MTP layer, which transformers does not build."""
+    megatron_to_hf(converted, tmp_path / "back", dtype="bf16")
+    loaded, report = DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert all(name.startswith("model.layers.3.") for name in report["unexpected_keys"])
+    original = DeepseekV3ForCausalLM.from_pretrained(whole, dtype=torch.float32).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        keeps = name.endswith("e_score_correction_bias")
+        assert torch.equal(tensor, original[name] if keeps else original[name].bfloat16().float()), name
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3], ids=["amax_448", "other_scales"])
@@ -204,9 +220,14 @@ def test_damaged_input_is_named_and_nothing_looks_complete(damage: str, whole: P
 
 
 def test_both_spellings_of_rope_give_the_same_model(whole: Path, tmp_path: Path) -> None:
-    yarn = {"factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+    yarn: dict[str, Any] = {
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
     yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0}
-    spellings = [
+    spellings: list[dict[str, Any]] = [
         {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": {"type": "yarn", **yarn}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **yarn}},
     ]

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 ) -> None:
     stored = release(tmp_path / "hf")
     needed = sum(tensor.numel() * 4 for tensor in stored.values())
-    usage = type("Usage", (), {"free": needed - 1})
+    usage = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         ConversionError, match=r"--output .*megatron: 0.00 GB are to be written, 0.00 GB are free"

@@ -111,6 +111,8 @@ def test_training_goes_on_under_dualpipe_and_converts_back(
     assert back.architecture == source.architecture
     unchanged = [n for n in source.weights if torch.equal(source.stored(n), back.stored(n))]
     assert unchanged == []
+    experts = [back.stored(n) for n in back.weights if ".experts." in n and n.endswith("up_proj.weight")]
+    assert len({tensor.numpy().tobytes() for tensor in experts}) == len(experts) == 4 * 8
 
 
 LAYOUTS = [
@@ -148,7 +150,8 @@ def load_in_every_layout(rank: int, world_size: int, checkpoint: str, hf: str) -
 
     from dsv3_megatron.specs.names import global_names, named_weights
 
-    source, compared = HFDirectory(Path(hf)), set()
+    source = HFDirectory(Path(hf))
+    compared: set[str] = set()
     for groups in GROUPS:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(**{n: v for n, v in groups.items() if n.endswith("_size")})
@@ -166,6 +169,9 @@ def load_in_every_layout(rank: int, world_size: int, checkpoint: str, hf: str) -
 
 
 def test_weights_are_equal_in_every_layout(converted: Path) -> None:
-    folders = {"checkpoint": str(converted / "megatron" / "release"), "hf": str(converted / "hf")}
+    folders: dict[str, Any] = {
+        "checkpoint": str(converted / "megatron" / "release"),
+        "hf": str(converted / "hf"),
+    }
     compared = run_distributed(load_in_every_layout, world_size=2, **folders)
     assert set().union(*compared) == set(HFDirectory(converted / "hf").weights)
