@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_megatron.resilience import checkpoints, watch
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.resilience import checkpoints, save_path, watch
 
 
 class SaveFailed(RuntimeError):
@@ -29,9 +31,8 @@ def around_save(original: Callable[..., Any], call: dict[str, Any]) -> Any:
         result = original(**call)
         if not args.async_save:
             _on_rank_0(lambda: checkpoints.settle(checkpoints.folder_of(root, iteration)))
-    except Exception as error:
-        if (cause := _write_error(error)) is None:
-            raise
+    except (OSError, CheckpointException) as error:
+        cause = _write_error(error, root)
         complete = checkpoints.complete_iterations(root)
         raise SaveFailed(
             f"the checkpoint of iteration {iteration} could not be written to --save {root}: {cause}. "
@@ -128,17 +129,15 @@ def _on_rank_0(action: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def _write_error(error: BaseException) -> str | None:
-    """The system's words, where an error comes from a file that could not be written."""
-    failures = getattr(
-        error, "failures", None
-    )  # torch's CheckpointException: by rank, from the ranks that wrote
-    if failures:
-        for rank, failure in sorted(failures.items()):
-            inner = failure[0] if isinstance(failure, tuple) else failure
-            if (text := _write_error(inner)) is not None:
-                return f"{text} (rank {rank})"
+def _write_error(error: OSError | CheckpointException, root: Path) -> str:
+    """The system's words. Megatron's writers keep only the kind of an error, so each rank tries to write once more."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    following = error.__cause__ or error.__context__
-    return None if following is None else _write_error(following)
+    try:
+        save_path.check(root, dist.get_rank())
+        mine = None
+    except RefusedArgument as refused:
+        mine = f"{refused.__cause__.strerror if isinstance(refused.__cause__, OSError) else refused} (rank {dist.get_rank()})"
+    everyones: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)  # a failed write is raised on all ranks
+    return "; ".join(text for text in everyones if text) or str(error)

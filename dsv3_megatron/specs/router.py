@@ -105,7 +105,8 @@ class DSV3Router(TopKRouter):
             probs [S·B, E] of the logits' dtype and routing_map [S·B, E] bool.
         """
         seq_length, _, num_experts = logits.shape
-        valid = None if padding_mask is None else ~self._own_part(padding_mask, seq_length)
+        # Contiguous: the mask comes transposed, and its layout would become that of the gradient of the logits.
+        valid = None if padding_mask is None else (~self._own_part(padding_mask, seq_length)).contiguous()
         scores = routing.affinity(logits)
         weights, indices = routing.group_limited_topk(
             scores.flatten(0, 1),

@@ -17,28 +17,33 @@ from tests.resilience.ranks import SCHEDULES, WORDS
 
 @dataclass(frozen=True)
 class Fault:
-    """In step `step` (from 1) the decoder's output of `chunk` on `rank` is multiplied by `factor` in one pass."""
+    """In step `step` (from 1) a module's output on `rank` is multiplied by `factor` in one pass of `chunk`."""
 
     rank: int
     chunk: int
     number: int
     step: int
     factor: float = float("nan")
+    module: str = "decoder"
+    calls: int = 1  # of the module in a pass
 
     def inject(self, call: dict[str, Any]) -> None:
         if call["iteration"] + 1 != self.step or torch.distributed.get_rank() != self.rank:
             return
-        passes = [0]
+        done = [0]
 
-        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            passes[0] += 1
-            if passes[0] != self.number + 1:
+        def spoil(module: Any, inputs: Any, output: Any) -> Any:
+            done[0] += 1
+            if (done[0] - 1) // self.calls != self.number:
                 return output
-            hook.remove()
-            return output * self.factor
+            return (
+                (output[0] * self.factor, *output[1:]) if isinstance(output, tuple) else output * self.factor
+            )
 
-        decoder = next(m for name, m in call["model"][self.chunk].named_modules() if name.endswith("decoder"))
-        hook = decoder.register_forward_hook(spoil)
+        spoilt = next(
+            m for name, m in call["model"][self.chunk].named_modules() if name.endswith(self.module)
+        )
+        spoilt.register_forward_hook(spoil)
 
 
 def state_of(call: dict[str, Any]) -> list[torch.Tensor]:
@@ -142,11 +147,12 @@ def test_stop_ends_all_ranks_with_the_place(schedule: str, fault: Fault, named: 
 
 @pytest.mark.slow
 def test_a_spike_is_named_with_its_loss(tmp_path: Path) -> None:
-    """Multiplied features before the final norm change nothing; negative ones do."""
-    fault = Fault(rank=1, chunk=0, number=2, step=4, factor=-1.0)
-    ranks = run(tmp_path, "1f1b", fault, "--on-bad-step", "skip", "--loss-spike-factor", "1.0001")
+    """Logits a thousand times too large; the output layer serves the main model and MTP."""
+    fault = Fault(rank=1, chunk=0, number=2, step=4, factor=1000.0, module="output_layer", calls=2)
+    ranks = run(tmp_path, "1f1b", fault, "--on-bad-step", "skip", "--loss-spike-factor", "2")
+    assert ranks[0]["trail"] == [0, 1, 2, 3, 3, 4, 5]
     found = re.search(
-        r"step 4 is bad: .*loss ([\d.]+) per token is above ([\d.]+) on rank 1, stage 1, microbatch 2",
+        r"step 4 is bad: loss ([\d.]+) per token is above ([\d.]+) on rank 1, stage 1, microbatch 2: skip",
         ranks[0]["printed"],
     )
     assert found and float(found[1]) > float(found[2])
