@@ -63,8 +63,9 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _exchange(grad, ctx.group, *ctx.splits, eps=None if ctx.to_experts else 0.0)
-        return grad, None, None, None, None
+        output_splits, input_splits = ctx.splits
+        eps = None if ctx.to_experts else 0.0
+        return _exchange(grad, ctx.group, output_splits, input_splits, eps), None, None, None, None
 
 
 def _exchange(x: Tensor, group: Any, output_splits: Any, input_splits: Any, eps: float | None) -> Tensor:
@@ -80,6 +81,8 @@ class FP8AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     With one expert-parallel rank nothing is sent, and the experts' own quantisation gives the same numbers.
     """
+
+    tokens_per_expert: Any
 
     def token_dispatch(self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor) -> Any:
         """Tokens [n, h] and probs [n] to the ranks of their experts."""
@@ -102,6 +105,8 @@ class FP8AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
 class FP8MoELayer(MoELayer):
     """Megatron's MoE layer with FP8 dispatch."""
+
+    token_dispatcher: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -132,10 +132,10 @@ class _Linear(torch.autograd.Function):
             dist.all_reduce(grad_x, group=ctx.tp_group)
         weight_grad = None
         if ctx.needs_input_grad[1]:
-            cached = ctx.saved_tensors
+            cached, scale = ctx.saved_tensors
             if ctx.sequence_parallel:
-                cached = _gather(cached, ctx.tp_group)
-            x = unpack_e5m6(*cached, ctx.shape[-1]) if ctx.e5m6 else dequantize(*cached)
+                cached, scale = _gather((cached, scale), ctx.tp_group)
+            x = unpack_e5m6(cached, scale, ctx.shape[-1]) if ctx.e5m6 else dequantize(cached, scale)
             weight_grad = layer.finish_weight_grad(x, grad)
         return None if grad_x is None else grad_x.view(ctx.shape), weight_grad, *[None] * 5
 

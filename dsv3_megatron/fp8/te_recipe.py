@@ -67,7 +67,7 @@ def lacking() -> str:
     for what, find in (("CustomRecipe", _recipe_class), ("Float8BlockQuantizer", _quantizer_class)):
         try:
             find()
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, OSError):
             return what
     return ""
 

@@ -42,9 +42,9 @@ class Backend:
     duplicated: type
     norm_column: type | None
     routed_experts: Callable[..., Any]
-    mlp: type[MLP] = MLP
-    shared_expert: type[SharedExpertMLP] = SharedExpertMLP
-    moe_layer: type[MoELayer] = MoELayer
+    mlp: Any = MLP
+    shared_expert: type = SharedExpertMLP
+    moe_layer: type = MoELayer
     dense_keys: dict[str, str] = field(default_factory=dict)
     moe_keys: dict[str, str] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ rank, so experts' weight gradients differ with expert parallelism by the error o
 """
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def layer_under_tensor_parallelism(
     fields = {"tensor_model_parallel_size": world_size, "sequence_parallel": world_size > 1}
     options = {"config": config(delay=delay, **fields), "init_method": torch.nn.init.zeros_, "bias": False}
     row = kind in ("row", "attention", "down")
-    layer = KINDS[kind](
+    layer: Any = KINDS[kind](
         size, size, skip_bias_add=False, **options, **({"input_is_parallel": True} if row else {})
     )
 

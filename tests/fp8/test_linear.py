@@ -173,13 +173,14 @@ class TestByHand:
             u = by_hand.linear(x_e, w1, torch.zeros(len(x_e), len(w1)), pow2_input=True).y.to(dtype)
             down = by_hand.swiglu_linear(u, probs_e, w2, dy_e, pow2_gradient=True)
             up = by_hand.linear(x_e, w1, down.dx.to(dtype), pow2_input=True)
-            for got, wanted in (
+            pairs: list[tuple[Any, Any]] = [
                 (y[rows_e], down.y),
                 (x.grad[rows_e], up.dx),
                 (probs.grad[rows_e], down.dprobs),
                 (w1.main_grad, up.dw),
                 (w2.main_grad, down.dw),
-            ):
+            ]
+            for got, wanted in pairs:
                 # u and its gradient are rounded (to bf16) before they are quantised: another code at midpoints.
                 difference = (got.double() - wanted).norm() / wanted.norm()
                 assert difference <= (2e-3 if dtype == torch.float32 else 1e-2), difference

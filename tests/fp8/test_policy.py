@@ -57,7 +57,13 @@ class TestReference:
             module.register_forward_hook(record(row.what))
         gate = model.decoder.layers[1].mlp.router
         gating = gate.gating
-        gate.gating = lambda x: dtypes.setdefault("logits", set()).add((y := gating(x)).dtype) or y
+
+        def recorded(x: torch.Tensor) -> torch.Tensor:
+            logits = gating(x)
+            dtypes["logits"] = {logits.dtype}
+            return logits
+
+        gate.gating = recorded
         model(**random_batch(), attention_mask=None)
         assert dtypes["attention operators"] == dtypes["norms"] == {torch.bfloat16}
         assert dtypes["embedding"] == {torch.bfloat16}

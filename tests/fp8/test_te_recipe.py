@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from dsv3_megatron.fp8 import te_recipe
-from dsv3_megatron.fp8.te_recipe import FP32_SCALES, settings_of
+from dsv3_megatron.fp8.te_recipe import FP32_SCALES, Settings, settings_of
 
 
 def role(module_type: str, tensor_type: str, name: str = "") -> SimpleNamespace:
@@ -19,7 +19,7 @@ def role(module_type: str, tensor_type: str, name: str = "") -> SimpleNamespace:
 def test_settings(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FP32_SCALES, "1")
 
-    def of(tensor: str) -> tuple:
+    def of(tensor: str) -> Settings:
         return settings_of(role("linear", tensor) if form == "object" else f"linear_{tensor}")
 
     assert of("weight") == (2, 1e-4, False)
