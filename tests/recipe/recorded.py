@@ -23,7 +23,8 @@ def words(samples: int, batch: tuple[int, int, int], *more: str) -> list[str]:
         start,
         increment,
     ]
-    rest = ["--use-distributed-optimizer", "--log-interval", "1000"]
+    rest = ["--num-layers", "2", "--moe-layer-freq", "[0]*1+[1]*1", "--use-distributed-optimizer"]
+    rest += ["--dist-ckpt-optim-fully-reshardable", "--log-interval", "1000"]
     return ["--spec", "dsv3", "--device", "cpu", *micro, *recipe, *rest, *more]
 
 
