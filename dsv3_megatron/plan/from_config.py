@@ -34,21 +34,24 @@ def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
     Errors: RefusedArgument, from the trainer's own checks or the planner's.
     """
     gpu = gpu_named(cfg.cluster.gpu)
-    with quiet():
-        args = _validated(cfg)
+    args = validated_args(cfg)
     counts = count_parameters(cfg, args.tensor_model_parallel_size)
     return Planned(_job(cfg, args, counts, load_imbalance), gpu, counts)
 
 
-def _validated(cfg: DictConfig) -> Namespace:
-    """Megatron's arguments of rank 0; the modules are those that exist everywhere."""
+def validated_args(cfg: DictConfig) -> Namespace:
+    """Megatron's arguments of rank 0; the modules are those that exist everywhere.
+
+    Errors: RefusedArgument, from the trainer's refusals or Megatron's.
+    """
     from dsv3_megatron import dualpipe
     from dsv3_megatron.cpu import CPU_FLAGS
     from dsv3_megatron.dryrun.world import megatron_args
 
     words = [*to_megatron_argv(at_full_batch(cfg)), *CPU_FLAGS]
     try:
-        return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
+        with quiet():
+            return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
     finally:
         dualpipe.activate("1f1b", None)
 

@@ -29,7 +29,6 @@ RECOMPUTE = (
     (),
     ("layernorm", "mla_up_proj"),
     ("layernorm", "mla_up_proj", "moe_act"),
-    ("layernorm", "mla_up_proj", "moe_act", "mlp", "shared_experts"),
 )
 # (schedule, chunks per rank)
 SCHEDULES = (("1f1b", 1), ("zb1p", 1), ("dualpipe", 1), ("dualpipev", 1), (INTERLEAVED, 2), (INTERLEAVED, 4))

@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {tp: count_parameters(cfg, tp) for tp in space.tensor_model_parallel_size}
     print("searching", file=sys.stderr, flush=True)
     begun = time.perf_counter()
-    found = search(planned.job, planned.gpu, counts, space, best)
+    found = search(planned.job, planned.gpu, counts, space, 2 * best)
     seconds = time.perf_counter() - begun
-    refused = refused_by_trainer(found, request)
+    refused = refused_by_trainer(found, request, best)
     reference = request.reference(options.load_imbalance)
     if options.output == "json":
         print(json.dumps(as_dict(found, seconds, reference)))
@@ -140,27 +140,21 @@ class Request:
         return " ".join(words), plan(planned.job, planned.gpu, planned.counts)
 
 
-def refused_by_trainer(found: Found, request: Request) -> list[str]:
-    """Drops the best ones that the trainer itself would refuse; one line for each, with its words."""
-    from dsv3_megatron.conf.argv import to_argv
-    from dsv3_megatron.plan.from_config import at_full_batch
+def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[str]:
+    """Keeps the `num_best` fastest that the trainer would start; one line for each faster one that it refuses."""
+    from dsv3_megatron.plan.from_config import validated_args
 
     lines, kept = [], []
     for result, candidate in found.best:
+        if len(kept) == num_best:
+            break
         try:
-            cfg = compose(request.base + candidate.overrides())
-            _complete(to_argv(at_full_batch(cfg)))
+            validated_args(compose(request.base + candidate.overrides()))
             kept.append((result, candidate))
         except RefusedArgument as error:
             lines.append(f"refused by the trainer: {_row(result, candidate)}: {error}")
     found.best = kept
     return lines
-
-
-def _complete(words: list[str]) -> None:
-    from dsv3_megatron.arguments import complete
-
-    complete([word for word in words if word not in ("--device", "cpu", "cuda")])
 
 
 def _row(result: Plan, candidate: Candidate) -> str:
