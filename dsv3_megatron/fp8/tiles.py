@@ -127,7 +127,7 @@ def ceil_to_power_of_two(x: Tensor) -> Tensor:
 
 
 def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
-    """scale as a factor of a [M, K] matrix: repeated to [M or 1, K] along the directions that share scales."""
+    """scale as a factor of a [M, K] matrix: [M or 1, K or 1], repeated along the directions that share scales."""
     for dim in (0, 1):
         size, tiles = shape[dim], -(-shape[dim] // TILE)
         if scale.size(dim) == size:
@@ -137,7 +137,8 @@ def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
                 f"scale of shape {tuple(scale.shape)} does not belong to a matrix of shape {tuple(shape)}: dimension "
                 f"{dim} must be {size} or {tiles} (one scale per {TILE})"
             )
-        scale = scale.repeat_interleave(TILE, dim)[(slice(None),) * dim + (slice(size),)]
+        if tiles > 1:  # one tile is broadcast
+            scale = scale.repeat_interleave(TILE, dim)[(slice(None),) * dim + (slice(size),)]
     return scale
 
 
@@ -146,7 +147,7 @@ def amax_of_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
     if x.dim() != 2:
         raise ValueError(f"expected a matrix, got shape {tuple(x.shape)}")
     amax = _largest(x.abs(), rows, columns).float()
-    if not bool(amax.isfinite().all()):
+    if not bool((amax < torch.inf).all()):  # also where it is NaN
         finite = torch.where(x.isfinite(), x.abs(), 0.0)
         amax = _largest(finite, rows, columns).float()
     return amax
