@@ -139,6 +139,11 @@ def _grouped_gemm(args: Namespace) -> Any:
     return NOT_SET if getattr(args, "transformer_impl", "") == "local" else True
 
 
+def _communication_sms(args: Namespace) -> Any:
+    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself."""
+    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" else NOT_SET
+
+
 def _cp_comm_type(args: Namespace) -> Any:
     """The reference backend gathers keys and values; Transformer Engine can also pass them around."""
     gathers = (
@@ -378,6 +383,13 @@ SETTINGS: tuple[Setting, ...] = (
         "fixed",
         "R§3.2.2: all-to-all; flex is DeepEP",
         ("flex",),
+    ),
+    Setting(
+        "moe_flex_dispatcher_num_sms",
+        _communication_sms,
+        "--moe-flex-dispatcher-num-sms",
+        "run",
+        "R§3.2.2: 10 channels, 20 SMs",
     ),
     Setting(
         "moe_grouped_gemm", _grouped_gemm, "--moe-grouped-gemm", "run", "one GEMM call for all local experts"
