@@ -144,7 +144,8 @@ def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[st
     """Keeps the `num_best` fastest that the trainer would start; one line for each faster one that it refuses."""
     from dsv3_megatron.plan.from_config import validated_args
 
-    lines, kept = [], []
+    lines: list[str] = []
+    kept: list[tuple[Plan, Candidate]] = []
     for result, candidate in found.best:
         if len(kept) == num_best:
             break
