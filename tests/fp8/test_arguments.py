@@ -6,7 +6,8 @@ from argparse import ArgumentParser
 import pytest
 
 from dsv3_megatron.arguments import RefusedArgument, complete, megatron_parser
-from dsv3_megatron.arguments.command_line import parse
+from dsv3_megatron.arguments.command_line import parse, parse_given
+from dsv3_megatron.arguments.complete import missing_words
 from dsv3_megatron.arguments.entry import complete_command_line
 from dsv3_megatron.fp8.recipe import FACTORIES, RECIPES, recipe_of
 from tests.arguments.lines import MICRO
@@ -71,3 +72,13 @@ def test_hydra() -> None:
 def test_an_unknown_recipe_names_ours() -> None:
     with pytest.raises(RefusedArgument, match=r"--fp8-recipe.*deepseek.*dsv3"):
         complete([*MICRO, *LOCAL, "--fp8-recipe", "deepseek"])
+
+
+def test_deepep_has_20_sms_and_no_fp8() -> None:
+    """Through Megatron's flex dispatcher 20 SMs communicate (report §3.2.2); FP8 dispatch there is refused."""
+    flex = [*MICRO, *LOCAL, "--moe-token-dispatcher-type", "flex"]
+    parser = megatron_parser()
+    args = parse(parser, flex + missing_words(parse_given(parser, flex)))
+    assert args.moe_flex_dispatcher_num_sms == 20
+    with pytest.raises(RefusedArgument, match=r"flex: Megatron 0.19 dispatches nothing but bf16"):
+        complete([*flex, "--fp8-recipe", "dsv3"])
