@@ -56,10 +56,9 @@ class _ToMegatron:
     def __init__(self, source: HFDirectory, output: Path, dtype: str):
         self.source, self.arch = source, source.architecture
         self.dtype = _DTYPES.get(dtype)
-        self.part_of = {
-            file: f"{RELEASE}/__{number}_0.distcp" for number, file in enumerate(sorted(source.files))
+        self.file_of = {
+            f"{RELEASE}/__{number}_0.distcp": file for number, file in enumerate(sorted(source.files))
         }
-        self.file_of = {part: file for file, part in self.part_of.items()}
         files = {name: [file.size, file.path.stat().st_mtime_ns] for name, file in source.files.items()}
         self.output = PartialOutput(
             output, {"from": str(source.folder.resolve()), "files": files, "dtype": dtype}
