@@ -133,11 +133,12 @@ def _write_error(error: OSError | CheckpointException, root: Path) -> str:
     """The system's words. Megatron's writers keep only the kind of an error, so each rank tries to write once more."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    mine: str | None = None
     try:
         save_path.check(root, dist.get_rank())
-        mine = None
     except RefusedArgument as refused:
-        mine = f"{refused.__cause__.strerror if isinstance(refused.__cause__, OSError) else refused} (rank {dist.get_rank()})"
+        assert isinstance(refused.__cause__, OSError)
+        mine = f"{refused.__cause__.strerror} (rank {dist.get_rank()})"
     everyones: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)  # a failed write is raised on all ranks
     return "; ".join(text for text in everyones if text) or str(error)

@@ -206,6 +206,13 @@ def test_overlapped_pairs(schedule: str, order: str, without_mtp: Setup) -> None
     assert (step["pairs"] > 0) == (schedule != "zb1p")
 
 
+@pytest.mark.slow
+def test_micro_batches_of_two_rows(with_mtp: Setup) -> None:
+    """They are laid side by side; the balance loss takes padding masks of more than one row too."""
+    check_no_crossing(with_mtp.step("1f1b", world_size=1, pp=1, words="--micro-batch-size 2"))
+    with_mtp.step("1f1b", world_size=1, pp=1, words="--micro-batch-size 2 --moe-aux-loss-coeff 1e-4")
+
+
 def test_the_model_can_tell(with_mtp: Setup) -> None:
     """The comparison is not between zeros: every kind of weight has a gradient."""
     sizes = {name: float(grad.abs().max()) for name, grad in with_mtp.reference["grads"].items()}
