@@ -117,7 +117,7 @@ class _Peak:
         return self
 
     def _sample(self) -> None:
-        while not self._stop.wait(0.002):
+        while not self._stop.wait(0.02):
             self.bytes = max(self.bytes, _anonymous_bytes())
 
     def __exit__(self, *_: object) -> None:
