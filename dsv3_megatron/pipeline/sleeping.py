@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .autograd_stage import WeightGradients
+from .autograd_stage import AutogradStage, WeightGradients
 from .stage import Half
 
 MESSAGE_SHAPE = (8, 1, 1)  # as Megatron sends it: sequence, microbatch size, hidden
@@ -108,6 +108,7 @@ def stamped() -> Tensor:
 
 def as_one_block(forward: Half, backward: Half) -> None:
     """An overlapped pair as the tables have it: starts with both inputs, and both results leave at its end."""
+    assert isinstance(forward.stage, AutogradStage) and isinstance(backward.stage, AutogradStage)
     activation, gradient = forward.receive(), backward.receive()
     now = time.perf_counter()
     sleep_until(

@@ -56,9 +56,10 @@ def documents(folder, tmp_path, name: str, **settings) -> tuple[list[list[int]],
     encode_shard(
         pieces, folder, tmp_path / f"{name}.npz", EncodeSettings(fim_rate=0.5, valid_fraction=0.3, **settings)
     )
-    return tuple(
+    train, valid = (
         [ids.tolist() for ids in shard_documents(tmp_path / f"{name}.npz", s)] for s in ("train", "valid")
     )
+    return train, valid
 
 
 def test_prepared_documents(folder, tmp_path) -> None:
