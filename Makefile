@@ -30,7 +30,7 @@ demo-sft: setup  ## fine-tune the demo's model on signatures from docstrings (ru
 	$(PY) -m dsv3_megatron.sft.demo
 
 test: setup  ## the default tests, under 20 minutes on two cores
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2 --dist loadfile
 
 test-all: setup  ## the slow tests too
 	$(PY) -m pytest tests -m 'not gpu and not te'

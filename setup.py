@@ -28,7 +28,7 @@ setup(
         # NVIDIA's apex is not on PyPI (the package of that name there is another one): it is detected, never
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
-        "test": ["pytest>=8", "hypothesis", "transformers>=4.53", "safetensors"],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors"],
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML"],
     },
     entry_points={

@@ -90,7 +90,9 @@ def _vocab_size(args: Namespace) -> Any:
     return 129280 if named == "NullTokenizer" and not hasattr(args, "padded_vocab_size") else NOT_SET
 
 
-def _from_sft_data(value: Callable[[Namespace, dict[str, Any]], Any], otherwise: Any = NOT_SET) -> Callable[[Namespace], Any]:
+def _from_sft_data(
+    value: Callable[[Namespace, dict[str, Any]], Any], otherwise: Any = NOT_SET
+) -> Callable[[Namespace], Any]:
     """What the folder of `--sft-data` says; `otherwise` without one."""
 
     def found(args: Namespace) -> Any:
@@ -204,7 +206,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("vocab_size", _vocab_size, "--vocab-size", "size", MODEL),
     Setting("sft", _from_sft_data(lambda args, report: True), "--sft", "run", "with --sft-data"),
     Setting(
-        "tokenizer_model", _from_sft_data(lambda args, report: args.sft_data), "--tokenizer-model", "run", "with --sft-data"
+        "tokenizer_model",
+        _from_sft_data(lambda args, report: args.sft_data),
+        "--tokenizer-model",
+        "run",
+        "with --sft-data",
     ),
     Setting(
         "seq_length",
