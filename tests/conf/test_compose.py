@@ -162,6 +162,8 @@ def test_a_given_layer_layout_stays() -> None:
 LARGE, SMALL = {"h800_2048", "h100_1024"}, {"h100_256", "h200_256", "gb200_256"}
 FITS = {
     "pp16_ep64": LARGE,
+    "pp16_ep64_cp8": LARGE,
+    "pp16_ep64_cp32": LARGE,
     "ep32_pp16": LARGE,
     "pp16_ep16": LARGE | SMALL,
     "pp8_ep8": LARGE | SMALL,

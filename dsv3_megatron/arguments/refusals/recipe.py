@@ -74,7 +74,7 @@ ROWS = (
         "decides the length of the run, its learning rate and its batch by itself, and other options say otherwise",
         "it without them",
         BASE + " --lr-decay-samples 5",
-        without="--train-iters 3 --global-batch-size 8",
+        without="--train-iters 3",
         detail=lambda a, s: "beside " + ", ".join(conflicts(a)),
     ),
     Refusal(
@@ -86,7 +86,7 @@ ROWS = (
         "is less than one step of --global-batch-size {global_batch_size} sequences of {seq_length} tokens",
         "more tokens or a smaller batch",
         "--train-tokens 1000 --global-batch-size 64",
-        without="--train-iters 3 --global-batch-size 8",
+        without="--train-iters 3",
     ),
     Refusal(
         "recipe_without_tokens",
@@ -107,7 +107,7 @@ ROWS = (
         "the steps of the ramp do not fit",
         "a START below --global-batch-size {global_batch_size} and an INCREMENT that divides the rest of the way",
         BASE + " --batch-ramp 16 7",
-        without="--train-iters 3 --global-batch-size 8",
+        without="--train-iters 3",
         detail=lambda a, s: _wrong_ramp(a),
     ),
     Refusal(
@@ -119,8 +119,8 @@ ROWS = (
         "a batch must give every replica whole microbatches, and under dualpipe and dualpipev at least 2 for each of "
         "{pipeline_model_parallel_size} pipeline ranks (both directions together)",
         "fewer processes until then, and --load on more; python -m dsv3_megatron.recipe.ranks shows the phases",
-        BASE + " --batch-ramp 16 16 --pipeline-schedule dualpipe --pipeline-model-parallel-size 4",
-        without="--train-iters 3 --global-batch-size 8",
+        BASE + " --batch-ramp 4 4 --pipeline-schedule dualpipe --pipeline-model-parallel-size 4",
+        without="--train-iters 3",
         detail=_misfit_detail,
     ),
     Refusal(
