@@ -159,9 +159,12 @@ class StepGuard:
         for (model, number, _), good in zip(self._outputs, finite, strict=True):
             if not good:
                 found.append(places[id(model)].finding("output", number, passes[id(model)], math.nan))
-        for (position, _), mean in zip(self._losses, means, strict=True):
-            model, number, _ = self._outputs[position]
-            place, count = places[id(model)], passes[id(model)]
+        for index, ((position, _), mean) in enumerate(zip(self._losses, means, strict=True)):
+            if self._outputs:
+                model, number, _ = self._outputs[position]
+                place, count = places[id(model)], passes[id(model)]
+            else:  # Megatron's own overlapped schedule runs plans, which tell losses only, in order
+                number, place, count = index, places[id(chunks[-1])], len(means)
             if not math.isfinite(mean):
                 found.append(place.finding("loss", number, count, mean))
             elif limit is not None and mean > limit:
