@@ -18,8 +18,9 @@ def mean_loss(model: list[Any], windows: Windows) -> float | None:
     its share of the windows, whose number must be divisible by micro batch × data-parallel size.
     """
     from megatron.core import mpu
-    from megatron.training import get_args, training
+    from megatron.training import get_args
 
+    from dsv3_megatron.training.forward import run_forward
     from dsv3_megatron.training.step import forward_step
 
     args = get_args()
@@ -30,16 +31,11 @@ def mean_loss(model: list[Any], windows: Windows) -> float | None:
             f"micro batch {args.micro_batch_size} × {dp_size} data-parallel ranks"
         )
     num_microbatches = windows.tokens.shape[0] // (dp_size * args.micro_batch_size)
-    iterators = [_batches(windows, dp_rank, dp_size, args.micro_batch_size) for _ in model]
-    # The name Megatron's own `evaluate` looks up, so that a schedule put in its place serves here too.
-    reports = training.get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(model) > 1 else iterators[0],
-        model=model,
-        num_microbatches=num_microbatches,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        forward_only=True,
+    reports = run_forward(
+        forward_step,
+        model,
+        lambda: _batches(windows, dp_rank, dp_size, args.micro_batch_size),
+        num_microbatches,
     )
     if not reports:
         return None

@@ -8,6 +8,8 @@ from dsv3_megatron.demo.launch import run_ranks
 from dsv3_megatron.demo.results import TRAIN_LOSS, Curve, read_curves
 from dsv3_megatron.demo.run import DemoSettings, saved_iteration, trainer_overrides
 
+DECAY = 0.9  # of the exponential moving average
+
 
 def prepare(run_dir: Path) -> None:
     """The corpus of all runs of a study, in `run_dir`/corpus."""
@@ -39,7 +41,7 @@ def losses(names: Iterable[str], run_dir: Path, iterations: int) -> dict[str, Cu
     }
 
 
-def smoothed(curve: Curve, decay: float = 0.9) -> Curve:
+def smoothed(curve: Curve, decay: float = DECAY) -> Curve:
     """Exponential moving average over steps, started at the first loss."""
     average, result = None, {}
     for step, loss in sorted(curve.items()):

@@ -6,6 +6,7 @@ each schedule's median tokens/s to that of the first.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -74,12 +75,8 @@ def _tokens_per_s(folder: Path, name: str, schedule: str, args: argparse.Namespa
     cfg = compose(overrides)
     prepare_corpus(folder / "corpus", settings.corpus_bytes, cfg.vocab_size, settings.valid_fraction)
     words = ["--corpus", str(folder / "corpus"), "--num-windows", str(settings.num_windows), "--seed", "1"]
-    # The demo's progress goes to stdout, which is for results here.
-    stdout, sys.stdout = sys.stdout, sys.stderr
-    try:
+    with contextlib.redirect_stdout(sys.stderr):  # the demo's progress; stdout is for results here
         run_ranks("dsv3_megatron.demo.worker", [*words, *overrides], world_size(cfg), run_dir / "logs")
-    finally:
-        sys.stdout = stdout
     rates = read_curves(run_dir / "tensorboard")[TOKENS_PER_S]
     return statistics.median(rate for iteration, rate in rates.items() if iteration > WARM_UP)
 

@@ -50,7 +50,8 @@ class FP8WeightGrad(DelayedWeightGrad):
     pow2_input = False
     pow2_gradient = False
 
-    def _init_fp8(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         recipe = recipe_of(self.config)
         assert recipe is not None, "FP8 layers are built for a recipe of ours only"
         self.recipe = recipe
@@ -177,7 +178,6 @@ class FP8ColumnLinear(FP8WeightGrad, ColumnLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._init_fp8()
         self.pow2_input = self.is_expert
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
@@ -188,10 +188,6 @@ class FP8ColumnLinear(FP8WeightGrad, ColumnLinear):
 
 class FP8RowLinear(FP8WeightGrad, RowLinear):
     """`RowLinear` with FP8 products."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._init_fp8()
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         return _Linear.apply(input, weight, self)
@@ -220,10 +216,6 @@ class FP8DownProjection(FP8RowLinear):
 
 class FP8DuplicatedLinear(FP8WeightGrad, DuplicatedLinear):
     """`DuplicatedLinear` with FP8 products."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._init_fp8()
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x: [..., in] → ([..., out], None); None stands for Megatron's separate bias."""

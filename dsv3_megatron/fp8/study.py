@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.demo.launch import RunFailed, RunInterrupted, run_ranks
-from dsv3_megatron.demo.results import TRAIN_LOSS, Curve, read_curves
-from dsv3_megatron.demo.run import DemoSettings, saved_iteration, trainer_overrides
+from dsv3_megatron.demo import study as runs
+from dsv3_megatron.demo.launch import RunFailed, RunInterrupted
 from dsv3_megatron.fp8.study_results import BASELINE, compare, draw, table
 
 ITERATIONS = 1000
@@ -45,38 +44,8 @@ SIZE = (
 
 
 def train(name: str, run_dir: Path, iterations: int) -> None:
-    """Train one run to its end, unless it is there already.
-
-    Raises:
-        RunFailed, RunInterrupted: see `dsv3_megatron.demo.launch.run_ranks`.
-    """
-    folder, corpus = run_dir / name, run_dir / "corpus"
-    if saved_iteration(folder / "checkpoints") >= iterations:
-        return
-    settings = DemoSettings(
-        layout="cpu_single",
-        schedule="1f1b",
-        train_iters=iterations,
-        overrides=(
-            *SIZE,
-            *RUNS[name],
-            f"corpus.dir='{corpus}'",
-            f"data_cache_path='{corpus / 'cache'}'",
-        ),
-    )
-    print(f"[study] {name}: {iterations} iterations", flush=True)
-    run_ranks(
-        "dsv3_megatron.train_hydra", trainer_overrides(folder, settings, iterations), 1, folder / "logs"
-    )
-
-
-def losses(run_dir: Path, iterations: int) -> dict[str, Curve]:
-    """Loss of each step of every run that has come to its end."""
-    return {
-        name: read_curves(run_dir / name / "tensorboard")[TRAIN_LOSS]
-        for name in RUNS
-        if saved_iteration(run_dir / name / "checkpoints") >= iterations
-    }
+    """Train one of `RUNS` to its end; see `dsv3_megatron.demo.study.train`."""
+    runs.train(name, run_dir, iterations, (*SIZE, *RUNS[name]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,16 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train_all(options: argparse.Namespace) -> None:
-    from dsv3_megatron.demo.corpus import prepare_corpus
-
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the runs, which are of the CPU runtime
-    prepare_corpus(options.run_dir / "corpus", DemoSettings.corpus_bytes, 2048, DemoSettings.valid_fraction)
+    runs.prepare(options.run_dir)
     for name in options.only or RUNS:
         train(name, options.run_dir, options.iterations)
 
 
 def _summarise(run_dir: Path, iterations: int) -> dict[str, Any]:
-    curves = losses(run_dir, iterations)
+    curves = runs.losses(RUNS, run_dir, iterations)
     result = compare(curves, warmup=iterations // 10)
     print(table(result))
     draw(curves, result, run_dir / "study.png")

@@ -4,20 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Curve = dict[int, float]  # step to loss
+from dsv3_megatron.demo.results import Curve
+from dsv3_megatron.demo.study import DECAY, smoothed
 
 BASELINE = "bf16"
-DECAY = 0.9  # of the exponential moving average
 TARGET = 0.0025  # the report's claim (R§3.3)
-
-
-def smoothed(curve: Curve, decay: float = DECAY) -> Curve:
-    """Exponential moving average over steps, started at the first loss."""
-    average, result = None, {}
-    for step, loss in sorted(curve.items()):
-        average = loss if average is None else decay * average + (1 - decay) * loss
-        result[step] = average
-    return result
 
 
 def relative_errors(curve: Curve, baseline: Curve) -> Curve:

@@ -23,26 +23,24 @@ def accuracy(model: list[Any], rows: PackedRows) -> Accuracy | None:
     number must be a whole number of the run's global batches. No tensor parallelism.
     """
     from megatron.core import mpu
-    from megatron.training import get_args, training
+    from megatron.training import get_args
+
+    from dsv3_megatron.training.forward import run_forward
 
     args = get_args()
     assert args.tensor_model_parallel_size == 1, "the first choice is looked for in whole logits"
     dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     count, rest = divmod(len(rows), dp_size * args.micro_batch_size)
     assert not rest, f"{len(rows)} rows for {dp_size} × {args.micro_batch_size}"
-    iterators = [_batches(rows, dp_rank, dp_size, args.micro_batch_size) for _ in model]
     modes = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        counts = training.get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iterators if len(model) > 1 else iterators[0],
-            model=model,
-            num_microbatches=count,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=True,
+        counts = run_forward(
+            _forward_step,
+            model,
+            lambda: _batches(rows, dp_rank, dp_size, args.micro_batch_size),
+            count,
             collect_non_loss_data=True,
         )
     for chunk, mode in zip(model, modes, strict=True):

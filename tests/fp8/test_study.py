@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.demo.study import smoothed
 from dsv3_megatron.fp8 import study
-from dsv3_megatron.fp8.study_results import BASELINE, compare, draw, relative_errors, smoothed, table
+from dsv3_megatron.fp8.study_results import BASELINE, compare, draw, relative_errors, table
 
 
 def test_smoothed() -> None:
@@ -48,7 +49,7 @@ def test_command_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     from dsv3_megatron.conf import compose
 
     given: list[list[str]] = []
-    monkeypatch.setattr(study, "run_ranks", lambda module, words, ranks, logs: given.append(words))
+    monkeypatch.setattr(study.runs, "run_ranks", lambda module, words, ranks, logs: given.append(words))
     for run in (BASELINE, name):
         study.train(run, tmp_path, 1000)
     baseline, other = (compose(words) for words in given)
@@ -63,7 +64,7 @@ def test_finished_runs_are_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tracker = tmp_path / "fp8" / "checkpoints" / "latest_checkpointed_iteration.txt"
     tracker.parent.mkdir(parents=True)
     tracker.write_text("1000")
-    monkeypatch.setattr(study, "run_ranks", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(study.runs, "run_ranks", lambda *args: pytest.fail("trained again"))
     study.train("fp8", tmp_path, 1000)
 
 
