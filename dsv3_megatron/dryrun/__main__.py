@@ -1,12 +1,10 @@
 """`python -m dsv3_megatron.dryrun model=v3_671b layout=pp16_ep64 rank=2047 output=json`."""
 
 import json
-import logging
-import os
 import sys
-import warnings
 
 from dsv3_megatron.conf import ConfigError, compose
+from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import exits_cleanly
 
 USAGE = """usage: python -m dsv3_megatron.dryrun [rank=N] [output=table|json] [NAME=VALUE ...]
@@ -34,14 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"rank={own['rank']}: a rank is a whole number from 0")
     cfg = compose(overrides)
 
-    # What Megatron misses (Apex, Transformer Engine, a GPU) is not needed here.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    # Nothing is computed, and one way for all machines: hide GPUs, stand in for CUDA.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from dsv3_megatron import cpu
-
-    cpu.activate()
+    start_megatron()
     from dsv3_megatron.dryrun.report import build_rank
 
     report = build_rank(cfg, int(own["rank"]), progress=True)

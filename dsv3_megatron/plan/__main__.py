@@ -1,12 +1,10 @@
 """`python -m dsv3_megatron.plan model=v3_671b layout=pp16_ep64 cluster=h800_2048`."""
 
 import json
-import logging
-import os
 import sys
-import warnings
 
 from dsv3_megatron.conf import compose
+from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.plan.options import Options, parse
 
@@ -30,16 +28,6 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE)
         return
     run(parse(argv))
-
-
-def start_megatron() -> None:
-    """Megatron without a GPU: only its arguments and the sizes of its modules are wanted."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from dsv3_megatron import cpu
-
-    cpu.activate()
 
 
 def run(options: Options) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.conf import compose
+from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.options import number, parse
@@ -40,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse([text for text in words if text not in num_best])
     best = int(number("best", num_best[-1].partition("=")[2])) if num_best else 10
     request = Request.of(options.overrides)
-    from dsv3_megatron.plan.__main__ import start_megatron
-
     cfg = compose(request.base)
     start_megatron()
     from dsv3_megatron.plan.counting import count_parameters

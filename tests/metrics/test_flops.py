@@ -5,27 +5,8 @@ from dataclasses import replace
 import pytest
 
 from dsv3_megatron.metrics.flops import ModelSizes, active_matmul_parameters, flops_per_token
+from dsv3_megatron.plan.deepseek import SIZES as V3
 from tests.harness import run_distributed
-
-V3 = ModelSizes(
-    num_layers=61,
-    num_moe_layers=58,
-    hidden_size=7168,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_head_dim=128,
-    qk_pos_emb_head_dim=64,
-    v_head_dim=128,
-    ffn_hidden_size=18432,
-    moe_ffn_hidden_size=2048,
-    moe_shared_expert_intermediate_size=2048,
-    moe_router_topk=8,
-    num_moe_experts=256,
-    padded_vocab_size=129280,
-    seq_length=4096,
-    mtp_num_layers=1,
-)
 
 
 def test_published_figures_of_v3():
