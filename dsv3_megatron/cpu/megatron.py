@@ -83,3 +83,18 @@ def distributed_optimizer(original: Any) -> Any:
     original.load_state_dict = load_state_dict_with_own_steps
     original._set_main_param_and_optimizer_states = set_states_except_step
     return original
+
+
+def checkpoint_writer(original: Any) -> Any:
+    """Copies what the background worker is given: a tensor sent to a process of this machine is shared with it."""
+    preload = original.preload_tensors
+
+    @functools.wraps(preload)
+    def preload_copies(write_buckets: list, non_blocking: bool = True) -> list:
+        return [
+            (path, key, (bytes_, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (bytes_, tensors) in preload(write_buckets, non_blocking)
+        ]
+
+    original.preload_tensors = staticmethod(preload_copies)
+    return original

@@ -128,6 +128,9 @@ TABLE: tuple[Replacement, ...] = (
                 megatron.distributed_optimizer,
                 "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded "
                 "`step` would be one tensor shared by all parameters"),
+    Replacement("megatron.core.dist_checkpointing.strategies.filesystem_async", ("FileSystemWriterAsync",),
+                megatron.checkpoint_writer,
+                "its copy to the CPU, before training goes on, is none: a background save would write later steps"),
 )
 # fmt: on
 
