@@ -54,7 +54,7 @@ test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a rep
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.pipeline.bench
 
-bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (16 GB of disk)
+bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (20 GB of disk)
 	$(PY) -m dsv3_megatron.convert.bench
 
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.convert.output import WORKERS
 from dsv3_megatron.errors import exits_cleanly
 
 # Conversion is work for the CPU, also where there is a GPU. Before torch is imported.
@@ -63,7 +64,10 @@ def _add_folders(parser: argparse.ArgumentParser, source: str, output: str) -> N
     parser.add_argument("--input", type=Path, required=True, help=source)
     parser.add_argument("--output", type=Path, required=True, help=f"{output}; must not exist")
     parser.add_argument(
-        "--workers", type=_positive, default=1, help="files written at the same time (default 1)"
+        "--workers",
+        type=_positive,
+        default=WORKERS,
+        help="files written at the same time (default %(default)s)",
     )
 
 

@@ -1,10 +1,13 @@
 """Throughput and memory of both conversions beside `cp` and `sync` of the same files, in one run.
 
-python -m dsv3_megatron.convert.bench [--folder runs/convert_bench] [--gigabytes 4] [--repeats 3]
+python -m dsv3_megatron.convert.bench [--folder runs/convert_bench] [--gigabytes 5] [--repeats 5]
 
-makes a synthetic checkpoint in the form of the release (kept for the next run), then alternates between copying it and
-converting it: each time into a new folder on the same disk, the source's pages in memory, and until everything written
-is on disk. Each conversion runs in a process of its own, which reports its anonymous memory.
+makes a synthetic checkpoint in the form of the release (kept for the next run), then alternates between copying it,
+converting it and converting it back: each time into a new folder on the same disk, the previous one just removed (a
+virtual machine may have to ask its host for memory that was free for long), the source's pages in memory, and until
+everything written is on disk. Rates are bytes of the Hugging Face files per second. Each conversion runs in a
+process of its own, which reports its anonymous memory. The way back writes shards of half a GB, so that a checkpoint of
+a few GB has several, as the release has.
 """
 
 import argparse
@@ -19,12 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.convert.output import WORKERS
 from dsv3_megatron.convert.synthetic import synthetic_release
 
 __all__ = ["main"]
 
 # Above what the imports take: 512 MiB, and three of the largest tensor.
 _FIXED_BYTES, _LARGEST_TENSORS = 512 * 2**20, 3
+_SHARD_SIZE = 500_000_000
 
 
 def main() -> None:
@@ -32,9 +37,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/convert_bench"))
-    parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--gigabytes", type=float, default=5.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--fp8", action="store_true", help="an FP8 checkpoint: into bf16, and back into FP8")
     parser.add_argument(
         "--measured", nargs=4, metavar=("COMMAND", "INPUT", "OUTPUT", "WORKERS"), help=argparse.SUPPRESS
@@ -49,33 +54,31 @@ def main() -> None:
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
-    """Rates in bytes of input per second (medians), their ratio to copying, and the memory of both conversions."""
+    """Rates (medians), their ratio to copying, and the memory of both conversions."""
     kind = "fp8" if options.fp8 else "bf16"
     hf = options.folder / f"hf_{kind}_{options.gigabytes:g}GB"
     if not hf.exists():
         print(f"bench: writing {hf}", file=sys.stderr)
         synthetic_release(hf, options.gigabytes * 1e9, options.fp8)
     megatron, back, copy = (options.folder / name for name in ("megatron", "back", "copy"))
-    rates: dict[str, list[float]] = {"cp": [], "hf_to_megatron": [], "cp_megatron": [], "megatron_to_hf": []}
-    memory: dict[str, dict[str, int]] = {}
+    rates: dict[str, list[float]] = {"cp": [], "hf_to_megatron": [], "megatron_to_hf": []}
+    memory: dict[str, dict[str, Any]] = {}
+    dtype = "fp8" if options.fp8 else "keep"
     for _ in range(options.repeats):
-        for folder in (megatron, back, copy):
-            shutil.rmtree(folder, ignore_errors=True)
-        rates["cp"].append(_copy(hf, copy))
-        memory["hf_to_megatron"] = _convert("hf-to-megatron", hf, megatron, options.workers, "keep", rates)
-        rates["cp_megatron"].append(_copy(megatron / "release", copy))
-        dtype = "fp8" if options.fp8 else "keep"
-        memory["megatron_to_hf"] = _convert("megatron-to-hf", megatron, back, options.workers, dtype, rates)
+        rates["cp"].append(_size(hf) / _copy(hf, copy))
+        for name, source, output, dtype_ in (
+            ("hf_to_megatron", hf, megatron, "keep"),
+            ("megatron_to_hf", megatron, back, dtype),
+        ):
+            memory[name] = _convert(name.replace("_", "-"), source, output, options.workers, dtype_)
+            rates[name].append(_size(hf) / memory[name].pop("seconds"))
     for folder in (megatron, back, copy):
         shutil.rmtree(folder, ignore_errors=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "input_bytes": _size(hf),
         "gb_per_s": {name: round(rate / 1e9, 3) for name, rate in median.items()},
-        "of_cp": {
-            "hf_to_megatron": round(median["hf_to_megatron"] / median["cp"], 3),
-            "megatron_to_hf": round(median["megatron_to_hf"] / median["cp_megatron"], 3),
-        },
+        "of_cp": {name: round(rate / median["cp"], 3) for name, rate in median.items() if name != "cp"},
         "anonymous_memory": memory,
     }
 
@@ -86,13 +89,14 @@ def measured(command: str, source: str, output: str, workers: str, dtype: str) -
     from dsv3_megatron.convert.to_hf import MegatronWeights, megatron_to_hf
     from dsv3_megatron.convert.to_megatron import hf_to_megatron
 
+    _prepare(Path(source) / "release" if command == "megatron-to-hf" else Path(source), Path(output))
     before = _anonymous_bytes()
     with _Peak() as peak:
         begin = time.perf_counter()
         if command == "hf-to-megatron":
             hf_to_megatron(Path(source), Path(output), dtype, int(workers))
         else:
-            megatron_to_hf(Path(source), Path(output), dtype, workers=int(workers))
+            megatron_to_hf(Path(source), Path(output), dtype, None, int(workers), _SHARD_SIZE)
         seconds = time.perf_counter() - begin
     if command == "hf-to-megatron":
         given = HFDirectory(Path(source))
@@ -102,7 +106,7 @@ def measured(command: str, source: str, output: str, workers: str, dtype: str) -
         largest = max(
             saved.dtype(name).itemsize * _numel(weight.shape) for name, weight in saved.weights.items()
         )
-    bound = _FIXED_BYTES + _LARGEST_TENSORS * largest * int(workers)
+    bound = _FIXED_BYTES + _LARGEST_TENSORS * largest
     return {"seconds": seconds, "peak": peak.bytes - before, "largest_tensor": largest, "bound": bound}
 
 
@@ -132,11 +136,8 @@ def _anonymous_bytes() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon")
 
 
-def _convert(
-    command: str, source: Path, output: Path, workers: int, dtype: str, rates: dict[str, list[float]]
-) -> dict[str, int]:
-    data = source / "release" if command == "megatron-to-hf" else source
-    _read(data)
+def _convert(command: str, source: Path, output: Path, workers: int, dtype: str) -> dict[str, Any]:
+    """What `measured` says of a conversion in a process of its own."""
     words = ["--measured", command, str(source), str(output), str(workers), "--dtype", dtype]
     process = subprocess.run(
         [sys.executable, "-m", "dsv3_megatron.convert.bench", *words],
@@ -144,24 +145,22 @@ def _convert(
         stdout=subprocess.PIPE,
         text=True,
     )
-    result = json.loads(process.stdout.splitlines()[-1])
-    rates[command.replace("-", "_")].append(_size(data) / result.pop("seconds"))
-    return result
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def _copy(source: Path, target: Path) -> float:
-    """`cp` and `sync` of the files: bytes per second."""
-    shutil.rmtree(target, ignore_errors=True)
-    _read(source)
+    """Seconds of `cp` and `sync` of the files."""
+    _prepare(source, target)
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     subprocess.run(["sync", *sorted(str(file) for file in target.rglob("*") if file.is_file())], check=True)
-    return _size(source) / (time.perf_counter() - begin)
+    return time.perf_counter() - begin
 
 
-def _read(folder: Path) -> None:
-    """Bring the files into the page cache, and wait until nothing of them is still to be written."""
-    for file in folder.iterdir():
+def _prepare(source: Path, output: Path) -> None:
+    """Bring the source into the page cache, wait until nothing of it is still to be written, make room."""
+    shutil.rmtree(output, ignore_errors=True)
+    for file in source.iterdir():
         if file.is_file():
             with file.open("rb") as handle:
                 while handle.read(1 << 24):

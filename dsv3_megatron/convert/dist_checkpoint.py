@@ -5,7 +5,10 @@ A checkpoint is a folder with `.metadata` (pickled: shapes, and where each piece
 that is given to `--load` holds one per iteration, and `latest_checkpointed_iteration.txt` says which is the last.
 """
 
+import io
 import math
+import mmap
+import os
 import pickle
 from argparse import Namespace
 from collections import defaultdict
@@ -20,7 +23,6 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from dsv3_megatron.convert import plain_pickle
 from dsv3_megatron.convert.errors import ConversionError
@@ -70,6 +72,7 @@ class DistCheckpoint:
             key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
         }
         self._pieces: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
+        self._maps: dict[str, mmap.mmap] = {}
         self._check_files()
 
     def _check_files(self) -> None:
@@ -130,7 +133,10 @@ class DistCheckpoint:
         return self.tensors[self.locate(slot).key].properties.dtype
 
     def read(self, slot: Slot) -> Tensor:
-        """The tensor at a slot, put together from the pieces in which it was saved."""
+        """The tensor at a slot, put together from the pieces in which it was saved.
+
+        Where one piece holds all of it, its data is in the mapped file: not to be written to.
+        """
         slot = self.locate(slot)
         result: Tensor | None = None
         missing = math.prod(slot.shape)
@@ -142,7 +148,7 @@ class DistCheckpoint:
             ]
             if any(start >= end for start, end in zip(starts, ends, strict=True)):
                 continue
-            value = self._load(MetadataIndex(slot.key, piece.offsets))
+            value = self._tensor(MetadataIndex(slot.key, piece.offsets))
             if tuple(value.shape) != tuple(piece.sizes):
                 raise ConversionError(f"{self.path}: {slot.key}: a piece has shape {tuple(value.shape)}")
             source = _window(value, starts, ends, piece.offsets)
@@ -171,18 +177,72 @@ class DistCheckpoint:
         by_first = self._pieces[slot.key]
         return by_first.get(-1) or by_first.get(slot.offset[0], [])
 
-    def _load(self, index: MetadataIndex, pickle_module: Any = None) -> Any:
+    def _tensor(self, index: MetadataIndex) -> Tensor:
+        """A piece, its data in the mapped file: reading would copy it into new memory."""
+        header = self._load(index, map_location="meta")
+        info, storage = self._storage[index], header.untyped_storage()
+        begin, length = getattr(storage, "_checkpoint_offset", None), storage.nbytes()
+        if begin is None:  # versions of torch that do not tell
+            return self._load(index)
+        if begin + length > info.length:
+            raise ConversionError(f"{self.path / info.relative_path}: {index.fqn}: corrupt")
+        if not length:
+            return torch.empty(header.shape, dtype=header.dtype)
+        raw = torch.frombuffer(
+            self._map(info.relative_path), dtype=torch.uint8, count=length, offset=info.offset + begin
+        )
+        if raw.data_ptr() % header.dtype.itemsize:  # pieces follow each other without padding
+            raw = raw.clone()
+        return raw.view(header.dtype).as_strided(header.shape, header.stride(), header.storage_offset())
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with (self.path / file).open("rb") as handle:
+                # Private, so that torch may see it as writable memory; nothing is written.
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+    def _load(self, index: MetadataIndex, map_location: str = "cpu", pickle_module: Any = None) -> Any:
         info = self._storage.get(index)
         if info is None:
             raise ConversionError(f"{self.path}: {index.fqn}: no file has the piece at {index.offset}")
-        path = self.path / info.relative_path
         try:
-            with path.open("rb") as file:
-                view = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
-                safe = pickle_module is None
-                return torch.load(view, map_location="cpu", weights_only=safe, pickle_module=pickle_module)
+            view = cast(IO[bytes], _Window(self._map(info.relative_path), info.offset, info.length))
+            safe = pickle_module is None
+            return torch.load(view, map_location=map_location, weights_only=safe, pickle_module=pickle_module)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            path = self.path / info.relative_path
             raise ConversionError(f"{path}: {index.fqn} at byte {info.offset}: {error}") from error
+
+
+class _Window(io.RawIOBase):
+    """A part of a mapped file as a file; without system calls, at which threads would wait for each other."""
+
+    def __init__(self, data: mmap.mmap, offset: int, length: int):
+        self._data, self._begin, self._length, self._position = data, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        )
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        count = max(0, min(len(target), self._length - self._position))
+        begin = self._begin + self._position
+        target[:count] = self._data[begin : begin + count]
+        self._position += count
+        return count
 
 
 def _window(tensor: Tensor, starts: list[int], ends: list[int], origin: Any) -> Tensor:

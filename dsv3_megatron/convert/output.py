@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 
 from dsv3_megatron.convert.errors import ConversionError
 
-__all__ = ["PartialOutput", "naming"]
+__all__ = ["WORKERS", "PartialOutput", "naming"]
+
+WORKERS = 2  # by default: one file is brought to the disk while another is written
 
 
 class PartialOutput:

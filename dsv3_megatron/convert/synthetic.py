@@ -1,6 +1,6 @@
 """A checkpoint of any size with made-up weights, in the form of the release: to measure conversions with.
 
-python -m dsv3_megatron.convert.synthetic --output DIR --gigabytes 4 [--fp8]
+python -m dsv3_megatron.convert.synthetic --output DIR --gigabytes 5 [--fp8]
 """
 
 import argparse
@@ -25,7 +25,9 @@ _SHARD = 500_000_000  # bytes
 
 
 def synthetic_release(folder: Path, num_bytes: float, fp8: bool = False) -> Architecture:
-    """Write a directory of about `num_bytes`: V3 with a quarter of its widths, as many layers as that takes, MTP."""
+    """Write a directory of about `num_bytes`, at least 4.5e9 in bf16: tensors as wide as V3's, a small vocabulary, 8
+    experts in a layer, MTP, and as many layers as that takes.
+    """
     arch = _of_size(num_bytes, fp8)
     rows = list(_rows(arch, fp8))
     folder.mkdir(parents=True)
@@ -55,23 +57,23 @@ def _architecture(num_layers: int) -> Architecture:
     return Architecture(
         num_layers=num_layers,
         num_dense_layers=1,
-        hidden_size=1792,
-        ffn_hidden_size=4608,
-        num_attention_heads=32,
-        q_lora_rank=384,
-        kv_lora_rank=128,
+        hidden_size=7168,
+        ffn_hidden_size=18432,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
         qk_head_dim=128,
         qk_pos_emb_head_dim=64,
         v_head_dim=128,
-        num_experts=64,
-        moe_ffn_hidden_size=512,
+        num_experts=8,
+        moe_ffn_hidden_size=2048,
         num_shared_experts=1,
-        moe_router_topk=8,
-        moe_router_num_groups=8,
-        moe_router_group_topk=4,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
         moe_router_topk_scaling_factor=2.5,
         mtp_num_layers=1,
-        vocab_size=65536,
+        vocab_size=16384,
         max_position_embeddings=163840,
         rotary_base=10000,
         layernorm_epsilon=1e-6,
@@ -115,7 +117,7 @@ def _write(path: Path, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--gigabytes", type=float, default=5.0)
     parser.add_argument("--fp8", action="store_true")
     options = parser.parse_args()
     arch = synthetic_release(options.output, options.gigabytes * 1e9, options.fp8)

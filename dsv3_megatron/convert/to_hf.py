@@ -16,7 +16,7 @@ from dsv3_megatron.convert.dist_checkpoint import DistCheckpoint
 from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.hf_directory import CONFIG, INDEX, SCALE
 from dsv3_megatron.convert.inventory import Slot, Weight, duplicates, is_quantized, weights
-from dsv3_megatron.convert.output import PartialOutput, naming
+from dsv3_megatron.convert.output import WORKERS, PartialOutput, naming
 from dsv3_megatron.convert.progress import Progress
 from dsv3_megatron.convert.safetensors_file import header_of, write_tensor
 from dsv3_megatron.convert.to_megatron import HF_FILES
@@ -39,7 +39,7 @@ def megatron_to_hf(
     output: Path,
     dtype: str = "keep",
     hf_files: Path | None = None,
-    workers: int = 1,
+    workers: int = WORKERS,
     shard_size: int = SHARD_SIZE,
 ) -> None:
     """Convert, or go on with an interrupted conversion.

@@ -51,7 +51,7 @@ def written(folder: Path) -> dict[str, int]:
 
 def test_killed_conversions_go_on_where_they_stopped(tmp_path: Path) -> None:
     expected = release(tmp_path / "hf", mtp=True)
-    killed_at(80, hf_to_megatron, tmp_path / "hf", tmp_path / "megatron")
+    killed_at(80, hf_to_megatron, tmp_path / "hf", tmp_path / "megatron", workers=1)
     assert not (tmp_path / "megatron").exists()
     before = written(tmp_path / "megatron.partial")
     assert before.keys() == {"release/__0_0.distcp"}
@@ -61,7 +61,7 @@ def test_killed_conversions_go_on_where_they_stopped(tmp_path: Path) -> None:
         "release/__0_0.distcp"
     ]
 
-    killed_at(100, megatron_to_hf, tmp_path / "megatron", tmp_path / "back", shard_size=100_000)
+    killed_at(100, megatron_to_hf, tmp_path / "megatron", tmp_path / "back", shard_size=100_000, workers=1)
     assert not (tmp_path / "back").exists()
     before = written(tmp_path / "back.partial")
     assert len(before) >= 2
@@ -76,7 +76,7 @@ def test_killed_conversions_go_on_where_they_stopped(tmp_path: Path) -> None:
 
 def test_changed_input_is_not_mixed_with_what_was_converted(tmp_path: Path) -> None:
     release(tmp_path / "hf", mtp=True)
-    killed_at(80, hf_to_megatron, tmp_path / "hf", tmp_path / "megatron")
+    killed_at(80, hf_to_megatron, tmp_path / "hf", tmp_path / "megatron", workers=1)
     (tmp_path / "hf" / "model-00003-of-00003.safetensors").touch()
     with pytest.raises(ConversionError, match=r"megatron.partial: unfinished conversion of another input"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
