@@ -1,11 +1,13 @@
 #!/bin/bash
 # DeepSeek-V3 through a Megatron launch script: ordinary Megatron arguments, and one flag more, --spec dsv3, which fills
-# in the model (671B unless sizes are given) and the settings it was trained with.
+# in the model (671B unless sizes are given) and the settings it was trained with. --pipeline-schedule and --fp8-recipe
+# are DualPipe and FP8 as published.
 #
 #   examples/pretrain_dsv3.sh DATA_PREFIX TOKENIZER_DIR CHECKPOINT_DIR      on each node
 #   DRY_RUN=1 examples/pretrain_dsv3.sh data tokenizer checkpoints          prints the command
 #
-# NUM_NODES × GPUS_PER_NODE must be a multiple of PP × EP. Not run on GPUs; dry-run in tests/examples.
+# NUM_NODES × GPUS_PER_NODE must be a multiple of PP × EP. BATCH_RAMP="3072 768" is DeepSeek-V3's ramp of the batch, for
+# at most 1024 GPUs under DualPipe (docs/recipe.md). Not run on GPUs; dry-run in tests/examples.
 set -euo pipefail
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
@@ -32,6 +34,7 @@ MODEL_ARGS=(
     --padded-vocab-size 129280
 )
 PARALLEL_ARGS=(
+    --pipeline-schedule "${SCHEDULE:-dualpipe}"
     --pipeline-model-parallel-size "$PP"
     --pipeline-model-parallel-layout "$LAYER_LAYOUT"
     --expert-model-parallel-size "$EP"
@@ -41,14 +44,15 @@ PARALLEL_ARGS=(
 )
 TRAINING_ARGS=(
     --bf16
+    --fp8-recipe dsv3
     --global-batch-size "${GLOBAL_BATCH_SIZE:-15360}"
     --train-tokens "${TRAIN_TOKENS:-14.8e12}"   # all schedules go by it (docs/recipe.md)
     --lr 2.2e-4
     --recompute-granularity selective
     --recompute-modules layernorm mla_up_proj
 )
-# Another batch size than DeepSeek-V3's stays as it is; its own is reached from 3072 sequences on.
-[[ -n ${GLOBAL_BATCH_SIZE:-} ]] || TRAINING_ARGS+=(--batch-ramp 3072 768)
+read -ra RAMP <<< "${BATCH_RAMP:-}"
+[[ ${#RAMP[@]} == 0 ]] || TRAINING_ARGS+=(--batch-ramp "${RAMP[@]}")
 DATA_ARGS=(
     --data-path "$DATA_PREFIX"
     --tokenizer-type HuggingFaceTokenizer

@@ -5,6 +5,7 @@
 #   examples/pretrain_dsv3_hydra.sh CORPUS_DIR CHECKPOINT_DIR [OVERRIDE ...]     on each node
 #   DRY_RUN=1 examples/pretrain_dsv3_hydra.sh corpus checkpoints                 prints the torchrun line of plain arguments
 #
+# batch_ramp=[3072,768] is DeepSeek-V3's ramp of the batch, for at most 1024 GPUs under DualPipe (docs/recipe.md).
 # CORPUS_DIR is what `python -m dsv3_megatron.data.prepare` wrote. Not run on GPUs; dry-run in tests/examples.
 set -euo pipefail
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
@@ -23,7 +24,7 @@ OVERRIDES=(
     save_interval=500
     "tensorboard_dir=$CHECKPOINT_DIR/tensorboard"
     log_interval=10
-    ${GLOBAL_BATCH_SIZE:+"global_batch_size=$GLOBAL_BATCH_SIZE"}
+    "global_batch_size=${GLOBAL_BATCH_SIZE:-15360}"
     "$@"
 )
 

@@ -6,7 +6,8 @@
 #SBATCH --exclusive
 #SBATCH --time=7-00:00:00
 #SBATCH --output=%x-%j.log
-# DeepSeek-V3 671B on 2048 GPUs in the published layout: 16 pipeline stages, experts over 64 GPUs (report §3.2).
+# DeepSeek-V3 671B on 2048 GPUs in the published layout: DualPipe over 16 ranks, experts over 64 GPUs, FP8
+# (report §3.2, §3.3).
 #
 #   sbatch examples/slurm_2048gpu.sh DATA_PREFIX TOKENIZER_DIR CHECKPOINT_DIR
 #

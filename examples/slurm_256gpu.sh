@@ -6,8 +6,8 @@
 #SBATCH --exclusive
 #SBATCH --time=7-00:00:00
 #SBATCH --output=%x-%j.log
-# DeepSeek-V3 671B on 256 GPUs, in a layout of this project's own: 16 pipeline stages, experts over 16 GPUs of two
-# nodes, a sixteenth of the batch. Whether it fits 80 GB per GPU has not been tried.
+# DeepSeek-V3 671B on 256 GPUs, in a layout of this project's own: 16 pipeline ranks, experts over 16 GPUs of two
+# nodes, a sixteenth of the batch. By the planner it needs 129 GB per GPU (H200).
 #
 #   sbatch examples/slurm_256gpu.sh DATA_PREFIX TOKENIZER_DIR CHECKPOINT_DIR
 #

@@ -55,10 +55,10 @@ class Setting:
 
     def accepts(self, value: Any, args: Namespace) -> bool:
         """Whether a given value agrees with DeepSeek-V3 (sizes always do)."""
-        wanted = self.value_for(args)
-        if self.kind in ("size", "run") or wanted is NOT_SET:
+        if self.kind in ("size", "run"):  # their values may follow from what was not given
             return True
-        return any(same(value, candidate) for candidate in (wanted, *self.also))
+        wanted = self.value_for(args)
+        return wanted is NOT_SET or any(same(value, candidate) for candidate in (wanted, *self.also))
 
     def words(self, args: Namespace) -> list[str]:
         """The command-line words that set the value, `[]` when there is nothing to set."""

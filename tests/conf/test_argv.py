@@ -99,6 +99,8 @@ def fitting_combinations() -> list[list[str]]:
     for overrides in fitting:
         if OmegaConf.is_missing(compose(overrides), "pretrained_checkpoint"):
             overrides.append("pretrained_checkpoint=checkpoints")
+        if "layout=pp16_ep64" in overrides:
+            overrides.append("cluster.nodes=128")  # where the ramp of the batch begins under DualPipe
     return fitting
 
 

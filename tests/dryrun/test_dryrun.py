@@ -13,13 +13,14 @@ from dsv3_megatron.dryrun import FakeWorld, build_rank, weights_of
 from dsv3_megatron.dryrun.count import Weight, kind_of, total
 from dsv3_megatron.errors import RefusedArgument
 
-V3 = ["model=v3_671b", "layout=pp16_ep64"]
+V3 = ["model=v3_671b", "layout=pp16_ep64"]  # under DualPipe
+V3_1F1B = [*V3, "schedule=1f1b"]
 
 
 @pytest.fixture(scope="module")
 def last_rank():
     started = time.monotonic()
-    report = build_rank(compose(V3), 2047)
+    report = build_rank(compose(V3_1F1B), 2047)
     return report, time.monotonic() - started
 
 
@@ -74,7 +75,7 @@ def test_a_671b_rank_takes_less_than_a_minute(last_rank) -> None:
     ],
 )
 def test_dualpipe_holds_two_stages_and_twice_the_replicas(rank, stages, layers, last_rank) -> None:
-    report = build_rank(compose([*V3, "schedule=dualpipe"]), rank)
+    report = build_rank(compose(V3), rank)
     assert (report.stages, report.layers) == (stages, layers)
     own = {"dp": 128, "expt_dp": 2, "ep": 64, "pp": 16, "tp": 1, "cp": 1, "etp": 1}
     assert report.groups == own | {"mirror_dp": 256, "mirror_expt_dp": 4}
@@ -92,7 +93,7 @@ def test_dualpipev_holds_two_stages_and_no_mirror(last_rank) -> None:
 
 
 def test_first_rank() -> None:
-    with FakeWorld.of(compose(V3), 0) as world:
+    with FakeWorld.of(compose(V3_1F1B), 0) as world:
         (chunk,) = world.build_chunks()
         weights = weights_of(chunk)
         assert all(parameter.device.type == "meta" for parameter in chunk.parameters())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer import transformer_config
 
 from dsv3_megatron.arguments import complete, megatron_parser, refusals
 from dsv3_megatron.arguments.surroundings import Surroundings
@@ -81,20 +82,24 @@ def test_dry_run(
     there = Surroundings(world_size=gpus, ranks_per_node=8)
     with monkeypatch.context() as patch:
         patch.setattr(refusals, "detect", lambda: there)
+        # Here there is no Transformer Engine whose version Megatron could look at.
+        patch.setattr(transformer_config, "is_te_min_version", lambda version: True)
         completed = complete(arguments)
         # Megatron accepts them as they are, Transformer Engine's backend and all.
         assert model_config(megatron_args(arguments, 0, gpus, 8)).transformer.bf16
     args = megatron_parser().parse_args(completed)
     assert (args.pipeline_model_parallel_size, args.expert_model_parallel_size) == (pp, ep)
     assert args.global_batch_size == batch and args.bf16 and args.num_layers == 61
-    assert args.transformer_impl == "transformer_engine"
+    assert args.transformer_impl == "transformer_engine" and args.pipeline_schedule == "dualpipe"
+    assert args.fp8_quantizer_factory == "dsv3_megatron.fp8.te_recipe.dsv3"
 
     # The last rank, with Megatron's own validation, groups and modules.
     with FakeWorld(arguments, gpus - 1, gpus, 8) as world:
         assert world.group_sizes()["dp"] == gpus // pp and world.group_sizes()["ep"] == ep
-        (chunk,) = world.build_chunks()
-        layers = {weight.layer for weight in weights_of(chunk) if weight.layer is not None and not weight.mtp}
-    assert layers == {60}
+        weights = [weight for chunk in world.build_chunks() for weight in weights_of(chunk)]
+        layers = {weight.layer for weight in weights if weight.layer is not None and not weight.mtp}
+    # DualPipe: the first stage and the last.
+    assert layers == {0, 1, 2, 3, 60}
 
 
 def test_hydra_and_plain_scripts_train_alike() -> None:

@@ -17,7 +17,7 @@ from dsv3_megatron.plan.memory import GIB
 from dsv3_megatron.plan.step import plan
 
 PUBLISHED = ["model=v3_671b", "layout=pp16_ep64", "cluster=h800_2048"]
-AS_DEEPSEEK = [*PUBLISHED, "schedule=dualpipe", "precision=fp8_dsv3"]
+PLAIN = [*PUBLISHED, "schedule=1f1b", "precision=bf16"]
 KEYS = {"step_s", "tokens_per_s_per_gpu", "gpu_hours_per_1t", "days_per_1t", "bubble_s", "memory_gib", "fits"}
 
 
@@ -27,19 +27,19 @@ def _json(capsys: pytest.CaptureFixture, words: list[str]) -> dict:
 
 
 def test_json(capsys: pytest.CaptureFixture) -> None:
-    plain, published = _json(capsys, PUBLISHED), _json(capsys, AS_DEEPSEEK)
+    plain, published = _json(capsys, PLAIN), _json(capsys, PUBLISHED)
     assert plain.keys() == published.keys() == KEYS
     assert len(published["memory_gib"]) == 16
     assert published["step_s"] == pytest.approx(19.926, rel=0.05)
     assert published["tokens_per_s_per_gpu"] == pytest.approx(1542, rel=0.05)
-    assert published["fits"] is True and plain["fits"] is False  # 1F1B in bf16
-    half = _json(capsys, [*AS_DEEPSEEK, "global_batch_size=7680"])
+    assert published["fits"] is True and plain["fits"] is False
+    half = _json(capsys, [*PUBLISHED, "global_batch_size=7680"])
     assert 0.5 < half["step_s"] / published["step_s"] < 0.6  # the bubble and the update do not halve
     assert half["days_per_1t"] > published["days_per_1t"]
 
 
 def test_table_says_what_would_make_it_fit(capsys: pytest.CaptureFixture) -> None:
-    command.main([*PUBLISHED, "tokens=14.8e12", "price=2"])
+    command.main([*PLAIN, "tokens=14.8e12", "price=2"])
     out = capsys.readouterr().out
     assert "does not fit" in out and "what would make it fit:" in out
     assert "precision=fp8_dsv3" in out and "GPU-hours" in out and "$" in out
@@ -57,7 +57,7 @@ def test_table_says_what_would_make_it_fit(capsys: pytest.CaptureFixture) -> Non
         (["model=v3_671b", "layout=pp16_ep64", "cluster=h100_256"], "do not divide"),
         ([*PUBLISHED, "global_batch_size=1000"], "global_batch_size=1000"),
         ([*PUBLISHED, "global_batch_size=0"], "global_batch_size=0"),
-        ([*PUBLISHED, "schedule=dualpipe", "global_batch_size=1280"], "--global-batch-size"),
+        ([*PUBLISHED, "global_batch_size=1280"], "--global-batch-size"),
         (["model=tiny", "layout=cpu_pp4"], "cluster.gpu"),
         ([*PUBLISHED, "measured=x.json"], "pictures="),
     ],
@@ -106,9 +106,9 @@ def test_a_measured_timeline_is_laid_over_with_its_error(tmp_path: Path) -> None
 
 
 def test_a_plan_takes_less_than_two_seconds_beyond_megatron(capsys: pytest.CaptureFixture) -> None:
-    _json(capsys, AS_DEEPSEEK)  # counts in the cache, Megatron imported
+    _json(capsys, PUBLISHED)  # counts in the cache, Megatron imported
     begun = time.process_time()
-    _json(capsys, AS_DEEPSEEK)
+    _json(capsys, PUBLISHED)
     assert time.process_time() - begun < 2
 
 
