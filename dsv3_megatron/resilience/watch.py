@@ -93,12 +93,14 @@ class RankWatch:
                 self._beat(1)
                 lost = self._told_cause() or self._silent_rank() or self._unless_finished(dead)
                 contact, next_contact = now, now + self._interval_s
+                answers = True
             except dist.DistError as error:  # the server has gone with its process
+                answers = False
                 lost = None if dead is None else f"rank {dead} is lost: its process has ended"
                 if now - contact > self.timeout_s:
                     lost = f"{_store_owner()} is lost: the job's store does not answer any more ({error})"
             if lost is not None:
-                self._end_process(lost)
+                self._end_process(lost, answers)
         with contextlib.suppress(dist.DistError):
             self._leave()
 
@@ -108,15 +110,21 @@ class RankWatch:
 
     def _leave(self) -> None:
         """The last words of a rank that has finished or failed."""
-        if self._cause is None:
-            self._beat(_FINISHED)
-        else:
+        if self._cause is not None:
             self._store.compare_set(_CAUSE, "", self._cause)
-        if self.rank > 0:
-            return
-        end = time.monotonic() + (self.timeout_s if self._cause is None else 3 * self._interval_s)
-        while time.monotonic() < end and any(self._life(r) < _FINISHED for r in range(1, self.world_size)):
+        self._beat(_FINISHED)
+        self._wait_for_others(self.timeout_s if self._cause is None else 3 * self._interval_s)
+
+    def _wait_for_others(self, seconds: float) -> None:
+        """Rank 0 may hold the store: it stays until the others have read what is to be read there."""
+        end = time.monotonic() + seconds
+        while (
+            self.rank == 0 and time.monotonic() < end and any(map(self._is_here, range(1, self.world_size)))
+        ):
             time.sleep(0.05)
+
+    def _is_here(self, rank: int) -> bool:
+        return self._life(rank) < _FINISHED and not (rank in self._pids and _has_ended(self._pids[rank]))
 
     def _life(self, rank: int) -> int:
         return self._store.add(_key("life", rank), 0)
@@ -165,10 +173,14 @@ class RankWatch:
         """The cause that was written down first."""
         return self._store.compare_set(_CAUSE, "", cause).decode()
 
-    def _end_process(self, cause: str) -> NoReturn:
+    def _end_process(self, cause: str, store_answers: bool) -> NoReturn:
         print(f"[rank {self.rank}] ends ({self.activity}): {cause}", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
+        if store_answers:
+            with contextlib.suppress(dist.DistError):
+                self._beat(_FINISHED)
+                self._wait_for_others(self._interval_s + 2 * LOCAL_LOOK_S)
         os._exit(EXIT_STATUS)
 
 

@@ -3,6 +3,7 @@
 `tests.harness.run_distributed` ends all ranks soon after one has failed, which is what these tests wait for.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -71,8 +72,8 @@ def run_to_the_end(
     result = []
     for rank, process in enumerate(processes):
         status = process.exitcode
-        if status is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also the checkpoint writer that a killed rank has left
         process.join()
         output = logs[rank].read_text(errors="replace")
         result.append(Ended(status, ended_at.get(rank, float("inf")) - first, output))
