@@ -158,6 +158,9 @@ def _largest(x: Tensor, rows: int, columns: int) -> Tensor:
     for dim, tile in ((1, columns), (0, rows)):
         if tile == 1:
             continue
+        if 0 < x.size(dim) <= tile:  # one tile needs no padding
+            x = x.amax(dim, keepdim=True)
+            continue
         missing = -x.size(dim) % tile
         if missing:
             x = torch.nn.functional.pad(x, [0, missing] if dim == 1 else [0, 0, 0, missing])
