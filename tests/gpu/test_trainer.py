@@ -1,5 +1,6 @@
-"""The trainer's losses on 1, 2, 4 and 8 GPUs: reference backend against Transformer Engine."""
+"""The trainer's losses on 1, 2, 4 and 8 GPUs: reference backend against Transformer Engine, schedules, DeepEP."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,10 +29,13 @@ LAYOUTS = {
 }
 
 
-def losses(num_gpus: int, transformer_impl: str, folder: Path) -> list[float]:
-    """Main loss of every step."""
+PIPELINES = {2: 2, 4: 2, 8: 4}  # GPUs → pipeline ranks, experts over the rest
+
+
+def losses(num_gpus: int, transformer_impl: str, folder: Path, *words: str) -> list[float]:
+    """Main loss of every step; `words` displace what the layout says."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
-    command += ["-m", "dsv3_megatron.train", *WORDS, *LAYOUTS[num_gpus]]
+    command += ["-m", "dsv3_megatron.train", *WORDS, *(words or LAYOUTS[num_gpus])]
     command += ["--transformer-impl", transformer_impl, "--tensorboard-dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
@@ -42,8 +46,7 @@ def losses(num_gpus: int, transformer_impl: str, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("num_gpus", LAYOUTS)
 def test_losses(num_gpus: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    if torch.cuda.device_count() < num_gpus:
-        pytest.skip(f"{torch.cuda.device_count()} GPUs are visible")
+    _needs(num_gpus)
     reference, te = (losses(num_gpus, name, tmp_path / name) for name in ("local", "transformer_engine"))
     record_property("first_losses", f"reference {reference[0]:.5f}, TE {te[0]:.5f}")
     record_property("last_losses", f"reference {reference[-1]:.5f}, TE {te[-1]:.5f}")
@@ -56,3 +59,43 @@ def test_losses(num_gpus: int, tmp_path: Path, record_property: Callable[[str, o
         single = losses(1, "local", tmp_path / "single")
         record_property("reference_on_one_gpu", f"{single[0]:.5f} ... {single[-1]:.5f}")
         assert reference == pytest.approx(single, rel=0.01)
+
+
+def _needs(num_gpus: int) -> None:
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs are visible")
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
+@pytest.mark.parametrize("num_gpus", PIPELINES)
+def test_schedules(
+    num_gpus: int, schedule: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Under every schedule as under Megatron's own, with Transformer Engine."""
+    _needs(num_gpus)
+    pp = PIPELINES[num_gpus]
+    layout = ["--pipeline-model-parallel-size", str(pp), "--expert-model-parallel-size", str(num_gpus // pp)]
+    if schedule == "dualpipev" and pp == 4:
+        pytest.skip("eight stages need more than four layers")
+    own = losses(num_gpus, "transformer_engine", tmp_path / "1f1b", *layout)
+    ours = losses(
+        num_gpus, "transformer_engine", tmp_path / schedule, *layout, "--pipeline-schedule", schedule
+    )
+    worst = max(abs(a - b) / b for a, b in zip(ours, own, strict=True))
+    record_property("largest_relative_difference", f"{worst:.2e}")
+    assert worst < 0.01
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4, 8])
+def test_deepep(num_gpus: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """DeepEP's dispatcher against the all-to-all one."""
+    _needs(num_gpus)
+    if importlib.util.find_spec("deep_ep") is None:
+        pytest.skip("DeepEP is not installed")
+    layout = ["--expert-model-parallel-size", str(num_gpus)]
+    flex = ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "deepep"]
+    own = losses(num_gpus, "transformer_engine", tmp_path / "alltoall", *layout)
+    ours = losses(num_gpus, "transformer_engine", tmp_path / "deepep", *layout, *flex)
+    worst = max(abs(a - b) / b for a, b in zip(ours, own, strict=True))
+    record_property("largest_relative_difference", f"{worst:.2e}")
+    assert worst < 0.01
