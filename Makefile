@@ -76,9 +76,9 @@ accumulation-fp8: setup  ## picture of the error of sums in 14 bits, with and wi
 	$(PY) -m dsv3_megatron.fp8.accumulation
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:  ## remove what runs and tests left behind (not .venv)
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
