@@ -1,5 +1,7 @@
 """Training throughput of the demo's model under several schedules: `python -m dsv3_megatron.demo.throughput`.
 
+    … --schedules dualpipe dualpipe+ema_decay=0.999       what an override costs
+
 Whole trainers run one after the other, round by round (`1f1b` is Megatron's own schedule), so that a machine that
 gets slower meets all of them. One JSON line per run on stdout, progress on stderr, and a last line with the ratio of
 each schedule's median tokens/s to that of the first.
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         "--schedules",
         nargs="+",
         default=["1f1b", "dualpipe"],
+        metavar="SCHEDULE[+OVERRIDE…]",
         help="the first is what others are compared with",
     )
     add("--layout", default=DemoSettings.layout, help="of dsv3_megatron.conf (default: %(default)s)")
@@ -67,8 +70,12 @@ def main(argv: list[str] | None = None) -> None:
 def _tokens_per_s(folder: Path, name: str, schedule: str, args: argparse.Namespace) -> float:
     """Median over the iterations of a run of its own, in tokens of all ranks per second."""
     run_dir = folder / name
+    schedule, *own = schedule.split("+")
     settings = DemoSettings(
-        layout=args.layout, schedule=schedule, train_iters=args.iterations, overrides=tuple(args.overrides)
+        layout=args.layout,
+        schedule=schedule,
+        train_iters=args.iterations,
+        overrides=(*args.overrides, *own),
     )
     overrides = trainer_overrides(run_dir, settings, args.iterations)
     overrides += ["save=null", "load=null", f"corpus.dir='{folder / 'corpus'}'"]

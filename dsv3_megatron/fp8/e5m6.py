@@ -43,18 +43,21 @@ def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     return _pack(codes), scale
 
 
-def unpack_e5m6(packed: Tensor, scale: Tensor, num_columns: int | None = None) -> Tensor:
+def unpack_e5m6(
+    packed: Tensor, scale: Tensor, num_columns: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The numbers of `pack_e5m6`.
 
     Args:
         packed, scale: as returned.
         num_columns: K; needed only where it is odd.
+        dtype: of the result; bf16 holds the numbers exactly too, but for those below 2⁻¹²⁶.
 
     Returns:
-        [M, K] fp32.
+        [M, K] in dtype.
     """
     values = decode_e5m6(_unpack(packed)[:, :num_columns])
-    return values.mul_(expand_scale(scale, values.shape))
+    return values.mul_(expand_scale(scale, values.shape)).to(dtype)
 
 
 def encode_e5m6(x: Tensor) -> Tensor:

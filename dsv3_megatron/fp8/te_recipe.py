@@ -5,8 +5,8 @@ accumulation), with the report's floor of 1e-4 under activations and weights and
 choice of scales: powers of two where tokens are dispatched and after attention, fp32 elsewhere. That choice needs
 NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1, TE's own switch; without it all scales are powers of two.
 
-TE quantises the operands of Wgrad straight from its bf16 input, in the forward pass; so the Linear after attention
-keeps one byte per number (E4M3 by 128×1), and needs no E5M6.
+TE quantises the operands of Wgrad straight from its bf16 input, in the forward pass, and keeps one byte per number
+(E4M3 by 128×1). The Linear after attention keeps its input instead: see `attention_output`.
 """
 
 import importlib

@@ -3,7 +3,8 @@
     python -m dsv3_megatron.longctx [--run-dir runs/longctx]
 
 The phases are `recipe=longctx_32k` and `longctx_128k` at 1024 and 2048 tokens. What is finished is not trained again.
-The last line on stdout is one JSON object: loss of late positions with and without YaRN, and needles found.
+The last line on stdout is one JSON object: loss of late positions with and without YaRN, and needles found. Exit
+status 1 when YaRN does not lower the loss of late answers.
 """
 
 import argparse
@@ -64,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(results, folder / "longctx.png")
     print(table(results))
     print(f"[demo] picture: {folder / 'longctx.png'}")
-    print(json.dumps(summarise(results)))
-    return 0
+    summary = summarise(results)
+    print(json.dumps(summary))
+    return 0 if summary["late_answer_loss_yarn"] < summary["late_answer_loss_rope"] else 1
 
 
 def train_all(folder: Path) -> None:

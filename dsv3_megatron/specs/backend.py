@@ -1,7 +1,7 @@
 """What a backend provides: the module classes from which one set of specs is built."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.transformer.mlp import MLP
@@ -69,9 +69,9 @@ def select_backend(config: TransformerConfig) -> Backend:
 
         if recipe_of(config) is None:
             return te.BACKEND
-        from dsv3_megatron.fp8.dispatch import FP8MoELayer
+        from dsv3_megatron.fp8 import te_backend
 
-        return replace(te.BACKEND, moe_layer=FP8MoELayer)
+        return te_backend.BACKEND
     raise ValueError(
         f"--transformer-impl {config.transformer_impl}: --spec dsv3 has local (plain PyTorch) and transformer_engine"
     )

@@ -11,6 +11,7 @@ import torch
 
 from dsv3_megatron.fp8 import difference
 from dsv3_megatron.fp8.recipe import FACTORIES
+from tests.fp8.test_attention_output import count_packed
 from tests.gpu.test_backends import BF16, TE, distance, one_gpu, outputs_and_gradients  # noqa: F401  (fixture)
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,18 @@ def test_model(one_gpu: None, record_property: Callable[[str, object], None]) ->
     far = {name: pair for name, pair in errors.items() if pair[0] > FACTOR * max(pair[1], 2.0**-5)}
     assert not far, f"TE is more than {FACTOR}x as far from fp32 as the emulation: {far}"
     assert errors["losses"][0] > 1e-5, "TE did not compute in FP8"
+
+
+def test_attention_output_is_kept_once(
+    one_gpu: None,  # noqa: F811
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TE's attention and the Linear after it keep one tensor, and E5M6 replaces it for both."""
+    counts = count_packed(monkeypatch)
+    outputs_and_gradients(BF16 | TE | TE_FP8)
+    record_property("tensors_replaced", counts)
+    assert counts == [2] * 4
 
 
 @pytest.mark.parametrize("tokens, size_in, size_out", [(512, 7168, 2048), (1024, 2048, 7168)])

@@ -1,28 +1,66 @@
-"""What the study of the moments makes of two loss curves."""
+"""The study of the moments: its runs' command lines, and what it makes of their losses."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dsv3_megatron.optimizer.study import compare, differences, draw
+from dsv3_megatron.optimizer import study
+from dsv3_megatron.optimizer.study import BASELINE, RUNS
 
 
-def curves(factor: float, steps: int = 100) -> dict:
-    fp32 = {step: 5.0 - 0.01 * step for step in range(1, steps + 1)}
-    return {"bf16_moments": {s: v * factor for s, v in fp32.items()}, "fp32_moments": fp32}
+def test_runs_differ_in_moments_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dsv3_megatron.arguments import complete
+    from dsv3_megatron.conf import compose, to_argv
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(study.study, "prepare", lambda folder: None)
+    monkeypatch.setattr(
+        study.study,
+        "run_ranks",
+        lambda module, words, ranks, logs: given.update({logs.parent.name: compose(words)}),
+    )
+    assert study.main(["--run-dir", str(tmp_path)]) == 1  # nothing was trained
+    files = {"save", "load", "tensorboard_dir"}
+    allowed = {
+        BASELINE: set(),
+        "bf16_moments": {"exp_avg_dtype", "exp_avg_sq_dtype"},
+        "fp32_perturbed": {"init_method_std"},
+    }
+    assert given.keys() == RUNS.keys()
+    for name, config in given.items():
+        baseline = given[BASELINE]
+        differing = {key for key in {*config, *baseline} if config.get(key) != baseline.get(key)} - files
+        assert differing == allowed[name]
+        assert config["lr"] == study.LR and config["bf16"] is True
+    words = to_argv(given["bf16_moments"])
+    at = words.index("--device")  # our trainer's own option
+    words = complete([*words[:at], *words[at + 2 :]])
+    for option in ("--exp-avg-dtype", "--exp-avg-sq-dtype"):
+        assert words[words.index(option) + 1] == "bf16"
 
 
-def test_a_constant_factor_is_the_difference(tmp_path) -> None:
-    result = compare(curves(1.004), warmup=10)
-    assert result["max_difference"] == pytest.approx(0.004) and result["within_target"]
-    assert result["last_difference"] == pytest.approx(0.004) and result["steps"] == 100
-    assert not compare(curves(0.994), warmup=10)["within_target"]
-    draw(curves(1.004), result, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_only_steps_after_the_warmup_count() -> None:
-    data = curves(1.0)
-    data["bf16_moments"][1] = 50.0
-    assert not compare(data, warmup=5)["within_target"] and compare(data, warmup=95)["within_target"]
-    del data["bf16_moments"][7]
-    with pytest.raises(LookupError, match="different steps"):
-        differences(data)
+@pytest.mark.parametrize(("factor", "status"), [(1.004, 0), (0.994, 1)])
+def test_status(
+    factor: float,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the largest difference after the warm-up; a constant factor is the difference."""
+    fp32 = {step: 5.0 - 0.01 * step for step in range(1, 101)}
+    curves = {
+        BASELINE: fp32,
+        "bf16_moments": {s: v * factor for s, v in fp32.items()},
+        "fp32_perturbed": fp32,
+    }
+    monkeypatch.setattr(study.study, "prepare", lambda folder: None)
+    monkeypatch.setattr(study.study, "train", lambda *args: None)
+    monkeypatch.setattr(study.study, "losses", lambda *args: curves)
+    assert study.main(["--run-dir", str(tmp_path), "--iterations", "100"]) == status
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["runs"]["bf16_moments"]["max_error"] == pytest.approx(abs(factor - 1))
+    assert result["within_target"] == (status == 0)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")

@@ -137,6 +137,17 @@ def test_c_under_dualpipe(trainer_losses, script, patched_megatron):
     assert losses(output)[3] == pytest.approx(trainer_losses, rel=1e-5)
 
 
+def test_c_in_fp8(script, patched_megatron):
+    """One word is FP8 in Megatron's own entry point as in our trainer."""
+    words = [*MICRO, *LAYOUT, "--bf16", "--fp8-recipe", "dsv3"]
+    ours = run_distributed(
+        train, world_size=2, timeout=240, init=False, words=["--spec", "dsv3", "--device", "cpu", *words]
+    )[0]
+    output = launch(script, ["--spec", "dsv3", *CPU_FLAGS, *words], megatron=patched_megatron)
+    assert "--fp8-recipe dsv3: module, products, kept for backward" in output
+    assert losses(output)[3] == pytest.approx(ours, rel=2e-6)
+
+
 def test_c_schedule_plans_need_half_precision(script, patched_megatron):
     words = [
         "--pipeline-model-parallel-size",

@@ -107,6 +107,19 @@ ROWS = (
         "--fp8-recipe dsv3 --bf16 --transformer-impl local --moe-shared-expert-overlap",
     ),
     Refusal(
+        "fp8_dsv3_offloading",
+        PRECISION,
+        "--cpu-offloading-num-layers / --fine-grained-activation-offloading",
+        "",
+        lambda a, s: (
+            recipe_of(a) is not None
+            and bool(a.cpu_offloading_num_layers or a.fine_grained_activation_offloading)
+        ),
+        "both take over what autograd keeps, as --fp8-recipe dsv3 does for the attention's output (R§3.3.3)",
+        "none of them, and --recompute-granularity selective for memory",
+        "--fp8-recipe dsv3 --bf16 --fine-grained-activation-offloading --offload-modules core_attn",
+    ),
+    Refusal(
         "fp8_without_bf16",
         PRECISION,
         "--fp8-format",

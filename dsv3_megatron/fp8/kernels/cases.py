@@ -58,7 +58,7 @@ def v3_cases() -> Iterator[Case]:
     x = matrix(TOKENS, LINEARS["attention_output"][0])
     packed = matrix(TOKENS, x.size(1) // 2 * 3, torch.uint8), matrix(TOKENS, x.size(1) // 128, FP32)
     yield Case("attention_output E5M6 pack", partial(pack_e5m6, x))
-    yield Case("attention_output E5M6 unpack", partial(unpack_e5m6, *packed))
+    yield Case("attention_output E5M6 unpack", partial(unpack_e5m6, *packed, dtype=BF16))
 
 
 def _linear(name: str, rows: int, inputs: int, outputs: int) -> Iterator[Case]:

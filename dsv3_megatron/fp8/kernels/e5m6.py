@@ -24,8 +24,10 @@ def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     return packed, scale
 
 
-def unpack_e5m6(packed: Tensor, scale: Tensor, num_columns: int | None = None) -> Tensor:
-    """As `dsv3_megatron.fp8.unpack_e5m6`: the [M, K] fp32 numbers; `num_columns` is K, needed where K is odd."""
+def unpack_e5m6(
+    packed: Tensor, scale: Tensor, num_columns: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """As `dsv3_megatron.fp8.unpack_e5m6`: the [M, K] numbers; `num_columns` is K, needed where K is odd."""
     m, width = check_matrix(packed)
     if width % 3:
         raise ValueError(f"packed has {width} columns: two numbers fill three bytes")
@@ -34,7 +36,7 @@ def unpack_e5m6(packed: Tensor, scale: Tensor, num_columns: int | None = None) -
         raise ValueError(
             f"num_columns={k}: packed {tuple(packed.shape)}, scale {tuple(scale.shape)} do not fit"
         )
-    out = empty(packed, m, k, torch.float32)
+    out = empty(packed, m, k, dtype)
     grid = (triton.cdiv(m, _ROWS), scale.size(1))
     launch(_unpack_e5m6_kernel, grid, packed.contiguous(), scale.contiguous(), out, m, k, ROWS=_ROWS)
     return out

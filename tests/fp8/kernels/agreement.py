@@ -71,6 +71,8 @@ def assert_unpacks(call: Call, packed: Tensor, scale: Tensor, num_columns: int) 
     assert torch.equal(actual.isnan(), expected.isnan())
     bits, bits_ref = (t.nan_to_num(0.0).view(torch.int32) for t in (actual, expected))
     assert torch.equal(bits, bits_ref), _differing("numbers", actual, expected)
+    in_bf16 = call("unpack_e5m6", packed, scale, num_columns, dtype=torch.bfloat16)
+    assert torch.equal(in_bf16.nan_to_num(0.0), expected.bfloat16().nan_to_num(0.0))
 
 
 def assert_gemm(call: Call, a: Quantized, b: Quantized, tensor_core_error: float = 0.0) -> None:

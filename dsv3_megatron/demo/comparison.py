@@ -1,4 +1,4 @@
-"""Losses of the study's runs against those of BF16: relative error of smoothed losses, table, picture."""
+"""Losses of a study's runs against those of one of them: relative error of smoothed losses, table, picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,9 +6,6 @@ from typing import Any
 
 from dsv3_megatron.demo.results import Curve
 from dsv3_megatron.demo.study import DECAY, smoothed
-
-BASELINE = "bf16"
-TARGET = 0.0025  # the report's claim (R§3.3)
 
 
 def relative_errors(curve: Curve, baseline: Curve) -> Curve:
@@ -18,37 +15,43 @@ def relative_errors(curve: Curve, baseline: Curve) -> Curve:
         LookupError: the curves do not have the same steps.
     """
     if curve.keys() != baseline.keys():
-        raise LookupError("the runs have other steps than the BF16 run: train them to the same --iterations")
+        raise LookupError("the runs have other steps than the baseline: train them to the same --iterations")
     a, b = smoothed(curve), smoothed(baseline)
     return {step: abs(a[step] - b[step]) / b[step] for step in sorted(b)}
 
 
-def compare(curves: Mapping[str, Curve], warmup: int) -> dict[str, Any]:
+def compare(curves: Mapping[str, Curve], baseline: str, target: float, warmup: int) -> dict[str, Any]:
     """Figures of every run after the first `warmup` steps.
 
+    Args:
+        curves: loss by step of each run.
+        baseline: the run that the others are compared with.
+        target: relative error that is hoped for.
+
     Returns:
-        {"steps", "warmup", "target", "runs": {name: {"loss": smoothed loss at the end, and except for BF16
-        "max_error", "mean_error", "last_error": relative, "steps_above_target": share}}}
+        {"steps", "warmup", "baseline", "target", "runs": {name: {"loss": smoothed loss at the end, and except for the
+        baseline "max_error", "mean_error", "last_error": relative, "steps_above_target": share}}}
 
     Raises:
-        LookupError: there is no BF16 run, or see `relative_errors`.
+        LookupError: the baseline is missing, or see `relative_errors`.
     """
-    if BASELINE not in curves:
-        raise LookupError(f"the run {BASELINE} has not come to its end: train it first")
-    baseline = curves[BASELINE]
+    if baseline not in curves:
+        raise LookupError(f"the run {baseline} has not come to its end: train it first")
     runs: dict[str, dict[str, float]] = {}
     for name, curve in curves.items():
         runs[name] = {"loss": smoothed(curve)[max(curve)]}
-        if name == BASELINE:
+        if name == baseline:
             continue
-        errors = [error for step, error in relative_errors(curve, baseline).items() if step > warmup]
+        by_step = relative_errors(curve, curves[baseline])
+        errors = [error for step, error in by_step.items() if step > warmup]
         runs[name] |= {
             "max_error": max(errors),
             "mean_error": sum(errors) / len(errors),
             "last_error": errors[-1],
-            "steps_above_target": sum(error > TARGET for error in errors) / len(errors),
+            "steps_above_target": sum(error > target for error in errors) / len(errors),
         }
-    return {"steps": max(baseline), "warmup": warmup, "target": TARGET, "runs": runs}
+    steps = max(curves[baseline])
+    return {"steps": steps, "warmup": warmup, "baseline": baseline, "target": target, "runs": runs}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -68,7 +71,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def draw(curves: Mapping[str, Curve], result: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: smoothed losses, and their relative errors against BF16."""
+    """Write a PNG: smoothed losses, and their relative errors against the baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,19 +82,18 @@ def draw(curves: Mapping[str, Curve], result: Mapping[str, Any], path: Path) -> 
         steps = sorted(curve)
         loss = smoothed(curve)
         (line,) = top.plot(steps, [loss[step] for step in steps], label=name, linewidth=1)
-        if name != BASELINE:
-            errors = relative_errors(curve, curves[BASELINE])
+        if name != result["baseline"]:
+            errors = relative_errors(curve, curves[result["baseline"]])
             bottom.plot(
                 steps, [100 * errors[s] for s in steps], label=name, linewidth=1, color=line.get_color()
             )
     top.set(ylabel="loss (nats per token)", title=f"Training loss, smoothed (EMA {DECAY})")
     top.legend(fontsize="small")
-    bottom.axhline(
-        100 * result["target"], color="black", linestyle="--", linewidth=0.8, label="0.25 % (report)"
-    )
+    label = f"target, {result['target']:.2%}"
+    bottom.axhline(100 * result["target"], color="black", linestyle="--", linewidth=0.8, label=label)
     bottom.axvline(result["warmup"], color="grey", linewidth=0.8, label="end of the warm-up")
     bottom.set(
-        xlabel="step", ylabel="relative error (%)", title="Against BF16", ylim=(0, None), yscale="linear"
+        xlabel="step", ylabel="relative error (%)", title=f"Against {result['baseline']}", ylim=(0, None)
     )
     bottom.legend(fontsize="small")
     figure.tight_layout()
