@@ -34,7 +34,7 @@ def trace_times(gpu: Gpu) -> dict[str, float]:
     alone, beside = asdict(ops.moe_layer()), asdict(ops.moe_layer(beside=True))
     times = {name: 1e3 * slower * alone[name] for name in deepseek.TRACE_COMPUTE}
     times |= {name: 1e3 * beside[name] for name in deepseek.TRACE_COMMUNICATION}
-    layers = pair(ops.moe_layer(), ops.moe_layer(beside=True), gpu)
+    layers = pair(ops.moe_layer(), ops.moe_layer(beside=True), ops.job, gpu)
     return times | {"pair of 4 layers": 4e3 * layers.length}
 
 

@@ -94,6 +94,7 @@ def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalan
         moe_router_group_topk=args.moe_router_group_topk or 1,
         load_imbalance=load_imbalance,
         balance_loss=bool(args.moe_aux_loss_coeff),
+        whole_iteration_graph=args.cuda_graph_impl == "full_iteration",
     )
 
 

@@ -117,6 +117,9 @@ class Job:
         moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
         load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
         balance_loss: the sequence-wise balance loss is on.
+        communication_sms: that dispatch and combine take from a pair's computation while they run; None: those of the
+            hardware table, set aside for as long as a pair runs, which is DeepSeek's way (R§3.2.2) and what is fitted.
+        whole_iteration_graph: a step is one CUDA graph: nothing waits for launches.
     """
 
     sizes: ModelSizes
@@ -134,6 +137,8 @@ class Job:
     moe_router_group_topk: int = 1
     load_imbalance: float = 1.0
     balance_loss: bool = True
+    communication_sms: int | None = None
+    whole_iteration_graph: bool = False
 
     def __post_init__(self) -> None:
         if len(self.stages) != self.layout.num_stages:

@@ -2,7 +2,7 @@
 
 Each names its source, its layout, and what the source does not say and is assumed here. Routing is forced to be
 even in all of them (their sources say so), so `load_imbalance` is 1. None of them was fitted. Megatron without FP8
-dispatch sends BF16 both ways.
+dispatch sends BF16 both ways, and sets no SMs aside: communication takes 20 (DeepEP's default) while it runs.
 """
 
 from dataclasses import dataclass, replace
@@ -61,6 +61,7 @@ def _megatron(
     fp8: bool = False,
     mtp: int = 1,
     overlap_pairs: bool = False,
+    communication_sms: int = 20,
     overlap_grad_reduce: bool = True,
 ) -> Job:
     schedule = INTERLEAVED if chunks > 1 else "1f1b"
@@ -82,12 +83,20 @@ def _megatron(
         overlap_grad_reduce=overlap_grad_reduce,
         moe_router_num_groups=8,
         moe_router_group_topk=4,
+        communication_sms=communication_sms,
     )
 
 
 _H100 = _megatron(
     num_gpus=1024, tp=2, pp=8, ep=64, batch=8192, layers=_32_STAGES, fp8=True, overlap_pairs=True,
     recompute={"mla_up_proj", "mlp", "moe_act", "layernorm"}, overlap_grad_reduce=False,
+)  # fmt: skip
+_GB200_OVERLAP = replace(
+    _megatron(
+        num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, fp8=True, overlap_pairs=True, communication_sms=32,
+        recompute={"mla_up_proj"},
+    ),
+    whole_iteration_graph=True,
 )  # fmt: skip
 RUNS = (
     Run("1024 H100, FP8 blockwise, TP2 PP8 VPP4 EP64", "h100", _H100, 1412, _MOE_PAPER,
@@ -102,10 +111,10 @@ RUNS = (
         4020, _MOE_PAPER, "layers per stage"),
     Run("256 GB200, MXFP8, PP4 VPP4 EP64, GBS 4096", "gb200",
         _megatron(num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, recompute={"mlp"}, fp8=True),
-        4256, f"{_BRIDGE}, 26.04.01", "layers per stage, recompute and no overlap of pairs as in the paper's run"),
-    Run("256 GB200, MXFP8, PP4 VPP4 EP64, GBS 4096, newest", "gb200",
-        _megatron(num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, recompute={"mlp"}, fp8=True),
-        4912, f"{_BRIDGE}, 26.08", "as before; its recipe captures whole iterations as CUDA graphs"),
+        4256, f"{_BRIDGE}, 26.04.01", "layers per stage; recompute and no overlap of pairs as in its recipe of v0.4.1"),
+    Run("256 GB200, MXFP8, PP4 VPP4 EP64, GBS 4096, overlap", "gb200", _GB200_OVERLAP, 4912, f"{_BRIDGE}, 26.08",
+        "recompute, overlap, 32 SMs and one CUDA graph per step as in the recipe of the commit that publishes it "
+        "(4ab94dfa, perf_recipes/deepseek/common.py); layers per stage"),
     Run("256 GB200, MXFP8, PP8 VPP4 EP32, no MTP", "gb200",
         _megatron(num_gpus=256, pp=8, ep=32, batch=4096, layers=[2] * 30 + [1, 0], recompute={"mlp"}, fp8=True, mtp=0),
         4018, f"{_BRIDGE}, 25.11", "layers per stage, recompute and no overlap of pairs as in the paper's MXFP8 run"),

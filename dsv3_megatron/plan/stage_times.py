@@ -26,24 +26,27 @@ class Pair:
         return sum(map(max, self.compute, self.communicate)) + self.gap
 
 
-def pair(layer: LayerTimes, beside: LayerTimes, gpu: Gpu) -> Pair:
+def pair(layer: LayerTimes, beside: LayerTimes, job: Job, gpu: Gpu) -> Pair:
     """The pair of two microbatches' passes of one layer.
 
     layer, beside: the layer's times with its communication alone, and beside computation.
     """
     a = gpu.achieved
-    slower = gpu.sms / (gpu.sms - a.communication_sms)
     computing = (
         layer.attention_f + layer.attention_w,
         layer.mlp_b,
         layer.mlp_w + layer.mlp_f,
         layer.attention_b + layer.again,
     )
-    return Pair(
-        tuple(slower * seconds for seconds in computing),  # type: ignore[arg-type]
-        (beside.combine_b, beside.dispatch, beside.dispatch_b, beside.combine),
-        a.pair_gap,
-    )
+    communicating = beside.combine_b, beside.dispatch, beside.dispatch_b, beside.combine
+    if job.communication_sms is None:
+        slower = gpu.sms / (gpu.sms - a.communication_sms)
+        computing = tuple(slower * seconds for seconds in computing)  # type: ignore[assignment]
+    else:  # what the SMs would have computed while they communicated is computed later
+        taken = job.communication_sms / gpu.sms
+        both = zip(computing, communicating, strict=True)
+        computing = tuple(seconds + taken * beside for seconds, beside in both)  # type: ignore[assignment]
+    return Pair(computing, communicating, 0 if job.whole_iteration_graph else a.pair_gap)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     fb = stage.dense * (dense.f + dense.b)
     overlaps = job.layout.overlap_pairs and job.layout.ep > 1
     paired = (
-        min(pair(moe, ops.moe_layer(beside=True), gpu).length, moe.f + moe.b) if overlaps else moe.f + moe.b
+        min(pair(moe, ops.moe_layer(beside=True), job, gpu).length, moe.f + moe.b)
+        if overlaps
+        else moe.f + moe.b
     )
     fb += num_moe * paired
     ends = []

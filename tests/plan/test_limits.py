@@ -131,12 +131,35 @@ def test_without_communication_a_pair_is_its_computation() -> None:
         0,
         0,
     )
-    computing = pair(layer, ops.moe_layer(beside=True), free)
+    computing = pair(layer, ops.moe_layer(beside=True), JOB, free)
     a = free.achieved
     assert computing.length == pytest.approx(
         (layer.f + layer.b) * 132 / (132 - a.communication_sms) + a.pair_gap
     )
     assert planned(gpu=free).step_s < planned().step_s
+
+
+def test_shared_sms_compute_on_when_communication_ends() -> None:
+    """All SMs for as long as nothing communicates; as long as what is longer; none taken, none lost."""
+    ops = Operators(JOB, H800)
+    layer, beside = ops.moe_layer(), ops.moe_layer(beside=True)
+    a = H800.achieved
+    reserved = pair(layer, beside, JOB, H800)
+    lengths = []
+    for sms in (0, a.communication_sms, 60):
+        shared = pair(layer, beside, replace(JOB, communication_sms=sms), H800)
+        lengths.append(shared.length)
+        for alone, taken, talk in zip(
+            pair(layer, beside, replace(JOB, communication_sms=0), H800).compute,
+            shared.compute,
+            shared.communicate,
+            strict=True,
+        ):
+            # Work of all SMs is what those that are left do meanwhile, and all of them afterwards.
+            assert alone == pytest.approx(talk * (1 - sms / H800.sms) + (taken - talk))
+    assert lengths == sorted(lengths) and lengths[0] < lengths[1] <= reserved.length
+    graph = pair(layer, beside, replace(JOB, whole_iteration_graph=True), H800)
+    assert graph.length == pytest.approx(reserved.length - a.pair_gap)
 
 
 def test_infinite_bandwidth_leaves_the_schedule_and_its_bubble() -> None:

@@ -248,6 +248,16 @@ ROWS = (
         ZB1P + " --fine-grained-activation-offloading",
     ),
     Refusal(
+        "schedule_cuda_graphs",
+        FEATURE,
+        "--cuda-graph-impl",
+        "{cuda_graph_impl}",
+        lambda a, s: _on(a) and (a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph),
+        f"{SCHEDULE} {{pipeline_schedule}} runs layers in parts that no graph of Megatron's holds",
+        "--cuda-graph-impl none, the default",
+        ZB1P + " --cuda-graph-impl full_iteration",
+    ),
+    Refusal(
         "profile_without_schedule",
         FEATURE,
         "--profile-pipeline",
