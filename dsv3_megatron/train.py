@@ -53,7 +53,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from dsv3_megatron import dualpipe, metrics, optimizer, resilience
+    from dsv3_megatron import dualpipe, metrics, optimizer, patching, resilience
     from dsv3_megatron.arguments import add_arguments
     from dsv3_megatron.ema.trainer import install as keep_average
     from dsv3_megatron.recipe.install import install as follow_schedules
@@ -69,6 +69,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     metrics.install()
     follow_schedules()
     keep_average()
+    patching.install(["build_pretraining_data_loader"])
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
         check_sft_data(args)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -29,10 +30,9 @@ def train(rank: int, world_size: int, words: list[str]) -> dict:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a torch_dist checkpoint by name: weights, biases, optimizer state.
+    """Every tensor of a torch_dist checkpoint by name: weights, biases, optimizer state, random states.
 
-    Without the generators' states: making a data loader draws a seed, once more in a resumed run. And "fully
-    reshardable", since flat optimizer buffers end in uninitialised padding.
+    "Fully reshardable", since flat optimizer buffers end in uninitialised padding.
     """
     state: dict = {}
     _load_state_dict(
@@ -41,17 +41,15 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         planner=_EmptyStateDictLoadPlanner(),
         no_dist=True,
     )
-    return {
-        name: value
-        for name, value in flatten(state)
-        if isinstance(value, torch.Tensor) and not name.startswith("rng_state")
-    }
+    return {name: value for name, value in flatten(state) if isinstance(value, torch.Tensor)}
 
 
 def flatten(state, prefix=""):
     for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-        if isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list, tuple)):
             yield from flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (np.ndarray, int)) and "rng_state" in prefix:  # of NumPy and of Python
+            yield f"{prefix}{key}", torch.as_tensor(np.asarray(value, dtype=np.int64))
         else:
             yield f"{prefix}{key}", value
 
@@ -75,6 +73,8 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path) -> None:
     broken = tensors(tmp_path / "broken" / "iter_0000004")
     assert straight.keys() == broken.keys() == half.keys()
     assert len(straight) > 50
+    for generator in ("torch_rng_state", "np_rng_state", "random_rng_state", "rng_tracker_states"):
+        assert any(generator in name for name in straight), generator
     different = {
         name: int((straight[name] != broken[name]).sum())
         for name in straight

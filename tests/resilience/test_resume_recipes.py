@@ -1,6 +1,6 @@
-"""Every recipe: N steps, saved, resumed, N more, are 2N steps, bit for bit: weights, moments, averages, schedules.
+"""Every recipe: N steps, saved, resumed, N more, are 2N steps, bit for bit.
 
-The generators' states are left out as in `tests.parallel.test_resume`; data order shows in the weights.
+Compared are weights, moments, averages, random states and learning rates; the order of data shows in the weights.
 """
 
 from pathlib import Path
