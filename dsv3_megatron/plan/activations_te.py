@@ -13,7 +13,7 @@ from dsv3_megatron.plan.job import Job, Stage
 
 FP32 = 4
 SCALES = 1 + 4 / 128  # bytes of an E4M3 element with its share of a tile's scale
-E5M6 = 1.5 + 1 / 128
+E5M6 = 1.5 + 4 / 128
 
 
 def blocks(job: Job, stage: Stage) -> list[Block]:
