@@ -58,7 +58,7 @@ bench-convert: setup  ## throughput and memory of checkpoint conversion beside c
 	$(PY) -m dsv3_megatron.convert.bench
 
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
-	$(PY) -m dsv3_megatron.demo.throughput
+	$(PY) -m dsv3_megatron.demo.throughput --rounds 3
 
 kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, spills, shared memory
 	$(PY) -m dsv3_megatron.fp8.kernels.compile
