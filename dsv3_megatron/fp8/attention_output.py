@@ -1,124 +1,56 @@
 """The attention's output kept for the backward pass once, in E5M6, whoever's kernels run (report §3.3.3).
 
-Two modules keep it: the attention, whose gradient needs it again, and the Linear behind it, for Wgrad. Transformer
-Engine lets both keep the same bf16 tensor; here it is replaced by 12 bits per number. PyTorch's hooks on saved tensors
-see what a module keeps, so this depends on no version of the kernels.
+Two modules keep it: the attention, whose gradient needs it again, and the Linear behind it, for Wgrad. Megatron lets
+Transformer Engine's Linear keep the very tensor that the attention keeps, in bf16. Here its memory is given up after
+the forward pass, 12 bits per number stand for it, and it is filled again when the backward pass arrives: Megatron's way
+with what it recomputes (`CheckpointWithoutOutput`), so neither module has to know.
 
 The reference backend does not need it: its Linear keeps E5M6 by itself, and its attention keeps no output.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from dsv3_megatron.fp8 import e5m6
-from dsv3_megatron.specs.mla import DSV3SelfAttention
 
-__all__ = ["KeepsAttentionOutput", "KeepsInput", "SavedOnce"]
-
-
-class Packed(NamedTuple):
-    """[M, K] in E5M6: bytes [M, 3·⌈K/2⌉], scales [M, ⌈K/128⌉]."""
-
-    packed: Tensor
-    scale: Tensor
-    num_columns: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Packed":
-        matrix = x.detach().reshape(-1, x.size(-1))
-        packed, scale = _arithmetic(x).pack_e5m6(matrix)
-        return cls(packed, scale, matrix.size(1))
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """[M, K] in dtype."""
-        return _arithmetic(self.packed).unpack_e5m6(*self, dtype=dtype)
+__all__ = ["KeepsInputInE5M6", "keep_in_e5m6"]
 
 
-class _Slot:
-    """What autograd holds in the place of a saved tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor
-        self.packed: Packed | None = None
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-
-    def pack(self, packed: Packed) -> None:
-        self.tensor, self.packed = None, packed
-
-    def restore(self) -> Tensor:
-        if self.packed is None:
-            assert self.tensor is not None
-            return self.tensor
-        return self.packed.unpack(self.dtype).view(self.shape)
-
-
-class SavedOnce:
-    """What was saved for backward within `watching()`, until `pack` replaces one tensor among it.
-
-    Everything is kept as it is until then, and for good where `pack` is not called.
-    """
-
-    def __init__(self) -> None:
-        self._slots: list[_Slot] = []
-
-    def watching(self) -> saved_tensors_hooks:
-        """A context for the forward pass of the modules that may save the tensor."""
-        return saved_tensors_hooks(self._save, _Slot.restore)
-
-    def pack(self, x: Tensor) -> int:
-        """Let all that was saved of x [..., K], in whatever shape, be one copy in E5M6; how many tensors that were."""
-        same = [slot for slot in self._slots if slot.tensor is not None and _same(slot.tensor, x)]
-        self._slots.clear()
-        if same:
-            packed = Packed.of(x)
-            for slot in same:
-                slot.pack(packed)
-        return len(same)
-
-    def _save(self, tensor: Tensor) -> _Slot:
-        slot = _Slot(tensor)
-        self._slots.append(slot)
-        return slot
-
-
-class KeepsInput:
-    """Mixin of the Linear after attention: its input, and what the attention kept of it, is kept in E5M6."""
-
-    attention: SavedOnce | None = None  # what the attention saved for this microbatch
+class KeepsInputInE5M6:
+    """Mixin of the Linear after attention, whose `forward` returns its output first."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        saved, self.attention = self.attention or SavedOnce(), None
-        with saved.watching():
-            result = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        saved.pack(x)
+        result = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if result[0].requires_grad:
+            keep_in_e5m6(x, until=result[0])
         return result
 
 
-class KeepsAttentionOutput(DSV3SelfAttention):
-    """MLA whose `linear_proj` is a `KeepsInput`."""
+def keep_in_e5m6(x: Tensor, until: Tensor) -> bool:
+    """Free the memory of x [..., K], and fill it with x as E5M6 holds it when the gradient of `until` arrives.
 
-    def _run_core_attention(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.checkpoint_core_attention:  # keeps its inputs only, and runs once more in the backward pass
-            return super()._run_core_attention(*args, **kwargs)
-        saved = SavedOnce()
-        with saved.watching():
-            output = super()._run_core_attention(*args, **kwargs)
-        self.linear_proj.attention = saved
-        return output
+    Everything that was saved of x for the backward pass, in whatever shape, lies in this memory.
 
+    Returns:
+        Whether it was done: not where x is part of something larger, which others may need.
+    """
+    storage, size = x.untyped_storage(), x.nbytes
+    if storage.nbytes() != size or not x.is_contiguous():
+        return False
+    dtype, num_columns = x.dtype, x.size(-1)
+    packed = [_arithmetic(x).pack_e5m6(x.detach().view(-1, num_columns))]
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """The same numbers in the same memory, in whatever shape."""
-    return (
-        a.data_ptr() == b.data_ptr()
-        and (a.dtype, a.numel()) == (b.dtype, b.numel())
-        and a.is_contiguous()
-        and b.is_contiguous()
-    )
+    def restore(_: Tensor) -> None:
+        if packed:  # a second backward pass finds it restored
+            numbers = _arithmetic(packed[0][0]).unpack_e5m6(*packed.pop(), num_columns, dtype=dtype)
+            storage.resize_(size)
+            storage.copy_(numbers.untyped_storage())  # not x.copy_(): autograd must not see a change
+
+    storage.resize_(0)
+    until.register_hook(restore)
+    return True
 
 
 def _arithmetic(x: Tensor) -> ModuleType:

@@ -7,20 +7,19 @@ from dataclasses import replace
 
 from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
-from dsv3_megatron.fp8.attention_output import KeepsAttentionOutput, KeepsInput
+from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6
 from dsv3_megatron.fp8.dispatch import FP8MoELayer
 from dsv3_megatron.specs import te
 
 __all__ = ["BACKEND", "TEAttentionOutput"]
 
 
-class TEAttentionOutput(KeepsInput, TERowParallelLinear):
+class TEAttentionOutput(KeepsInputInE5M6, TERowParallelLinear):
     """TE's row-parallel Linear after attention."""
 
 
 BACKEND = replace(
     te.BACKEND,
-    self_attention=KeepsAttentionOutput,
     attention_output=TEAttentionOutput,
     moe_layer=FP8MoELayer,
 )

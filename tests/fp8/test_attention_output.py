@@ -1,22 +1,21 @@
-"""The attention's output kept once in E5M6: against gradients with the rounding written out, and freed in bf16.
+"""The attention's output kept once in E5M6: against gradients with the rounding written out, and its memory freed.
 
 `FlashAttention` below stands for the fused kernels: as they do, it keeps its output for the gradient's row sums.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsv3_megatron.fp8 import pack_e5m6, unpack_e5m6
-from dsv3_megatron.fp8.attention_output import KeepsAttentionOutput, KeepsInput, SavedOnce
+from dsv3_megatron.fp8 import attention_output, pack_e5m6, unpack_e5m6
+from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6, keep_in_e5m6
 from dsv3_megatron.specs import reference
 from dsv3_megatron.specs.linear import RowLinear, num_pending_weight_grads, run_pending_weight_grads
-from dsv3_megatron.specs.mla import ReferenceSelfAttention
 from tests.specs.models import build, micro_config, random_batch
 from tests.specs.test_recompute import PUBLISHED
 
@@ -76,11 +75,7 @@ class FlashByHand(FlashAttention):
     by_hand = True
 
 
-class KeepingAttention(KeepsAttentionOutput, ReferenceSelfAttention):
-    pass
-
-
-class KeepingLinear(KeepsInput, RowLinear):
+class KeepingLinear(KeepsInputInE5M6, RowLinear):
     pass
 
 
@@ -101,32 +96,23 @@ class LinearByHand(RowLinear):
         return _LinearByHand.apply(x, self.weight), None
 
 
-KEEPING = replace(
-    reference.BACKEND,
-    self_attention=KeepingAttention,
-    attention_output=KeepingLinear,
-    core_attention=FlashAttention,
-)
+KEEPING = replace(reference.BACKEND, attention_output=KeepingLinear, core_attention=FlashAttention)
 BY_HAND = replace(reference.BACKEND, attention_output=LinearByHand, core_attention=FlashByHand)
 NEITHER = replace(reference.BACKEND, core_attention=FlashAttention)
 
 
-def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    counts: list[int] = []
-    pack = SavedOnce.pack
-
-    def counting(self: SavedOnce, x: Tensor) -> int:
-        counts.append(pack(self, x))
-        return counts[-1]
-
-    monkeypatch.setattr(SavedOnce, "pack", counting)
-    return counts
-
-
 @pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tensors each call of `SavedOnce.pack` has replaced."""
-    return count_packed(monkeypatch)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What each call of `keep_in_e5m6` has returned."""
+    calls: list[bool] = []
+    keep = attention_output.keep_in_e5m6
+
+    def counting(x: Tensor, until: Tensor) -> bool:
+        calls.append(keep(x, until))
+        return calls[-1]
+
+    monkeypatch.setattr(attention_output, "keep_in_e5m6", counting)
+    return calls
 
 
 def gradients(
@@ -156,15 +142,14 @@ def gradients(
     ],
     ids=["", "delayed", "published recompute", "full recompute"],
 )
-def test_gradients(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
+def test_gradients(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kept: list[bool]) -> None:
     """Bit for bit those of modules that round what they keep; others than without rounding."""
     expected = gradients(BY_HAND, monkeypatch)
-    assert not packed
+    assert not kept
     got = gradients(KEEPING, monkeypatch, **more)
     for name, gradient in expected.items():
         assert torch.equal(got[name], gradient), name
-    layers = 3 * 2  # of two microbatches, MTP's included
-    assert packed.count(2) == layers  # the attention's and the Linear's, one copy
+    assert kept == [True] * 3 * 2  # layers, MTP's included, of two microbatches
     exact = gradients(NEITHER, monkeypatch)
     for name in (
         "decoder.layers.0.self_attention.linear_proj.weight",
@@ -174,60 +159,62 @@ def test_gradients(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch, packed
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_recomputed_attention_keeps_no_output(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
+def test_recomputed_attention_keeps_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its second run is in the backward pass, and used there at once; only the Linear keeps."""
     recompute: dict[str, Any] = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     got = gradients(KEEPING, monkeypatch, **recompute)
-    assert packed == [1] * 6
-    linear_only = replace(BY_HAND, core_attention=FlashAttention)
-    expected = gradients(linear_only, monkeypatch)
+    expected = gradients(replace(BY_HAND, core_attention=FlashAttention), monkeypatch)
     for name, gradient in expected.items():
         assert torch.equal(got[name], gradient), name
 
 
-def test_output_is_freed() -> None:
-    """What autograd holds after the forward pass are the 12 bits; the numbers come back for both users."""
-    memory = np.zeros((8, 1, 256), np.float32)
-    alive = weakref.ref(memory)
-    output = [torch.from_numpy(memory)]
-    del memory
+def test_memory_is_given_up_until_the_backward_pass() -> None:
+    """Both users find the same rounded numbers, in a second backward pass too."""
 
     class KeepsOutput(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            y = output.pop().copy_(x)
+            y = x.clone()
             ctx.save_for_backward(y)
+            ctx.marker = marker.pop()
             return y
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             return grad * ctx.saved_tensors[0]
 
+    class Marker:
+        pass
+
+    marker = [Marker()]
+    alive = weakref.ref(marker[0])
     torch.manual_seed(0)
     x = torch.randn(8, 1, 256, requires_grad=True)
     weight = torch.randn(1, 256, requires_grad=True)
-    saved = SavedOnce()
-    with saved.watching():
-        y = KeepsOutput.apply(x)
-    with saved.watching():
-        z = y.view(8, 256).matmul(weight.t())
-    assert saved.pack(y) == 2
-    kept = rounded(y.detach())
-    del y
-    assert alive() is None
+    y = KeepsOutput.apply(x)
+    expected = rounded(y.detach())
+    assert not torch.equal(expected, y)
+    z = y.view(8, 256).matmul(weight.t())
+    assert keep_in_e5m6(y, until=z) and y.untyped_storage().nbytes() == 0
+    z.sum().backward(retain_graph=True)
+    assert torch.equal(weight.grad, expected.sum((0, 1))[None])
+    assert torch.equal(x.grad, weight.detach() * expected)
     z.sum().backward()
-    assert torch.equal(weight.grad, kept.sum((0, 1))[None])
-    assert torch.equal(x.grad, weight.detach() * kept)
+    assert torch.equal(x.grad, 2 * weight.detach() * expected)
+    assert alive() is not None
+    del y, z
+    assert alive() is None  # the graph is gone: the hook holds nothing of it
 
 
-def test_other_tensors_are_kept_as_they_are() -> None:
-    """Part of the memory, other numbers in it, or another type: not the same tensor."""
-    x = torch.randn(4, 128)
-    saved = SavedOnce()
-    slots = [saved._save(t) for t in (x[:2], x.t(), x.clone(), x.view(torch.int32))]
-    assert saved.pack(x) == 0
-    for slot, t in zip(slots, (x[:2], x.t(), x.clone(), x.view(torch.int32)), strict=True):
-        assert torch.equal(slot.restore(), t)
+@pytest.mark.parametrize("part", [lambda x: x[:4], lambda x: x[..., :128], lambda x: x.transpose(0, 1)])
+def test_part_of_something_larger_stays(part: Callable[[Tensor], Tensor]) -> None:
+    whole = torch.randn(8, 2, 256, requires_grad=True) * 1
+    x = part(whole)
+    y = x * 2
+    before = whole.detach().clone()
+    assert not keep_in_e5m6(x, until=y)
+    y.sum().backward()
+    assert torch.equal(whole, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -103,7 +103,7 @@ class TestTransformerEngine:
         from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
         from dsv3_megatron.fp8 import policy
-        from dsv3_megatron.fp8.attention_output import KeepsAttentionOutput, KeepsInput
+        from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6
         from dsv3_megatron.fp8.dispatch import FP8AlltoAllTokenDispatcher, FP8MoELayer
         from dsv3_megatron.fp8.recipe import FACTORIES
         from tests.specs.models import build, micro_config
@@ -121,8 +121,6 @@ class TestTransformerEngine:
         assert layers and all(isinstance(m.token_dispatcher, FP8AlltoAllTokenDispatcher) for m in layers)
         attentions = [m.self_attention for m in model.modules() if hasattr(m, "self_attention")]
         assert len(attentions) == 4
-        for attention in attentions:
-            assert isinstance(attention, KeepsAttentionOutput)
-            linear = attention.linear_proj
+        for linear in (attention.linear_proj for attention in attentions):
             # Megatron lets it keep its input as it is, which E5M6 then replaces.
-            assert isinstance(linear, KeepsInput) and getattr(linear, "save_original_input")  # noqa: B009
+            assert isinstance(linear, KeepsInputInE5M6) and getattr(linear, "save_original_input")  # noqa: B009

@@ -5,14 +5,22 @@ few times the emulation's; outputs of single layers are nearer: they differ by b
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from dsv3_megatron.fp8 import difference
+from dsv3_megatron.fp8 import attention_output, difference
 from dsv3_megatron.fp8.recipe import FACTORIES
-from tests.fp8.test_attention_output import count_packed
-from tests.gpu.test_backends import BF16, TE, distance, one_gpu, outputs_and_gradients  # noqa: F401  (fixture)
+from tests.gpu.test_backends import (  # noqa: F401  (fixture)
+    BF16,
+    SIZES,
+    TE,
+    distance,
+    one_gpu,
+    outputs_and_gradients,
+)
+from tests.specs.models import build, micro_config, random_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -43,11 +51,26 @@ def test_attention_output_is_kept_once(
     record_property: Callable[[str, object], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """TE's attention and the Linear after it keep one tensor, and E5M6 replaces it for both."""
-    counts = count_packed(monkeypatch)
-    outputs_and_gradients(BF16 | TE | TE_FP8)
-    record_property("tensors_replaced", counts)
-    assert counts == [2] * 4
+    """E5M6 for the attention's output saves memory, so neither TE's attention nor the Linear keeps another copy."""
+
+    def kept(in_e5m6: bool) -> int:
+        """Bytes that a forward pass leaves behind."""
+        overrides: dict[str, Any] = {**SIZES, **BF16, **TE, **TE_FP8}
+        model = build(micro_config(**overrides)).cuda().bfloat16()
+        if not in_e5m6:
+            monkeypatch.setattr(attention_output, "keep_in_e5m6", lambda x, until: False)
+        batch = {name: tensor.cuda() for name, tensor in random_batch(batch=2, seq=128).items()}
+        before = torch.cuda.memory_allocated()
+        losses = model(attention_mask=None, **batch)
+        torch.cuda.synchronize()
+        after = torch.cuda.memory_allocated()
+        del losses
+        return after - before
+
+    saved = kept(True), kept(False)
+    record_property("bytes_kept", saved)
+    numbers = 4 * 2 * 128 * 4 * 128  # layers, batch, sequence, heads, head size
+    assert saved[1] - saved[0] > 0.4 * numbers
 
 
 @pytest.mark.parametrize("tokens, size_in, size_out", [(512, 7168, 2048), (1024, 2048, 7168)])

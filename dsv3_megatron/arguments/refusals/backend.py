@@ -115,7 +115,7 @@ ROWS = (
             recipe_of(a) is not None
             and bool(a.cpu_offloading_num_layers or a.fine_grained_activation_offloading)
         ),
-        "both take over what autograd keeps, as --fp8-recipe dsv3 does for the attention's output (R§3.3.3)",
+        "--fp8-recipe dsv3 gives up the memory of the attention's output (R§3.3.3), which offloading would still read",
         "none of them, and --recompute-granularity selective for memory",
         "--fp8-recipe dsv3 --bf16 --fine-grained-activation-offloading --offload-modules core_attn",
     ),
