@@ -8,12 +8,11 @@ with what it recomputes (`CheckpointWithoutOutput`), so neither module has to kn
 The reference backend does not need it: its Linear keeps E5M6 by itself, and its attention keeps no output.
 """
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from dsv3_megatron.fp8 import e5m6
+from dsv3_megatron.fp8.device import arithmetic_for
 
 __all__ = ["KeepsInputInE5M6", "keep_in_e5m6"]
 
@@ -40,23 +39,14 @@ def keep_in_e5m6(x: Tensor, until: Tensor) -> bool:
     if storage.nbytes() != size or not x.is_contiguous():
         return False
     dtype, num_columns = x.dtype, x.size(-1)
-    packed = [_arithmetic(x).pack_e5m6(x.detach().view(-1, num_columns))]
+    packed = [arithmetic_for(x).pack_e5m6(x.detach().view(-1, num_columns))]
 
     def restore(_: Tensor) -> None:
         if packed:  # a second backward pass finds it restored
-            numbers = _arithmetic(packed[0][0]).unpack_e5m6(*packed.pop(), num_columns, dtype=dtype)
+            numbers = arithmetic_for(packed[0][0]).unpack_e5m6(*packed.pop(), num_columns, dtype=dtype)
             storage.resize_(size)
             storage.copy_(numbers.untyped_storage())  # not x.copy_(): autograd must not see a change
 
     storage.resize_(0)
     until.register_hook(restore)
     return True
-
-
-def _arithmetic(x: Tensor) -> ModuleType:
-    """The module with E5M6 for x's device: our kernels on a GPU, PyTorch elsewhere."""
-    if x.is_cuda:
-        from dsv3_megatron.fp8.kernels import e5m6 as kernels
-
-        return kernels
-    return e5m6

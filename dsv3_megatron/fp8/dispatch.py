@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from dsv3_megatron.fp8 import tiles
+from dsv3_megatron.fp8.device import arithmetic_for
 from dsv3_megatron.fp8.tiles import TILE, dequantize
 
 __all__ = ["FP8AlltoAllTokenDispatcher", "FP8MoELayer", "decode_message", "encode_message"]
@@ -25,7 +25,7 @@ def encode_message(x: Tensor, eps: float) -> Tensor:
 
     `eps` is the floor of a tile's largest absolute value: 1e-4 for activations, 0 for gradients.
     """
-    q, scale = _quantizers(x).quantize_tile(x, eps=eps, pow2=True)
+    q, scale = arithmetic_for(x).quantize_tile(x, eps=eps, pow2=True)
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     return torch.cat([q.view(torch.uint8), exponents], dim=1)
 
@@ -35,15 +35,6 @@ def decode_message(message: Tensor, num_columns: int) -> Tensor:
     q, exponents = message.split([num_columns, -(-num_columns // TILE)], dim=1)
     scale = (exponents.int() << 23).view(torch.float32)
     return dequantize(q.contiguous().view(torch.float8_e4m3fn), scale)
-
-
-def _quantizers(x: Tensor) -> Any:
-    """The module whose `quantize_tile` is for the device of x: the kernels on a GPU, their reference elsewhere."""
-    if not x.is_cuda:
-        return tiles
-    from dsv3_megatron.fp8 import kernels
-
-    return kernels
 
 
 class _AllToAll(torch.autograd.Function):

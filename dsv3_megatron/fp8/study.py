@@ -26,8 +26,7 @@ TARGET = 0.0025  # the report's claim (R§3.3)
 # Name of a run to its overrides of dsv3_megatron.train_hydra.
 RUNS: dict[str, tuple[str, ...]] = {
     BASELINE: ("precision=bf16",),
-    # Every initial weight is a 1024th larger, a quarter of a BF16 rounding: most round to the same number.
-    "bf16_perturbed": ("precision=bf16", f"init_method_std={0.02 * (1 + 2**-10)}"),
+    "bf16_perturbed": ("precision=bf16", runs.PERTURBED),
     "fp8": ("precision=fp8_dsv3",),
     "fp8_per_tensor": ("precision=fp8_dsv3", "fp8_recipe=dsv3_per_tensor"),
     "fp8_block_gradients": ("precision=fp8_dsv3", "fp8_recipe=dsv3_block_gradients"),

@@ -25,8 +25,7 @@ FP32 = ("precision=bf16", "exp_avg_dtype=fp32", "exp_avg_sq_dtype=fp32")
 RUNS = {
     BASELINE: FP32,
     "bf16_moments": ("precision=bf16",),
-    # Every initial weight is a 1024th larger, a quarter of a BF16 rounding: most round to the same number.
-    "fp32_perturbed": (*FP32, f"init_method_std={0.02 * (1 + 2**-10)}"),
+    "fp32_perturbed": (*FP32, study.PERTURBED),
 }
 # The learning rate is DeepSeek-V3's: at 1e-3 even the noise floor is above the target.
 LR = 2.2e-4

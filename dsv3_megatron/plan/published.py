@@ -62,6 +62,7 @@ def _megatron(
     mtp: int = 1,
     overlap_pairs: bool = False,
     communication_sms: int = 20,
+    whole_iteration_graph: bool = False,
     overlap_grad_reduce: bool = True,
 ) -> Job:
     schedule = INTERLEAVED if chunks > 1 else "1f1b"
@@ -84,6 +85,7 @@ def _megatron(
         moe_router_num_groups=8,
         moe_router_group_topk=4,
         communication_sms=communication_sms,
+        whole_iteration_graph=whole_iteration_graph,
     )
 
 
@@ -91,12 +93,9 @@ _H100 = _megatron(
     num_gpus=1024, tp=2, pp=8, ep=64, batch=8192, layers=_32_STAGES, fp8=True, overlap_pairs=True,
     recompute={"mla_up_proj", "mlp", "moe_act", "layernorm"}, overlap_grad_reduce=False,
 )  # fmt: skip
-_GB200_OVERLAP = replace(
-    _megatron(
-        num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, fp8=True, overlap_pairs=True, communication_sms=32,
-        recompute={"mla_up_proj"},
-    ),
-    whole_iteration_graph=True,
+_GB200_OVERLAP = _megatron(
+    num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, fp8=True, overlap_pairs=True, communication_sms=32,
+    whole_iteration_graph=True, recompute={"mla_up_proj"},
 )  # fmt: skip
 RUNS = (
     Run("1024 H100, FP8 blockwise, TP2 PP8 VPP4 EP64", "h100", _H100, 1412, _MOE_PAPER,

@@ -15,8 +15,8 @@ from torch import Tensor
 from dsv3_megatron.fp8 import attention_output, pack_e5m6, unpack_e5m6
 from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6, keep_in_e5m6
 from dsv3_megatron.specs import reference
-from dsv3_megatron.specs.linear import RowLinear, num_pending_weight_grads, run_pending_weight_grads
-from tests.specs.models import build, micro_config, random_batch
+from dsv3_megatron.specs.linear import RowLinear
+from tests.specs.models import gradients_of, micro_config
 from tests.specs.test_recompute import PUBLISHED
 
 SIZES: dict[str, Any] = {"num_layers": 2, "mtp_num_layers": 1, "params_dtype": torch.bfloat16, "bf16": True}
@@ -120,15 +120,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Of two microbatches in flight."""
     monkeypatch.setattr(reference, "BACKEND", backend)
-    config = micro_config(**SIZES, **more)
-    config.transformer.delay_wgrad_compute = delay
-    model = build(config)
-    losses = [model(**random_batch(seed=seed), attention_mask=None).mean() for seed in (0, 1)]
-    for loss in losses:
-        loss.backward()
-    while num_pending_weight_grads(model):
-        run_pending_weight_grads(model)
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients_of(micro_config(**SIZES, **more), delay)
 
 
 @pytest.mark.usefixtures("single_rank")

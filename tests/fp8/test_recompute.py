@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.specs.linear import num_pending_weight_grads, run_pending_weight_grads
-from tests.specs.models import build, micro_config, random_batch
+from tests.specs.models import gradients_of, micro_config
 from tests.specs.test_recompute import MORE, PUBLISHED
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -16,12 +15,7 @@ def gradients(delay: bool, **recompute: Any) -> dict[str, torch.Tensor]:
     config = micro_config(
         mtp_num_layers=1, fp8_recipe="dsv3", params_dtype=torch.bfloat16, bf16=True, **recompute
     )
-    config.transformer.delay_wgrad_compute = delay
-    model = build(config)
-    model(**random_batch(), attention_mask=None).mean().backward()
-    while num_pending_weight_grads(model):
-        run_pending_weight_grads(model)
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients_of(config, delay, seeds=(0,))
 
 
 @pytest.mark.parametrize("delay", [False, True], ids=["", "delayed"])

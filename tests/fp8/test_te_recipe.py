@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,7 @@ class TestTransformerEngine:
         assert layers and all(isinstance(m.token_dispatcher, FP8AlltoAllTokenDispatcher) for m in layers)
         attentions = [m.self_attention for m in model.modules() if hasattr(m, "self_attention")]
         assert len(attentions) == 4
-        for linear in (attention.linear_proj for attention in attentions):
+        for attention in attentions:
+            linear: Any = attention.linear_proj
             # Megatron lets it keep its input as it is, which E5M6 then replaces.
-            assert isinstance(linear, KeepsInputInE5M6) and getattr(linear, "save_original_input")  # noqa: B009
+            assert linear.save_original_input and isinstance(linear, KeepsInputInE5M6)

@@ -1,5 +1,6 @@
 """Micro DeepSeek-V3 models for the tests of the specs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor
 
 from dsv3_megatron.specs.builder import DSV3ModelBuilder, DSV3ModelConfig
+from dsv3_megatron.specs.linear import num_pending_weight_grads, run_pending_weight_grads
 
 VOCAB_SIZE = 96
 
@@ -81,6 +84,18 @@ def build(config: DSV3ModelConfig, vp_stage: int | None = None) -> GPTModel:
     """One chunk of the model on this rank; Megatron's model-parallel groups must exist."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return DSV3ModelBuilder(config).build_model(groups, vp_stage=vp_stage)
+
+
+def gradients_of(config: DSV3ModelConfig, delay: bool, seeds: Sequence[int] = (0, 1)) -> dict[str, Tensor]:
+    """Gradient of every weight from a microbatch per seed, all of them in flight before the first backward pass."""
+    config.transformer.delay_wgrad_compute = delay
+    model = build(config)
+    losses = [model(**random_batch(seed=seed), attention_mask=None).mean() for seed in seeds]
+    for loss in losses:
+        loss.backward()
+    while num_pending_weight_grads(model):
+        run_pending_weight_grads(model)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def random_batch(

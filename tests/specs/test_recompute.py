@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.specs.linear import num_pending_weight_grads, run_pending_weight_grads
-from tests.specs.models import build, micro_config, random_batch
+from tests.specs.models import gradients_of, micro_config
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -20,14 +19,7 @@ def gradients(modules: list[str] | None, delay: bool) -> dict[str, torch.Tensor]
         {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
     )
     config = micro_config(num_layers=3, moe_layer_freq=[0, 1, 1], mtp_num_layers=1, **recompute)
-    config.transformer.delay_wgrad_compute = delay
-    model = build(config)
-    losses = [model(**random_batch(seed=seed), attention_mask=None).mean() for seed in (0, 1)]
-    for loss in losses:
-        loss.backward()
-    while num_pending_weight_grads(model):
-        run_pending_weight_grads(model)
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients_of(config, delay)
 
 
 @pytest.mark.parametrize("modules", [PUBLISHED, MORE])

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from dsv3_megatron.arguments.refusals.table import Refusal
+from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.fp8.recipe import RECIPES, recipe_of
 
@@ -249,9 +249,7 @@ ROWS = (
         CPU,
         "--cuda-graph-impl",
         "{cuda_graph_impl}",
-        lambda a, s: (
-            s.on_cpu and (a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph)
-        ),
+        lambda a, s: s.on_cpu and has_cuda_graphs(a),
         "there are no CUDA graphs without a GPU",
         "none, the default",
         "--cuda-graph-impl local",

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from dsv3_megatron.arguments.refusals.layout import _dense_model_size, _layout_stages
-from dsv3_megatron.arguments.refusals.table import Refusal
+from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.dualpipe.arguments import num_stages, placement_of
 
@@ -252,7 +252,7 @@ ROWS = (
         FEATURE,
         "--cuda-graph-impl",
         "{cuda_graph_impl}",
-        lambda a, s: _on(a) and (a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph),
+        lambda a, s: _on(a) and has_cuda_graphs(a),
         f"{SCHEDULE} {{pipeline_schedule}} runs layers in parts that no graph of Megatron's holds",
         "--cuda-graph-impl none, the default",
         ZB1P + " --cuda-graph-impl full_iteration",

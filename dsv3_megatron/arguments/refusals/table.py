@@ -1,4 +1,4 @@
-"""The form of a refusal."""
+"""The form of a refusal, and questions that several ask."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -45,3 +45,8 @@ class Refusal:
         if self.detail is not None:
             reason += f" ({self.detail(args, around)})"
         return f"{given}: {reason}. Use {self.use.format(**names)}."
+
+
+def has_cuda_graphs(a: Namespace) -> bool:
+    """Whether CUDA graphs of any kind are asked for, in Megatron's words of today or of before."""
+    return a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph
