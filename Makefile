@@ -27,7 +27,7 @@ demo-pp4: setup  ## the same on four pipeline ranks, in eight processes
 	$(PY) -m dsv3_megatron.demo --run-dir runs/demo-pp4 --layout cpu_pp4_ep2 micro_batch_size=1
 
 demo-sft: setup  ## fine-tune the demo's model on signatures from docstrings (runs the demo first where it has not been)
-	$(PY) -m dsv3_megatron.sft.demo
+	$(PY) -m dsv3_megatron.studies.sft
 
 test: setup  ## the default tests, under 20 minutes on two cores
 	$(PY) -m pytest tests -n 2 --dist loadfile
@@ -36,13 +36,13 @@ test-all: setup  ## the slow tests too
 	$(PY) -m pytest tests -m 'not gpu and not te'
 
 bench-ema: setup  ## what the average of the weights costs a step, with stages that sleep
-	$(PY) -m dsv3_megatron.ema.bench
+	$(PY) -m dsv3_megatron.studies.ema_cost
 
 demo-longctx: setup  ## a tiny model extended to eight times its context, with YaRN and without (resumes when run again)
-	$(PY) -m dsv3_megatron.longctx
+	$(PY) -m dsv3_megatron.studies.longctx
 
 study-moments: setup  ## bf16 against fp32 moments: the loss over 1000 steps of the demo (resumes when run again)
-	$(PY) -m dsv3_megatron.optimizer.study
+	$(PY) -m dsv3_megatron.studies.moments
 
 test-te: setup  ## Transformer Engine's real modules, constructed on CPU (builds TE's extension the first time: ~12 minutes)
 	bash scripts/install_te.sh $(PY)
@@ -52,28 +52,28 @@ test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a rep
 	$(PY) -m tests.gpu.run
 
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
-	$(PY) -m dsv3_megatron.pipeline.bench
+	$(PY) -m dsv3_megatron.studies.pipeline_speed
 
 bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (20 GB of disk)
-	$(PY) -m dsv3_megatron.convert.bench
+	$(PY) -m dsv3_megatron.studies.convert_speed
 
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
-	$(PY) -m dsv3_megatron.demo.throughput --rounds 3
+	$(PY) -m dsv3_megatron.studies.throughput --rounds 3
 
 kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, spills, shared memory
 	$(PY) -m dsv3_megatron.fp8.kernels.compile
 
 bench-planner: setup  ## the planner's error table: predicted against published runs, costs, schedules
-	$(PY) -m dsv3_megatron.plan.bench
+	$(PY) -m dsv3_megatron.studies.planner_error
 
 study-fp8: setup  ## FP8 against BF16 on the demo's model, with noise floor and ablations (resumes; about an hour)
-	$(PY) -m dsv3_megatron.fp8.study
+	$(PY) -m dsv3_megatron.studies.fp8
 
 bench-fp8: setup  ## an emulated FP8 step against a BF16 step on CPU
-	$(PY) -m dsv3_megatron.fp8.bench
+	$(PY) -m dsv3_megatron.studies.fp8_speed
 
 accumulation-fp8: setup  ## picture of the error of sums in 14 bits, with and without promotion
-	$(PY) -m dsv3_megatron.fp8.accumulation
+	$(PY) -m dsv3_megatron.studies.accumulation
 
 lint: setup  ## ruff and mypy, as pre-commit and CI run them
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsv3_megatron.fp8.recipe import recipe_of
+from dsv3_megatron.fp8.precision import recipe_of
 
 __all__ = ["Backend", "select_backend"]
 
@@ -57,7 +57,7 @@ def select_backend(config: TransformerConfig) -> Backend:
         ModuleNotFoundError: Transformer Engine is asked for and not installed.
     """
     if config.transformer_impl == "local":
-        from dsv3_megatron.specs import reference
+        from dsv3_megatron.backends import reference
 
         if recipe_of(config) is None:
             return reference.BACKEND
@@ -65,7 +65,7 @@ def select_backend(config: TransformerConfig) -> Backend:
 
         return backend.BACKEND
     if config.transformer_impl == "transformer_engine":
-        from dsv3_megatron.specs import te
+        from dsv3_megatron.backends import te
 
         if recipe_of(config) is None:
             return te.BACKEND

@@ -6,7 +6,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 
-from dsv3_megatron.specs.linear import ColumnLinear, RowLinear
+from dsv3_megatron.backends.linear import ColumnLinear, RowLinear
 
 __all__ = ["routed_experts"]
 

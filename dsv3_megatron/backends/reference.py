@@ -1,12 +1,12 @@
 """The reference backend: plain PyTorch and Megatron's local modules; runs anywhere."""
 
+from dsv3_megatron.backends.attention import SDPACoreAttention
+from dsv3_megatron.backends.backend import Backend
+from dsv3_megatron.backends.experts import routed_experts
+from dsv3_megatron.backends.linear import ColumnLinear, DuplicatedLinear, RowLinear
+from dsv3_megatron.backends.mla import ReferenceSelfAttention
+from dsv3_megatron.backends.norm import RMSNorm
 from dsv3_megatron.patching import install
-from dsv3_megatron.specs.attention import SDPACoreAttention
-from dsv3_megatron.specs.backend import Backend
-from dsv3_megatron.specs.experts import routed_experts
-from dsv3_megatron.specs.linear import ColumnLinear, DuplicatedLinear, RowLinear
-from dsv3_megatron.specs.mla import ReferenceSelfAttention
-from dsv3_megatron.specs.norm import RMSNorm
 
 __all__ = ["BACKEND"]
 

@@ -18,8 +18,8 @@ from megatron.core.extensions.transformer_engine import (
 )
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
-from dsv3_megatron.specs.backend import Backend
-from dsv3_megatron.specs.mla import DSV3SelfAttention
+from dsv3_megatron.backends.backend import Backend
+from dsv3_megatron.backends.mla import DSV3SelfAttention
 
 __all__ = ["BACKEND"]
 

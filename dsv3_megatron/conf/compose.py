@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsv3_megatron.conf.check import check, model_parallel_size, parallelism, positive, size, world_size
 from dsv3_megatron.conf.errors import ConfigError, nearest
-from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
+from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 
 CONF_DIR = Path(__file__).resolve().parent
 # Keys that describe machine, placement and files; everything else at the top level is an argument.

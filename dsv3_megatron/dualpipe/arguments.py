@@ -3,8 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 
 SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 PAIR_ORDERS = ("megatron", "report")  # the keys of overlap.ORDERS

@@ -15,10 +15,10 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import global_vars
 from torch import Tensor
 
+from dsv3_megatron.backends.linear import run_pending_weight_grads
 from dsv3_megatron.dualpipe.gradients import GradientReduce
 from dsv3_megatron.pipeline.stage import Pass
 from dsv3_megatron.resilience import guard
-from dsv3_megatron.specs.linear import run_pending_weight_grads
 
 
 @dataclass

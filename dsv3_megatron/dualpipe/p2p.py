@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .comms import Channel, Message
+from dsv3_megatron.pipeline.comms import Channel, Message
 
 TensorSpec = Callable[[Message], tuple[Sequence[int], torch.dtype]]
 

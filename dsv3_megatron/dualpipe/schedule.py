@@ -12,17 +12,17 @@ from megatron.core.pipeline_parallel.utils import set_streams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from dsv3_megatron.dualpipe.batches import chunk_iterators
 from dsv3_megatron.dualpipe.chunk import ChunkStage, Step
 from dsv3_megatron.dualpipe.embedding import shares_embedding
 from dsv3_megatron.dualpipe.gradients import GradientReduce
+from dsv3_megatron.dualpipe.loss_reports import share
+from dsv3_megatron.dualpipe.microbatch_data import chunk_iterators
 from dsv3_megatron.dualpipe.overlap import PairRunner
+from dsv3_megatron.dualpipe.p2p import PipelineP2P
 from dsv3_megatron.dualpipe.profile import StepProfile, wait_for_device
 from dsv3_megatron.dualpipe.ranks import Placement
-from dsv3_megatron.dualpipe.reports import share
 from dsv3_megatron.pipeline import build_schedule
 from dsv3_megatron.pipeline.comms import Message
-from dsv3_megatron.pipeline.p2p import PipelineP2P
 from dsv3_megatron.pipeline.runner import PipelineRunner
 
 

@@ -8,7 +8,7 @@ of Megatron's, as the name of these quantizers alone.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from dsv3_megatron.fp8.recipe import FACTORIES, RECIPES
+from dsv3_megatron.fp8.precision import FACTORIES, RECIPES
 
 
 def add_arguments(parser: ArgumentParser) -> None:

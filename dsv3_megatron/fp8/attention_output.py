@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dsv3_megatron.fp8.device import arithmetic_for
+from dsv3_megatron.fp8.arithmetic import arithmetic_for
 
 __all__ = ["KeepsInputInE5M6", "keep_in_e5m6"]
 

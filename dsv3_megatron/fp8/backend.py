@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from dsv3_megatron.backends import reference
 from dsv3_megatron.fp8.dispatch import FP8MoELayer
 from dsv3_megatron.fp8.linear import (
     FP8AttentionOutput,
@@ -11,7 +12,6 @@ from dsv3_megatron.fp8.linear import (
     FP8RowLinear,
 )
 from dsv3_megatron.fp8.mlp import FP8MLP, FP8SharedExpertMLP, routed_experts
-from dsv3_megatron.specs import reference
 
 __all__ = ["BACKEND"]
 

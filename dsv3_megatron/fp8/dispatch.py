@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from dsv3_megatron.fp8.device import arithmetic_for
+from dsv3_megatron.fp8.arithmetic import arithmetic_for
 from dsv3_megatron.fp8.tiles import TILE, dequantize
 
 __all__ = ["FP8AlltoAllTokenDispatcher", "FP8MoELayer", "decode_message", "encode_message"]

@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3_megatron.fp8.e5m6 import pack_e5m6, unpack_e5m6
-from dsv3_megatron.fp8.recipe import Recipe, recipe_of
-from dsv3_megatron.fp8.swiglu import swiglu, swiglu_backward
-from dsv3_megatron.fp8.tiles import Quantized, dequantize
-from dsv3_megatron.specs.linear import (
+from dsv3_megatron.backends.linear import (
     ColumnLinear,
     DelayedWeightGrad,
     DuplicatedLinear,
     RowLinear,
     all_gather_first_dim,
 )
+from dsv3_megatron.fp8.e5m6 import pack_e5m6, unpack_e5m6
+from dsv3_megatron.fp8.precision import Recipe, recipe_of
+from dsv3_megatron.fp8.swiglu import swiglu, swiglu_backward
+from dsv3_megatron.fp8.tiles import Quantized, dequantize
 
 __all__ = [
     "FP8AttentionOutput",

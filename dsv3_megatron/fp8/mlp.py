@@ -55,7 +55,7 @@ class FP8Experts(SequentialMLP):
 
 
 def routed_experts() -> ExpertsBuilder:
-    """As `dsv3_megatron.specs.experts.routed_experts`, with FP8 products."""
+    """As `dsv3_megatron.backends.experts.routed_experts`, with FP8 products."""
     return partial(
         FP8Experts, submodules=MLPSubmodules(linear_fc1=FP8ColumnLinear, linear_fc2=FP8DownProjection)
     )

@@ -71,7 +71,7 @@ def table(recipe: str) -> str:
 
 def announce(config: Any) -> None:
     """Print the policy once per process, on rank 0, if the configuration names a recipe of ours."""
-    from dsv3_megatron.fp8.recipe import recipe_of
+    from dsv3_megatron.fp8.precision import recipe_of
 
     recipe = recipe_of(config)
     if recipe is not None:

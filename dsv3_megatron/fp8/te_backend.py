@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
+from dsv3_megatron.backends import te
 from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6
 from dsv3_megatron.fp8.dispatch import FP8MoELayer
-from dsv3_megatron.specs import te
 
 __all__ = ["BACKEND", "TEAttentionOutput"]
 

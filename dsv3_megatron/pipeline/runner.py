@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dsv3_megatron.dualpipe.p2p import PipelineP2P
+
 from .actions import Action, Kind, Schedule
 from .comms import Channel, Message, Payload, channel_orders, receives, sends
-from .p2p import PipelineP2P
 from .simulate import Event
 from .stage import Half, Overlap, Pass, Stage, one_after_the_other
 

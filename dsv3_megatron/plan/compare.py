@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from dsv3_megatron.conf.placement import layers_per_stage
 from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.pipeline.placement import layers_per_stage
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Stage
 from dsv3_megatron.plan.parameters import ParameterCounts

@@ -251,7 +251,7 @@ def _store_owner() -> str:
 
 
 def _follows_from_a_loss(error: BaseException) -> bool:
-    from dsv3_megatron.pipeline.p2p import PipelineTimeout
+    from dsv3_megatron.dualpipe.p2p import PipelineTimeout
 
     texts = ("gloo", "nccl", "closed by peer", "reset by peer", "timed out")
     communication = (PipelineTimeout, dist.DistError)

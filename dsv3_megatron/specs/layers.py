@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from dsv3_megatron.specs.backend import Backend, select_backend
+from dsv3_megatron.backends.backend import Backend, select_backend
 from dsv3_megatron.specs.router import DSV3Router
 
 __all__ = ["decoder_block", "layer_spec", "moe_layer_pattern", "mtp_block"]

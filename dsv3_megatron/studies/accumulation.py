@@ -1,6 +1,6 @@
 """The error of sums in the H800's tensor cores, with and without promotion to fp32 (report §3.3.2), measured and drawn.
 
-    python -m dsv3_megatron.fp8.accumulation [--picture FILE]
+    python -m dsv3_megatron.studies.accumulation [--picture FILE]
 
 The last line on stdout is one JSON object.
 """
@@ -33,7 +33,7 @@ def largest_error(k: int, promote_every: int | None, size: int = 256, seed: int 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.fp8.accumulation", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m dsv3_megatron.studies.accumulation", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--picture", type=Path, default=Path("docs/fp8_accumulation.png"))
     options = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.demo.results import Curve
-from dsv3_megatron.demo.study import DECAY, smoothed
+from dsv3_megatron.studies.demo_runs import DECAY, smoothed
 
 
 def relative_errors(curve: Curve, baseline: Curve) -> Curve:

@@ -1,6 +1,6 @@
 """Throughput and memory of both conversions beside `cp` and `sync` of the same files, in one run.
 
-python -m dsv3_megatron.convert.bench [--folder runs/convert_bench] [--gigabytes 5] [--repeats 5]
+python -m dsv3_megatron.studies.convert_speed [--folder runs/convert_bench] [--gigabytes 5] [--repeats 5]
 
 makes a synthetic checkpoint in the form of the release (kept for the next run), then alternates between copying it,
 converting it and converting it back: each time into a new folder on the same disk, the previous one just removed (a
@@ -140,7 +140,7 @@ def _convert(command: str, source: Path, output: Path, workers: int, dtype: str)
     """What `measured` says of a conversion in a process of its own."""
     words = ["--measured", command, str(source), str(output), str(workers), "--dtype", dtype]
     process = subprocess.run(
-        [sys.executable, "-m", "dsv3_megatron.convert.bench", *words],
+        [sys.executable, "-m", "dsv3_megatron.studies.convert_speed", *words],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

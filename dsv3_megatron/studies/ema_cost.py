@@ -1,4 +1,4 @@
-"""What the average costs a training step: `python -m dsv3_megatron.ema.bench` (`make bench-ema`).
+"""What the average costs a training step: `python -m dsv3_megatron.studies.ema_cost` (`make bench-ema`).
 
 A step is forward and backward passes that sleep for their declared time, as on a GPU that leaves the CPU free, then an
 update of real weights. Steps without the average, with it, and with one that is waited for at once take turns, so that
@@ -18,7 +18,7 @@ import torch
 
 from dsv3_megatron.ema.average import WeightAverage
 from dsv3_megatron.pipeline.autograd_stage import WeightGradients
-from dsv3_megatron.pipeline.sleeping import Durations, SleepingStage, stamped, wake_on_time
+from dsv3_megatron.studies.sleeping import Durations, SleepingStage, stamped, wake_on_time
 
 
 class Step:
@@ -73,7 +73,7 @@ def measure(step: Step, rounds: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m dsv3_megatron.ema.bench")
+    parser = argparse.ArgumentParser(prog="python -m dsv3_megatron.studies.ema_cost")
     parser.add_argument("--weights", type=int, default=10_000_000, help="default: %(default)s")
     parser.add_argument("--microbatches", type=int, default=8, help="default: %(default)s")
     parser.add_argument(

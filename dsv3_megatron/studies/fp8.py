@@ -1,6 +1,6 @@
 """Does FP8 train as BF16 does? The demo's model on the demo's corpus, the same seeds and data, in several precisions.
 
-    python -m dsv3_megatron.fp8.study [--only NAME ...] [--summarise]
+    python -m dsv3_megatron.studies.fp8 [--only NAME ...] [--summarise]
 
 Each run is one process and goes on from its checkpoint when it was interrupted. Beside DeepSeek-V3's recipe there are
 the noise floor (BF16 from weights that differ by less than a rounding) and three departures from the recipe. The last
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.demo import study as runs
-from dsv3_megatron.demo.comparison import compare, draw, table
 from dsv3_megatron.demo.launch import RunFailed, RunInterrupted
+from dsv3_megatron.studies import demo_runs as runs
+from dsv3_megatron.studies.comparison import compare, draw, table
 
 ITERATIONS = 1000
 BASELINE = "bf16"
@@ -45,13 +45,13 @@ SIZE = (
 
 
 def train(name: str, run_dir: Path, iterations: int) -> None:
-    """Train one of `RUNS` to its end; see `dsv3_megatron.demo.study.train`."""
+    """Train one of `RUNS` to its end; see `dsv3_megatron.studies.demo_runs.train`."""
     runs.train(name, run_dir, iterations, (*SIZE, *RUNS[name]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.fp8.study", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m dsv3_megatron.studies.fp8", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/fp8_study"), help="default: %(default)s")
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="default: %(default)s")

@@ -1,6 +1,6 @@
 """How much slower an emulated FP8 step of the demo's model is than a BF16 step, on CPU, in one run.
 
-    python -m dsv3_megatron.fp8.bench [--steps N] [--rounds N]
+    python -m dsv3_megatron.studies.fp8_speed [--steps N] [--rounds N]
 
 BF16 and FP8 alternate in processes of their own. The last line on stdout is one JSON object.
 """
@@ -42,7 +42,7 @@ def step_seconds(precision: str, steps: int, folder: Path) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.fp8.bench", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m dsv3_megatron.studies.fp8_speed", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--steps", type=int, default=12, help="per training (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")

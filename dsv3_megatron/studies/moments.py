@@ -1,6 +1,6 @@
 """Do bf16 moments train as fp32 moments do? The demo's model, 1000 steps, the same seed and data.
 
-    python -m dsv3_megatron.optimizer.study [--run-dir runs/moments_study]
+    python -m dsv3_megatron.studies.moments [--run-dir runs/moments_study]
 
 One process; an interrupted run goes on. Beside the two runs there is the noise floor: fp32 moments from weights that
 differ by less than a rounding. The last line on stdout is one JSON object. Exit status 1 when bf16 moments are off by
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsv3_megatron.demo import study
-from dsv3_megatron.demo.comparison import compare, draw, table
 from dsv3_megatron.demo.launch import RunFailed, RunInterrupted
+from dsv3_megatron.studies import demo_runs as study
+from dsv3_megatron.studies.comparison import compare, draw, table
 
 ITERATIONS = 1000
 BASELINE = "fp32_moments"
@@ -41,7 +41,7 @@ def size(lr: float) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.optimizer.study", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m dsv3_megatron.studies.moments", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
         "--run-dir", type=Path, default=Path("runs/moments_study"), help="default: %(default)s"

@@ -1,4 +1,4 @@
-"""Executed against simulated time: `python -m dsv3_megatron.pipeline.bench` (`make bench-pipeline`).
+"""Executed against simulated time: `python -m dsv3_megatron.studies.pipeline_speed` (`make bench-pipeline`).
 
 Eight processes run every schedule with the trainer's runner and real p2p over gloo, on stages that sleep for
 their declared time; Megatron's own 1F1B runs on the same stages. One JSON line per case on stdout, progress
@@ -28,14 +28,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dsv3_megatron import cpu
-
-from .actions import Schedule
-from .autograd_stage import AutogradStage, WeightGradients
-from .build import INTERLEAVED, SCHEDULES, build_schedule
-from .p2p import PipelineP2P
-from .runner import PipelineRunner
-from .simulate import Costs, simulate
-from .sleeping import (
+from dsv3_megatron.dualpipe.p2p import PipelineP2P
+from dsv3_megatron.pipeline.actions import Schedule
+from dsv3_megatron.pipeline.autograd_stage import AutogradStage, WeightGradients
+from dsv3_megatron.pipeline.build import INTERLEAVED, SCHEDULES, build_schedule
+from dsv3_megatron.pipeline.runner import PipelineRunner
+from dsv3_megatron.pipeline.simulate import Costs, simulate
+from dsv3_megatron.pipeline.stage import Pass
+from dsv3_megatron.studies.sleeping import (
     MESSAGE_DTYPE,
     MESSAGE_SHAPE,
     Durations,
@@ -44,14 +44,13 @@ from .sleeping import (
     stamped,
     wake_on_time,
 )
-from .stage import Pass
 
 MEGATRON_1F1B = "megatron_1f1b"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.pipeline.bench", description=__doc__.split("\n")[0]
+        prog="python -m dsv3_megatron.studies.pipeline_speed", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
     add("--ranks", type=int, default=8, help="processes, one pipeline rank each (default 8)")

@@ -1,4 +1,4 @@
-"""Predicted against published: `python -m dsv3_megatron.plan.bench` (`make bench-planner`)."""
+"""Predicted against published: `python -m dsv3_megatron.studies.planner_error` (`make bench-planner`)."""
 
 import json
 import sys

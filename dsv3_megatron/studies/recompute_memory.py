@@ -1,6 +1,6 @@
 """What recomputing norms and MLA's up-projections saves (report §3.2.3), in bytes per token of one layer.
 
-    python -m dsv3_megatron.recipe.memory [model=v3_671b] [output=json|table]
+    python -m dsv3_megatron.studies.recompute_memory [model=v3_671b] [output=json|table]
 
 A dense layer of the model is built on the CPU and run forward; what autograd keeps is counted at the end of the pass,
 each storage once, weights left out: what recomputation has given up by then counts nothing. MoE layers have the same
@@ -125,8 +125,8 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *unused: Any, 
 
 
 def _use_stand_ins(layer: Any) -> None:
-    from dsv3_megatron.specs.attention import SDPACoreAttention
-    from dsv3_megatron.specs.norm import RMSNorm
+    from dsv3_megatron.backends.attention import SDPACoreAttention
+    from dsv3_megatron.backends.norm import RMSNorm
 
     for module in layer.modules():
         if isinstance(module, RMSNorm):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .autograd_stage import AutogradStage, WeightGradients
-from .stage import Half
+from dsv3_megatron.pipeline.autograd_stage import AutogradStage, WeightGradients
+from dsv3_megatron.pipeline.stage import Half
 
 MESSAGE_SHAPE = (8, 1, 1)  # as Megatron sends it: sequence, microbatch size, hidden
 MESSAGE_DTYPE = torch.float64  # of the time stamps

@@ -1,4 +1,4 @@
-"""Training throughput of the demo's model under several schedules: `python -m dsv3_megatron.demo.throughput`.
+"""Training throughput of the demo's model under several schedules: `python -m dsv3_megatron.studies.throughput`.
 
     … --schedules dualpipe dualpipe+ema_decay=0.999       what an override costs
 
@@ -28,7 +28,7 @@ WARM_UP = 5  # iterations that do not count
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.demo.throughput", description=__doc__.split("\n\n")[0]
+        prog="python -m dsv3_megatron.studies.throughput", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
     add(

@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from dsv3_megatron.specs.attention import SDPACoreAttention, causal_blocks, zigzag_order
+from dsv3_megatron.backends.attention import SDPACoreAttention, causal_blocks, zigzag_order
 from tests.harness import run_distributed
 
 HEADS, D_QK, D_V, SCALE = 3, 10, 6, 0.37

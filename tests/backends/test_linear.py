@@ -8,7 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsv3_megatron.specs.linear import (
+from dsv3_megatron.backends.linear import (
     ColumnLinear,
     DuplicatedLinear,
     RowLinear,

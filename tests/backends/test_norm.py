@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsv3_megatron.specs.norm import RMSNorm
+from dsv3_megatron.backends.norm import RMSNorm
 
 
 def make(**config) -> RMSNorm:

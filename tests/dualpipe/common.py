@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from dsv3_megatron import dualpipe
-from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 from tests.harness import run_distributed
 from tests.parallel import common
 

@@ -9,7 +9,7 @@ from dsv3_megatron.arguments import RefusedArgument, complete, megatron_parser
 from dsv3_megatron.arguments.command_line import parse, parse_given
 from dsv3_megatron.arguments.complete import missing_words
 from dsv3_megatron.arguments.entry import complete_command_line
-from dsv3_megatron.fp8.recipe import FACTORIES, RECIPES, recipe_of
+from dsv3_megatron.fp8.precision import FACTORIES, RECIPES, recipe_of
 from tests.arguments.lines import MICRO
 
 LOCAL = ["--transformer-impl", "local", "--bf16"]

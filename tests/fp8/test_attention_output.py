@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3_megatron.backends import reference
+from dsv3_megatron.backends.linear import RowLinear
 from dsv3_megatron.fp8 import attention_output, pack_e5m6, unpack_e5m6
 from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6, keep_in_e5m6
-from dsv3_megatron.specs import reference
-from dsv3_megatron.specs.linear import RowLinear
 from tests.specs.models import gradients_of, micro_config
 from tests.specs.test_recompute import PUBLISHED
 

@@ -10,7 +10,7 @@ from dsv3_megatron.fp8 import (
     quantize_block,
     quantize_tile,
 )
-from dsv3_megatron.fp8.accumulation import largest_error
+from dsv3_megatron.studies.accumulation import largest_error
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from dsv3_megatron.backends.linear import num_pending_weight_grads
 from dsv3_megatron.fp8.linear import (
     FP8AttentionOutput,
     FP8ColumnLinear,
@@ -15,7 +16,6 @@ from dsv3_megatron.fp8.linear import (
     FP8RowLinear,
 )
 from dsv3_megatron.fp8.mlp import routed_experts
-from dsv3_megatron.specs.linear import num_pending_weight_grads
 from tests.fp8 import by_hand
 
 IN, OUT, TOKENS = 160, 200, (75, 2)  # more than one tile each way, and ragged

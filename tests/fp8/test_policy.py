@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.backends.backend import select_backend
 from dsv3_megatron.fp8 import policy
 from dsv3_megatron.fp8.linear import FP8AttentionOutput, FP8DownProjection, FP8WeightGrad
-from dsv3_megatron.specs.backend import select_backend
 from tests.harness import run_distributed
 from tests.specs.models import build, micro_config, random_batch
 
@@ -72,7 +72,7 @@ class TestReference:
 
     def test_without_the_recipe_nothing_changes(self) -> None:
         """The very backend object, and so the very classes, that there are without FP8."""
-        from dsv3_megatron.specs import reference
+        from dsv3_megatron.backends import reference
 
         config = micro_config(**PRECISION)
         assert select_backend(config.transformer) is reference.BACKEND

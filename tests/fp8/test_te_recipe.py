@@ -92,7 +92,7 @@ class TestTransformerEngine:
     def test_megatron_finds_the_recipe(self) -> None:
         from megatron.core.fp8_utils import get_fp8_recipe
 
-        from dsv3_megatron.fp8.recipe import FACTORIES
+        from dsv3_megatron.fp8.precision import FACTORIES
 
         config = SimpleNamespace(
             fp8="e4m3", fp8_recipe="custom", fp8_quantizer_factory=FACTORIES + "dsv3", fp4=None
@@ -106,7 +106,7 @@ class TestTransformerEngine:
         from dsv3_megatron.fp8 import policy
         from dsv3_megatron.fp8.attention_output import KeepsInputInE5M6
         from dsv3_megatron.fp8.dispatch import FP8AlltoAllTokenDispatcher, FP8MoELayer
-        from dsv3_megatron.fp8.recipe import FACTORIES
+        from dsv3_megatron.fp8.precision import FACTORIES
         from tests.specs.models import build, micro_config
         from tests.specs.test_te import SIZES, TE
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsv3_megatron.fp8 import attention_output, difference
-from dsv3_megatron.fp8.recipe import FACTORIES
+from dsv3_megatron.fp8.precision import FACTORIES
 from tests.gpu.test_backends import (  # noqa: F401  (fixture)
     BF16,
     SIZES,
@@ -86,7 +86,7 @@ def test_linear(
     from transformer_engine.common.recipe import CustomRecipe
 
     from dsv3_megatron.fp8 import te_recipe
-    from dsv3_megatron.fp8.recipe import RECIPES
+    from dsv3_megatron.fp8.precision import RECIPES
 
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (

@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from dsv3_megatron.conf import ConfigError
-from dsv3_megatron.conf.placement import layer_layout, layers_per_stage
+from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 
 
 def test_deepseek_v3_over_16_stages() -> None:

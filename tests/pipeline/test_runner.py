@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from dsv3_megatron.dualpipe.p2p import PipelineP2P
 from dsv3_megatron.pipeline import Action, Kind, build_schedule
-from dsv3_megatron.pipeline.p2p import PipelineP2P
 from dsv3_megatron.pipeline.runner import PipelineRunner, _program
 from tests.harness import DistributedFailure, run_distributed
 from tests.pipeline import toy

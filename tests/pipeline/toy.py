@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsv3_megatron.dualpipe.p2p import PipelineP2P
 from dsv3_megatron.pipeline import build_schedule, simulate
 from dsv3_megatron.pipeline.autograd_stage import AutogradStage, WeightGradients
 from dsv3_megatron.pipeline.comms import Message
-from dsv3_megatron.pipeline.p2p import PipelineP2P
 from dsv3_megatron.pipeline.runner import PipelineRunner
 
 BATCH = 3

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from dsv3_megatron.conf.placement import layers_per_stage
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline import build_schedule
+from dsv3_megatron.pipeline.placement import layers_per_stage
 from dsv3_megatron.plan.counting import counts_of
 from dsv3_megatron.plan.job import Job, Layout, Precision, Stage
 from dsv3_megatron.plan.memory import plan_memory

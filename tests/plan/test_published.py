@@ -2,12 +2,13 @@
 
 import pytest
 
-from dsv3_megatron.plan import bench, deepseek
+from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.calibration import fit_imbalance, fit_sustained, fit_trace, trace_times
 from dsv3_megatron.plan.cost import report_totals
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.published import RUNS
+from dsv3_megatron.studies import planner_error as bench
 
 H800 = GPUS["h800"]
 

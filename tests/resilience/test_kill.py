@@ -60,8 +60,8 @@ def lay_mine(rank: int, victim: int, moment: str) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import checkpointing
 
-    from dsv3_megatron.pipeline.p2p import PipelineP2P
-    from dsv3_megatron.specs import attention
+    from dsv3_megatron.backends import attention
+    from dsv3_megatron.dualpipe.p2p import PipelineP2P
 
     match moment:
         case "compute":

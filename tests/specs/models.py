@@ -10,8 +10,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+from dsv3_megatron.backends.linear import num_pending_weight_grads, run_pending_weight_grads
 from dsv3_megatron.specs.builder import DSV3ModelBuilder, DSV3ModelConfig
-from dsv3_megatron.specs.linear import num_pending_weight_grads, run_pending_weight_grads
 
 VOCAB_SIZE = 96
 

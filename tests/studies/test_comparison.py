@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.demo.comparison import compare, draw, relative_errors, table
-from dsv3_megatron.demo.study import smoothed
+from dsv3_megatron.studies.comparison import compare, draw, relative_errors, table
+from dsv3_megatron.studies.demo_runs import smoothed
 
 BASELINE = "bf16"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.fp8 import study
-from dsv3_megatron.fp8.study import BASELINE
+from dsv3_megatron.studies import fp8 as study
+from dsv3_megatron.studies.fp8 import BASELINE
 
 
 @pytest.mark.parametrize("name", study.RUNS)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dsv3_megatron.longctx import needles
-from dsv3_megatron.longctx.results import draw, late, summarise, table
-from dsv3_megatron.longctx.worker import BUCKETS, DEPTHS, LENGTHS
+from dsv3_megatron.studies.longctx import needles
+from dsv3_megatron.studies.longctx.results import draw, late, summarise, table
+from dsv3_megatron.studies.longctx.worker import BUCKETS, DEPTHS, LENGTHS
 
 
 def latest_values(tokens: np.ndarray) -> dict[int, int]:

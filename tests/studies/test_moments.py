@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.optimizer import study
-from dsv3_megatron.optimizer.study import BASELINE, RUNS
+from dsv3_megatron.studies import moments as study
+from dsv3_megatron.studies.moments import BASELINE, RUNS
 
 
 def test_runs_differ_in_moments_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

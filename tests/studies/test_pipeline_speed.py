@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from dsv3_megatron.pipeline.bench import _build, main
+from dsv3_megatron.studies.pipeline_speed import _build, main
 
 
 def test_bench_measures_every_schedule_and_megatrons_own():
     """Two ranks, 10 ms units. The bounds are wide: the machine may be busy, but nobody sleeps too short."""
-    module = [sys.executable, "-m", "dsv3_megatron.pipeline.bench"]
+    module = [sys.executable, "-m", "dsv3_megatron.studies.pipeline_speed"]
     done = subprocess.run(
         [
             *module,

@@ -7,7 +7,7 @@ from tests.harness import run_distributed
 
 
 def measure(rank: int, world_size: int) -> list[dict]:
-    from dsv3_megatron.recipe import memory
+    from dsv3_megatron.studies import recompute_memory as memory
 
     return memory.measure(["model=tiny"])
 

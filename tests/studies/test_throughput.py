@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsv3_megatron.demo.throughput import main
+from dsv3_megatron.studies.throughput import main
 
 
 @pytest.mark.slow

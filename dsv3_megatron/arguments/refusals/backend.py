@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
 from dsv3_megatron.arguments.surroundings import Surroundings
-from dsv3_megatron.fp8.recipe import RECIPES, recipe_of
+from dsv3_megatron.fp8.precision import RECIPES, recipe_of
 
 PRECISION, REFERENCE, CPU = "Precision", "Reference backend", "CPU runtime"
 ON_CPU = Surroundings(world_size=8, on_cpu=True, has_te=False, has_deepep=False)

@@ -118,7 +118,7 @@ ROWS = (
         lambda a, s: _misfit(a, s) is not None,
         "a batch must give every replica whole microbatches, and under dualpipe and dualpipev at least 2 for each of "
         "{pipeline_model_parallel_size} pipeline ranks (both directions together)",
-        "fewer processes until then, and --load on more; python -m dsv3_megatron.recipe.ranks shows the phases",
+        "fewer processes until then, and --load on more; python -m dsv3_megatron.plan.recipe.ranks shows the phases",
         BASE + " --batch-ramp 4 4 --pipeline-schedule dualpipe --pipeline-model-parallel-size 4",
         without="--train-iters 3",
         detail=_misfit_detail,

@@ -25,7 +25,7 @@ def _install(original: Any) -> Any:
                 ddp_config.delay_wgrad_compute = True
         if dualpipe.placement() is None:
             return original(self, pg_collection, ddp_config, **options)
-        from dsv3_megatron.dualpipe.build import build_chunks
+        from dsv3_megatron.dualpipe.model_chunks import build_chunks
 
         return build_chunks(self, pg_collection, ddp_config=ddp_config, **options)
 

@@ -1,6 +1,6 @@
 """Which phases of a batch ramp a layout can run, and on how many ranks.
 
-    python -m dsv3_megatron.recipe.ranks model=v3_671b layout=pp16_ep64
+    python -m dsv3_megatron.plan.recipe.ranks model=v3_671b layout=pp16_ep64
 
 Words are overrides of dsv3_megatron.train_hydra; `output=json` prints one JSON object, {"phases": [...]}, as the last
 line. Exit status 2 when a batch size of the ramp fits no number of data-parallel ranks.

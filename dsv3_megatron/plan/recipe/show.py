@@ -1,6 +1,6 @@
 """A picture, table or values of a recipe's schedules.
 
-    python -m dsv3_megatron.recipe.show recipe=v3_pretrain tokens=14.8e12 "at=[5e12,14.4e12]" output=json
+    python -m dsv3_megatron.plan.recipe.show recipe=v3_pretrain tokens=14.8e12 "at=[5e12,14.4e12]" output=json
 
 `output`: `json` (the last line: {"at": [{"tokens", "lr", "batch", "gamma", "mtp_weight"}, …]}), `table`, or `png`
 (written to `file`, by default ‹recipe›.png). Without `at` the borders of the schedules are shown. Further words are
@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 
 from dsv3_megatron.conf import ConfigError, compose
 from dsv3_megatron.errors import exits_cleanly
+from dsv3_megatron.plan.recipe.constant import ConstantSchedules
 from dsv3_megatron.recipe.arguments import schedules_of
-from dsv3_megatron.recipe.constant import ConstantSchedules
 from dsv3_megatron.recipe.schedules import Schedules
 
 OUTPUTS = ("json", "table", "png")
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif output == "table":
         print(table(values, {count: name for name, count in reversed(borders.items())}))
     else:
-        from dsv3_megatron.recipe.picture import draw
+        from dsv3_megatron.plan.recipe.picture import draw
 
         file = Path(options.get("file", f"{recipe}.png"))
         draw(schedules, recipe, file)

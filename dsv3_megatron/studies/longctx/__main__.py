@@ -1,6 +1,6 @@
 """Train a tiny model on 256 tokens, extend it to 2048 in the report's two phases, with YaRN and without, and compare.
 
-    python -m dsv3_megatron.longctx [--run-dir runs/longctx]
+    python -m dsv3_megatron.studies.longctx [--run-dir runs/longctx]
 
 The phases are `recipe=longctx_32k` and `longctx_128k` at 1024 and 2048 tokens. What is finished is not trained again.
 The last line on stdout is one JSON object: loss of late positions with and without YaRN, and needles found. Exit
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_megatron.demo.launch import RunFailed, RunInterrupted, run_ranks
-from dsv3_megatron.longctx import needles
+from dsv3_megatron.studies.longctx import needles
 
 # Two layers, the second with experts; positions matter, as the latest of several values is asked for.
 MODEL = (
@@ -46,7 +46,7 @@ WAYS = {"yarn": f"original_max_position_embeddings={SHORT}", "rope": "rope_type=
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.longctx", description=(__doc__ or "").split("\n")[0]
+        prog="python -m dsv3_megatron.studies.longctx", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/longctx"), help="default: %(default)s")
     folder = parser.parse_args(argv).run_dir
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, RunInterrupted) as error:
         print(f"interrupted: {error or 'SIGINT'}; the same command goes on", file=sys.stderr)
         return 130
-    from dsv3_megatron.longctx.results import draw, summarise, table
+    from dsv3_megatron.studies.longctx.results import draw, summarise, table
 
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     draw(results, folder / "longctx.png")
@@ -106,7 +106,7 @@ def phase(
     if start is not None:
         overrides.append(f"pretrained_checkpoint='{folder / 'checkpoints' / start}'")
     print(f"[demo] {name}: {steps} steps of {batch} × {length} tokens", flush=True)
-    run_ranks("dsv3_megatron.longctx.worker", [str(result), *overrides], 1, folder / "logs" / name)
+    run_ranks("dsv3_megatron.studies.longctx.worker", [str(result), *overrides], 1, folder / "logs" / name)
 
 
 def write_corpus(folder: Path, length: int, num_sequences: int) -> Path:

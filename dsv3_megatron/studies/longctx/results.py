@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.longctx.worker import DEPTHS, LENGTHS
+from dsv3_megatron.studies.longctx.worker import DEPTHS, LENGTHS
 
 LATE = 4  # the last of the position buckets, a quarter of the longest sequence
 TITLES = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dsv3_megatron.longctx import needles
+from dsv3_megatron.studies.longctx import needles
 
 LENGTHS = (256, 512, 1024, 2048)
 DEPTHS = tuple(i / 8 for i in range(9))

@@ -16,9 +16,9 @@ from dsv3_megatron.demo.corpus import standard_library_files
 from dsv3_megatron.demo.launch import RunFailed, RunInterrupted, run_ranks
 from dsv3_megatron.demo.results import read_curves
 from dsv3_megatron.demo.run import SETTINGS_FILE, DemoSettings, quoted, run_demo, saved_iteration
-from dsv3_megatron.sft.demo.instructions import conversations
-from dsv3_megatron.sft.demo.picture import draw
 from dsv3_megatron.sft.prepare import prepare, read_report
+from dsv3_megatron.studies.sft.instructions import conversations
+from dsv3_megatron.studies.sft.picture import draw
 
 BATCH = 16
 SEQ_LENGTH = 256
@@ -27,7 +27,7 @@ CONVERSATIONS = {"train": 4000, "valid": 500}
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.sft.demo", description=__doc__.split("\n\n")[0]
+        prog="python -m dsv3_megatron.studies.sft", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--pretrained-run", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo-sft"), help="default: %(default)s")
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         str(accuracy_file),
     ]
     run_ranks(
-        "dsv3_megatron.sft.demo.worker",
+        "dsv3_megatron.studies.sft.worker",
         [*words, *_overrides(args, data)],
         world_size(cfg),
         args.run_dir / "logs",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsv3_megatron.recipe import ranks, show
+from dsv3_megatron.plan.recipe import ranks, show
 
 
 def last_line(capsys) -> dict:

@@ -1,0 +1,1 @@
+"""The module classes that one set of specs is built from: plain PyTorch (`reference`) and Transformer Engine (`te`)."""

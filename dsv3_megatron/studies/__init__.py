@@ -1,0 +1,1 @@
+"""Studies, benchmarks and demonstrations: commands over the finished product; nothing imports them."""
