@@ -1,300 +1,211 @@
-"""The fastest layouts of a model on a cluster: every candidate is checked, none is tried.
+"""The command of `search.py`: options, parameter counts, and the table with its reasons."""
 
-    python -m dsv3_megatron.plan.search model=v3_671b cluster=h800_2048 precision=fp8_dsv3
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-A candidate is refused when something does not divide, when the schedule has no table for it, or when a rank's memory
-is too small; all that without a simulation. Those that are left are simulated in the order of a lower bound of their
-step (the busiest rank's work), until no other can be among the best.
-"""
+from dsv3_megatron.conf import compose
+from dsv3_megatron.dryrun.start import start_megatron
+from dsv3_megatron.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.plan.job import PlanError
+from dsv3_megatron.plan.options import number, parse
+from dsv3_megatron.plan.search import SCHEDULES, Candidate, Found, Space, search
+from dsv3_megatron.plan.step import Plan, plan
 
-import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+USAGE = """usage: python -m dsv3_megatron.plan.search [best=10] [output=table|json] [NAME=VALUE ...]
 
-from dsv3_megatron.errors import RefusedArgument
-from dsv3_megatron.pipeline import Schedule, build_schedule
-from dsv3_megatron.pipeline.build import INTERLEAVED
-from dsv3_megatron.plan.activations import footprint
-from dsv3_megatron.plan.compare import group_size, place
-from dsv3_megatron.plan.hardware import Gpu
-from dsv3_megatron.plan.job import Job, Layout, PlanError
-from dsv3_megatron.plan.memory import RECEIVES_AHEAD, plan_memory, resident
-from dsv3_megatron.plan.parameters import ParameterCounts, held_by
-from dsv3_megatron.plan.profile import RankProfile, profile
-from dsv3_megatron.plan.stage_times import costs
-from dsv3_megatron.plan.step import Plan, timed
+Ranks layouts of a model on a cluster. NAME=VALUE: as in dsv3_megatron.plan. layout= is what the best one found is
+compared with, and gives what is not varied (data, overlap of gradients). A size, schedule, recompute_modules or
+placement.last_stage_extra that is given is not varied."""
 
-RECOMPUTE = (
-    (),
-    ("layernorm", "mla_up_proj"),
-    ("layernorm", "mla_up_proj", "moe_act"),
+_SIZES = (
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "tensor_model_parallel_size",
+    "context_parallel_size",
+    "micro_batch_size",
 )
-# (schedule, chunks per rank)
-SCHEDULES = (("1f1b", 1), ("zb1p", 1), ("dualpipe", 1), ("dualpipev", 1), (INTERLEAVED, 2), (INTERLEAVED, 4))
+_BASE_LAYOUTS = ("pp16_ep64", "pp16_ep16", "pp8_ep8")
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in words or "--help" in words:
+        print(USAGE)
+        return
+    num_best = [text for text in words if text.startswith("best=")]
+    options = parse([text for text in words if text not in num_best])
+    best = int(number("best", num_best[-1].partition("=")[2])) if num_best else 10
+    request = Request.of(options.overrides)
+    cfg = compose(request.base)
+    start_megatron()
+    from dsv3_megatron.plan.counting import count_parameters
+    from dsv3_megatron.plan.from_config import from_config
+
+    planned = from_config(cfg, options.load_imbalance)
+    space = request.space(planned.job.sizes.num_attention_heads, cfg)
+    counts = {tp: count_parameters(cfg, tp) for tp in space.tensor_model_parallel_size}
+    print("searching", file=sys.stderr, flush=True)
+    begun = time.perf_counter()
+    found = search(planned.job, planned.gpu, counts, space, 2 * best)
+    seconds = time.perf_counter() - begun
+    refused = refused_by_trainer(found, request, best)
+    reference = request.reference(options.load_imbalance)
+    if options.output == "json":
+        print(json.dumps(as_dict(found, seconds, reference)))
+        return
+    print(text(found, seconds, reference))
+    for line in refused:
+        print(line)
+
+
+def _any_layout(overrides: list[str]) -> str:
+    """A layout that the model, cluster and batch allow; only what is not varied is taken from it."""
+    for layout in _BASE_LAYOUTS:
+        try:
+            compose([f"layout={layout}", *overrides])
+        except RefusedArgument:
+            continue
+        return layout
+    raise PlanError(
+        f"none of layout={', '.join(_BASE_LAYOUTS)} divides this job: name a layout that does, layout=…"
+    )
 
 
 @dataclass(frozen=True)
-class Space:
-    """What is varied, by the names of the arguments; each a sequence of values."""
-
-    pipeline_model_parallel_size: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    expert_model_parallel_size: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256)
-    tensor_model_parallel_size: tuple[int, ...] = (1, 2, 4)
-    context_parallel_size: tuple[int, ...] = (1, 2)
-    micro_batch_size: tuple[int, ...] = (1, 2)
-    schedule: tuple[tuple[str, int], ...] = SCHEDULES
-    recompute_modules: tuple[tuple[str, ...], ...] = RECOMPUTE
-    last_stage_extra: tuple[int, ...] = (0, 2, 3)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One point of the space, and its job."""
-
-    job: Job
-    last_stage_extra: int
-
-    def overrides(self) -> list[str]:
-        """What the trainer's command line would say."""
-        job, layout = self.job, self.job.layout
-        words = [
-            f"tensor_model_parallel_size={layout.tp}",
-            f"context_parallel_size={layout.cp}",
-            f"pipeline_model_parallel_size={layout.pp}",
-            f"expert_model_parallel_size={layout.ep}",
-            f"micro_batch_size={job.micro_batch_size}",
-            f"placement.last_stage_extra={self.last_stage_extra}",
-            "pipeline_model_parallel_layout=auto",
-        ]
-        if layout.tp > 1:
-            words += ["sequence_parallel=true", "expert_tensor_parallel_size=1"]
-        if layout.schedule == INTERLEAVED:
-            words += [
-                "schedule=1f1b",
-                f"num_virtual_stages_per_pipeline_rank={layout.num_model_chunks}",
-                f"microbatch_group_size_per_virtual_pipeline_stage={layout.microbatch_group_size}",
-            ]
-            if layout.ep > 1:
-                words.append("overlap_moe_expert_parallel_comm=true")
-        else:
-            words.append(f"schedule={layout.schedule}")
-        modules = sorted(job.recompute)
-        if job.precision.fp8_dispatch:
-            modules = [module for module in modules if module != "moe_act"]  # part of the FP8 recipe
-        if modules:
-            words += ["recompute_granularity=selective", f"recompute_modules=[{','.join(modules)}]"]
-        else:
-            words += ["recompute_granularity=null", "recompute_modules=null"]
-        return words
-
-
-@dataclass
-class Found:
-    """What a search comes to.
+class Request:
+    """The command line, taken apart.
 
     Attributes:
-        best: fastest first.
-        num_candidates, num_simulated: how many were looked at, and of how many the pipeline was simulated.
-        refused: reason to how many candidates, and one of them in words.
+        given: override name to value.
+        base: overrides of the configuration whose batch, model and precision are kept.
     """
 
-    best: list[tuple[Plan, Candidate]] = field(default_factory=list)
-    num_candidates: int = 0
-    num_simulated: int = 0
-    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    given: dict[str, str]
+    base: list[str]
 
-    def refuse(self, reason: str, example: str) -> None:
-        """Count a candidate under its reason; the first one stands as the example."""
-        count, first = self.refused.get(reason, (0, example))
-        self.refused[reason] = (count + 1, first)
+    @classmethod
+    def of(cls, overrides: list[str]) -> "Request":
+        given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in overrides}
+        varied = {
+            *_SIZES,
+            "schedule",
+            "recompute_modules",
+            "recompute_granularity",
+            "placement.last_stage_extra",
+        }
+        base = [word for word in overrides if word.partition("=")[0].lstrip("+") not in varied]
+        if "layout" not in given:
+            base.insert(0, f"layout={_any_layout(base)}")
+        return cls(given, base)
+
+    def space(self, num_heads: int, cfg: Any) -> Space:
+        """What is varied: all that was not given."""
+        fixed: dict[str, Any] = {
+            name: (int(number(name, self.given[name])),) for name in _SIZES if name in self.given
+        }
+        if "schedule" in self.given:
+            fixed["schedule"] = tuple(s for s in SCHEDULES if s[0] == self.given["schedule"])
+            if not fixed["schedule"]:
+                names = ", ".join(dict.fromkeys(name for name, _ in SCHEDULES))
+                raise PlanError(f"schedule={self.given['schedule']}: no such schedule; use one of {names}")
+        if "recompute_modules" in self.given:
+            modules = self.given["recompute_modules"].strip("[]").split(",")
+            fixed["recompute_modules"] = (tuple(m for m in modules if m),)
+        if "placement.last_stage_extra" in self.given:
+            fixed["last_stage_extra"] = (int(self.given["placement.last_stage_extra"]),)
+        space = Space(**fixed)
+        sizes = tuple(
+            tp
+            for tp in space.tensor_model_parallel_size
+            if num_heads % tp == 0 and tp <= cfg.cluster.gpus_per_node
+        )
+        return Space(**(vars(space) | {"tensor_model_parallel_size": sizes}))
+
+    def reference(self, load_imbalance: float) -> tuple[str, Plan] | None:
+        """The plan of the layout that was named, under DualPipe if no schedule was, else None."""
+        from dsv3_megatron.plan.from_config import from_config
+
+        if "layout" not in self.given:
+            return None
+        words = [f"{name}={value}" for name, value in self.given.items()]
+        if "schedule" not in self.given:
+            words.append("schedule=dualpipe")
+        planned = from_config(compose(words), load_imbalance)
+        return " ".join(words), plan(planned.job, planned.gpu, planned.counts)
 
 
-def search(
-    base: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts], space: Space, num_best: int = 10
-) -> Found:
-    """The `num_best` fastest layouts for the batch, model and precision of `base`.
+def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[str]:
+    """Keeps the `num_best` fastest that the trainer would start; one line for each faster one that it refuses."""
+    from dsv3_megatron.plan.from_config import validated_args
 
-    Args:
-        counts: parameter counts by tensor-parallel size.
-    """
-    found = Found()
-    open_ = [
-        (busiest_rank(candidate.job, gpu), candidate)
-        for candidate in candidates(base, gpu, counts, space, found)
-    ]
-    open_.sort(key=lambda entry: entry[0])
-    for bound_s, candidate in open_:
-        if len(found.best) >= num_best and bound_s >= found.best[num_best - 1][0].step_s:
+    lines: list[str] = []
+    kept: list[tuple[Plan, Candidate]] = []
+    for result, candidate in found.best:
+        if len(kept) == num_best:
             break
-        found.num_simulated += 1
-        found.best.append((whole_plan(candidate.job, gpu, counts), candidate))
-        found.best.sort(key=lambda entry: entry[0].step_s)
-    found.best = found.best[:num_best]
-    return found
-
-
-def whole_plan(job: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts]) -> Plan:
-    """The plan of a job whose table may have been built for another already."""
-    schedule = _table(*_table_key(job))
-    own = counts[job.layout.tp]
-    return timed(job, gpu, own, schedule, plan_memory(job, own, schedule, gpu.overhead))
-
-
-def candidates(
-    base: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts], space: Space, found: Found
-) -> Iterator[Candidate]:
-    """Those that divide, have a table and fit; the others are counted in `found`."""
-    seen: set[Job] = set()
-    points = itertools.product(
-        space.tensor_model_parallel_size,
-        space.context_parallel_size,
-        space.pipeline_model_parallel_size,
-        space.expert_model_parallel_size,
-        space.schedule,
-        space.micro_batch_size,
-        space.last_stage_extra,
-        space.recompute_modules,
-    )
-    refused_shapes: dict[tuple, tuple[str, str]] = {}
-    for tp, cp, pp, ep, (schedule, chunks), micro, extra, modules in points:
-        found.num_candidates += 1
-        shape = (tp, cp, pp, ep, schedule, chunks, micro, extra)
-        if shape in refused_shapes:
-            found.refuse(*refused_shapes[shape])
-            continue
-        words = f"TP{tp} CP{cp} PP{pp} EP{ep} {schedule} micro {micro}"
         try:
-            job = _job(base, tp, cp, pp, ep, schedule, chunks, micro, extra, modules)
-        except _Impossible as error:
-            refused_shapes[shape] = (error.reason, f"{words}: {error}")
-            found.refuse(*refused_shapes[shape])
-            continue
-        if job in seen:
-            found.refuse("the same as another (placement makes no difference)", words)
-            continue
-        seen.add(job)
-        peak = peak_memory(job, gpu, counts[tp])
-        if peak > gpu.memory:
-            recompute = ",".join(modules) or "nothing"
-            found.refuse(
-                "memory",
-                f"{words}, recompute {recompute}: {peak / 2**30:.0f} GiB of {gpu.memory / 2**30:.0f}",
-            )
-            continue
-        yield Candidate(job, extra)
+            validated_args(compose(request.base + candidate.overrides()))
+            kept.append((result, candidate))
+        except RefusedArgument as error:
+            lines.append(f"refused by the trainer: {_row(result, candidate)}: {error}")
+    found.best = kept
+    return lines
 
 
-class _Impossible(Exception):
-    """A point of the space that is no job."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
-
-
-def _job(
-    base: Job,
-    tp: int,
-    cp: int,
-    pp: int,
-    ep: int,
-    schedule: str,
-    chunks: int,
-    micro: int,
-    extra: int,
-    modules: tuple[str, ...],
-) -> Job:
-    s, num_gpus = base.sizes, base.layout.num_gpus
-    ranks = tp * cp * pp
-    if num_gpus % ranks or num_gpus % (pp * ep):
-        raise _Impossible("does not divide the GPUs", f"{num_gpus} GPUs")
-    if (num_gpus // pp) % ep or s.num_moe_experts % ep:
-        raise _Impossible("does not divide the experts", f"{s.num_moe_experts} experts")
-    if s.num_attention_heads % tp:
-        raise _Impossible("does not divide the heads", f"{s.num_attention_heads} heads")
-    if cp > 1 and s.seq_length % (2 * cp):
-        raise _Impossible("does not divide the sequence", f"{s.seq_length} tokens")
-    if pp == 1 and schedule != "1f1b":
-        raise _Impossible("one pipeline rank has no schedule", "")
-    layout = Layout(num_gpus=num_gpus, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, num_model_chunks=chunks)
-    if base.global_batch_size % (micro * layout.dp):
-        raise _Impossible("does not divide the batch", f"{base.global_batch_size} sequences, DP{layout.dp}")
-    if schedule == INTERLEAVED:
-        num_microbatches = base.global_batch_size // (micro * layout.dp)
-        layout = replace(layout, microbatch_group_size=group_size(pp, num_microbatches))
-    try:
-        stages = place(base, layout.num_stages, extra)
-    except RefusedArgument as error:
-        raise _Impossible("too many stages", str(error)) from None
-    always = {"moe_act"} if base.precision.fp8_dispatch else set()
-    job = replace(
-        base,
-        layout=layout,
-        stages=stages,
-        micro_batch_size=micro,
-        recompute=frozenset(always.union(modules)),
-    )
-    try:
-        _profile(*_table_key(job))
-    except PlanError as error:
-        raise _Impossible("the schedule has no table", str(error)) from None
-    return job
-
-
-def _table_key(job: Job) -> tuple[str, int, int, int, int | None]:
-    layout = job.layout
+def _row(result: Plan, candidate: Candidate) -> str:
+    layout, job = result.job.layout, result.job
+    schedule = layout.schedule + (f" ×{layout.num_model_chunks}" if layout.num_model_chunks > 1 else "")
     return (
-        layout.schedule,
-        layout.pp,
-        job.num_microbatches,
-        layout.num_model_chunks,
-        layout.microbatch_group_size,
+        f"{result.step_s:7.2f} {result.tokens_per_s_per_gpu:6.0f} {result.bubble_s:6.2f} "
+        f"{max(result.memory_gib):6.1f}  TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep} DP{layout.dp} "
+        f"micro {job.micro_batch_size}  {schedule}  "
+        f"extra {candidate.last_stage_extra}  {','.join(sorted(job.recompute)) or 'no recompute'}"
     )
 
 
-@lru_cache(maxsize=256)
-def _table(schedule: str, pp: int, num_microbatches: int, chunks: int, group: int | None) -> Schedule:
-    try:
-        if schedule == INTERLEAVED:
-            return build_schedule(
-                schedule, pp, num_microbatches, num_model_chunks=chunks, microbatch_group_size=group
-            )
-        return build_schedule(schedule, pp, num_microbatches)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
+def text(found: Found, seconds: float, reference: tuple[str, Plan] | None) -> str:
+    """The ranked table, why the others are not in it, and the verdict on the layout that was named."""
+    lines = [" step, s  tok/s idle, s    GiB  layout"]
+    lines += [_row(result, candidate) for result, candidate in found.best] or ["none fits"]
+    lines.append(
+        f"\n{found.num_candidates} candidates in {seconds:.1f} s, {found.num_simulated} simulated. Refused:"
+    )
+    for reason, (count, example) in sorted(found.refused.items(), key=lambda item: -item[1][0]):
+        lines.append(f"{count:7}  {reason}; {example}")
+    if reference is not None and found.best:
+        name, published = reference
+        best = found.best[0][0].step_s
+        gain = published.step_s / best - 1
+        verdict = f"{gain:.1%} faster is predicted" if gain > 0.001 else "nothing faster is predicted"
+        lines.append(f"\n{name}: {published.step_s:.2f} s; best found: {best:.2f} s, {verdict}")
+    if found.best:
+        lines.append("\nbest: " + " ".join(found.best[0][1].overrides()))
+    return "\n".join(lines)
 
 
-@lru_cache(maxsize=1024)
-def _profile(
-    schedule: str, pp: int, num_microbatches: int, chunks: int, group: int | None
-) -> tuple[RankProfile, ...]:
-    return profile(_table(schedule, pp, num_microbatches, chunks, group))
-
-
-def peak_memory(job: Job, gpu: Gpu, counts: ParameterCounts) -> float:
-    """Bytes of the fullest rank; what `plan_memory` finds, by sums."""
-    known = {stage: footprint(job, stage) for stage in set(job.stages)}
-    footprints = [known[stage] for stage in job.stages]
-    message = job.precision.compute * job.tokens / job.layout.tp * job.sizes.hidden_size
-    peak, seen = 0.0, set()
-    for rank in _profile(*_table_key(job)):
-        alike = (tuple(job.stages[stage] for stage in rank.stages), rank.moments)
-        if alike in seen:
-            continue
-        seen.add(alike)
-        fixed = sum(resident(job, held_by(job, counts, rank.stages)).values())
-        peak = max(peak, fixed + rank.memory(footprints) + RECEIVES_AHEAD * rank.channels * message)
-    return peak + gpu.overhead
-
-
-def busiest_rank(job: Job, gpu: Gpu) -> float:
-    """Seconds of work of the rank that has most: a step cannot be shorter."""
-    stage_costs = costs(job, gpu)
-    return max(rank.busy(stage_costs, len(job.stages)) for rank in _profile(*_table_key(job)))
-
-
-if __name__ == "__main__":
-    from dsv3_megatron.plan.search_command import main
-
-    main()
+def as_dict(found: Found, seconds: float, reference: tuple[str, Plan] | None) -> dict[str, Any]:
+    """For output=json."""
+    return {
+        "best": [
+            {
+                "overrides": candidate.overrides(),
+                "step_s": result.step_s,
+                "tokens_per_s_per_gpu": result.tokens_per_s_per_gpu,
+                "bubble_s": result.bubble_s,
+                "memory_gib": result.memory_gib,
+            }
+            for result, candidate in found.best
+        ],
+        "num_candidates": found.num_candidates,
+        "num_simulated": found.num_simulated,
+        "seconds": seconds,
+        "refused": {
+            reason: {"count": n, "example": example} for reason, (n, example) in found.refused.items()
+        },
+        "reference_step_s": None if reference is None else reference[1].step_s,
+    }

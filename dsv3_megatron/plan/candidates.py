@@ -1,0 +1,300 @@
+"""The fastest layouts of a model on a cluster: every candidate is checked, none is tried.
+
+    python -m dsv3_megatron.plan.search model=v3_671b cluster=h800_2048 precision=fp8_dsv3
+
+A candidate is refused when something does not divide, when the schedule has no table for it, or when a rank's memory
+is too small; all that without a simulation. Those that are left are simulated in the order of a lower bound of their
+step (the busiest rank's work), until no other can be among the best.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.pipeline import Schedule, build_schedule
+from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.plan.activations import footprint
+from dsv3_megatron.plan.compare import group_size, place
+from dsv3_megatron.plan.hardware import Gpu
+from dsv3_megatron.plan.job import Job, Layout, PlanError
+from dsv3_megatron.plan.memory import RECEIVES_AHEAD, plan_memory, resident
+from dsv3_megatron.plan.parameters import ParameterCounts, held_by
+from dsv3_megatron.plan.profile import RankProfile, profile
+from dsv3_megatron.plan.stage_times import costs
+from dsv3_megatron.plan.step import Plan, timed
+
+RECOMPUTE = (
+    (),
+    ("layernorm", "mla_up_proj"),
+    ("layernorm", "mla_up_proj", "moe_act"),
+)
+# (schedule, chunks per rank)
+SCHEDULES = (("1f1b", 1), ("zb1p", 1), ("dualpipe", 1), ("dualpipev", 1), (INTERLEAVED, 2), (INTERLEAVED, 4))
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is varied, by the names of the arguments; each a sequence of values."""
+
+    pipeline_model_parallel_size: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    expert_model_parallel_size: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256)
+    tensor_model_parallel_size: tuple[int, ...] = (1, 2, 4)
+    context_parallel_size: tuple[int, ...] = (1, 2)
+    micro_batch_size: tuple[int, ...] = (1, 2)
+    schedule: tuple[tuple[str, int], ...] = SCHEDULES
+    recompute_modules: tuple[tuple[str, ...], ...] = RECOMPUTE
+    last_stage_extra: tuple[int, ...] = (0, 2, 3)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the space, and its job."""
+
+    job: Job
+    last_stage_extra: int
+
+    def overrides(self) -> list[str]:
+        """What the trainer's command line would say."""
+        job, layout = self.job, self.job.layout
+        words = [
+            f"tensor_model_parallel_size={layout.tp}",
+            f"context_parallel_size={layout.cp}",
+            f"pipeline_model_parallel_size={layout.pp}",
+            f"expert_model_parallel_size={layout.ep}",
+            f"micro_batch_size={job.micro_batch_size}",
+            f"placement.last_stage_extra={self.last_stage_extra}",
+            "pipeline_model_parallel_layout=auto",
+        ]
+        if layout.tp > 1:
+            words += ["sequence_parallel=true", "expert_tensor_parallel_size=1"]
+        if layout.schedule == INTERLEAVED:
+            words += [
+                "schedule=1f1b",
+                f"num_virtual_stages_per_pipeline_rank={layout.num_model_chunks}",
+                f"microbatch_group_size_per_virtual_pipeline_stage={layout.microbatch_group_size}",
+            ]
+            if layout.ep > 1:
+                words.append("overlap_moe_expert_parallel_comm=true")
+        else:
+            words.append(f"schedule={layout.schedule}")
+        modules = sorted(job.recompute)
+        if job.precision.fp8_dispatch:
+            modules = [module for module in modules if module != "moe_act"]  # part of the FP8 recipe
+        if modules:
+            words += ["recompute_granularity=selective", f"recompute_modules=[{','.join(modules)}]"]
+        else:
+            words += ["recompute_granularity=null", "recompute_modules=null"]
+        return words
+
+
+@dataclass
+class Found:
+    """What a search comes to.
+
+    Attributes:
+        best: fastest first.
+        num_candidates, num_simulated: how many were looked at, and of how many the pipeline was simulated.
+        refused: reason to how many candidates, and one of them in words.
+    """
+
+    best: list[tuple[Plan, Candidate]] = field(default_factory=list)
+    num_candidates: int = 0
+    num_simulated: int = 0
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def refuse(self, reason: str, example: str) -> None:
+        """Count a candidate under its reason; the first one stands as the example."""
+        count, first = self.refused.get(reason, (0, example))
+        self.refused[reason] = (count + 1, first)
+
+
+def search(
+    base: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts], space: Space, num_best: int = 10
+) -> Found:
+    """The `num_best` fastest layouts for the batch, model and precision of `base`.
+
+    Args:
+        counts: parameter counts by tensor-parallel size.
+    """
+    found = Found()
+    open_ = [
+        (busiest_rank(candidate.job, gpu), candidate)
+        for candidate in candidates(base, gpu, counts, space, found)
+    ]
+    open_.sort(key=lambda entry: entry[0])
+    for bound_s, candidate in open_:
+        if len(found.best) >= num_best and bound_s >= found.best[num_best - 1][0].step_s:
+            break
+        found.num_simulated += 1
+        found.best.append((whole_plan(candidate.job, gpu, counts), candidate))
+        found.best.sort(key=lambda entry: entry[0].step_s)
+    found.best = found.best[:num_best]
+    return found
+
+
+def whole_plan(job: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts]) -> Plan:
+    """The plan of a job whose table may have been built for another already."""
+    schedule = _table(*_table_key(job))
+    own = counts[job.layout.tp]
+    return timed(job, gpu, own, schedule, plan_memory(job, own, schedule, gpu.overhead))
+
+
+def candidates(
+    base: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts], space: Space, found: Found
+) -> Iterator[Candidate]:
+    """Those that divide, have a table and fit; the others are counted in `found`."""
+    seen: set[Job] = set()
+    points = itertools.product(
+        space.tensor_model_parallel_size,
+        space.context_parallel_size,
+        space.pipeline_model_parallel_size,
+        space.expert_model_parallel_size,
+        space.schedule,
+        space.micro_batch_size,
+        space.last_stage_extra,
+        space.recompute_modules,
+    )
+    refused_shapes: dict[tuple, tuple[str, str]] = {}
+    for tp, cp, pp, ep, (schedule, chunks), micro, extra, modules in points:
+        found.num_candidates += 1
+        shape = (tp, cp, pp, ep, schedule, chunks, micro, extra)
+        if shape in refused_shapes:
+            found.refuse(*refused_shapes[shape])
+            continue
+        words = f"TP{tp} CP{cp} PP{pp} EP{ep} {schedule} micro {micro}"
+        try:
+            job = _job(base, tp, cp, pp, ep, schedule, chunks, micro, extra, modules)
+        except _Impossible as error:
+            refused_shapes[shape] = (error.reason, f"{words}: {error}")
+            found.refuse(*refused_shapes[shape])
+            continue
+        if job in seen:
+            found.refuse("the same as another (placement makes no difference)", words)
+            continue
+        seen.add(job)
+        peak = peak_memory(job, gpu, counts[tp])
+        if peak > gpu.memory:
+            recompute = ",".join(modules) or "nothing"
+            found.refuse(
+                "memory",
+                f"{words}, recompute {recompute}: {peak / 2**30:.0f} GiB of {gpu.memory / 2**30:.0f}",
+            )
+            continue
+        yield Candidate(job, extra)
+
+
+class _Impossible(Exception):
+    """A point of the space that is no job."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def _job(
+    base: Job,
+    tp: int,
+    cp: int,
+    pp: int,
+    ep: int,
+    schedule: str,
+    chunks: int,
+    micro: int,
+    extra: int,
+    modules: tuple[str, ...],
+) -> Job:
+    s, num_gpus = base.sizes, base.layout.num_gpus
+    ranks = tp * cp * pp
+    if num_gpus % ranks or num_gpus % (pp * ep):
+        raise _Impossible("does not divide the GPUs", f"{num_gpus} GPUs")
+    if (num_gpus // pp) % ep or s.num_moe_experts % ep:
+        raise _Impossible("does not divide the experts", f"{s.num_moe_experts} experts")
+    if s.num_attention_heads % tp:
+        raise _Impossible("does not divide the heads", f"{s.num_attention_heads} heads")
+    if cp > 1 and s.seq_length % (2 * cp):
+        raise _Impossible("does not divide the sequence", f"{s.seq_length} tokens")
+    if pp == 1 and schedule != "1f1b":
+        raise _Impossible("one pipeline rank has no schedule", "")
+    layout = Layout(num_gpus=num_gpus, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, num_model_chunks=chunks)
+    if base.global_batch_size % (micro * layout.dp):
+        raise _Impossible("does not divide the batch", f"{base.global_batch_size} sequences, DP{layout.dp}")
+    if schedule == INTERLEAVED:
+        num_microbatches = base.global_batch_size // (micro * layout.dp)
+        layout = replace(layout, microbatch_group_size=group_size(pp, num_microbatches))
+    try:
+        stages = place(base, layout.num_stages, extra)
+    except RefusedArgument as error:
+        raise _Impossible("too many stages", str(error)) from None
+    always = {"moe_act"} if base.precision.fp8_dispatch else set()
+    job = replace(
+        base,
+        layout=layout,
+        stages=stages,
+        micro_batch_size=micro,
+        recompute=frozenset(always.union(modules)),
+    )
+    try:
+        _profile(*_table_key(job))
+    except PlanError as error:
+        raise _Impossible("the schedule has no table", str(error)) from None
+    return job
+
+
+def _table_key(job: Job) -> tuple[str, int, int, int, int | None]:
+    layout = job.layout
+    return (
+        layout.schedule,
+        layout.pp,
+        job.num_microbatches,
+        layout.num_model_chunks,
+        layout.microbatch_group_size,
+    )
+
+
+@lru_cache(maxsize=256)
+def _table(schedule: str, pp: int, num_microbatches: int, chunks: int, group: int | None) -> Schedule:
+    try:
+        if schedule == INTERLEAVED:
+            return build_schedule(
+                schedule, pp, num_microbatches, num_model_chunks=chunks, microbatch_group_size=group
+            )
+        return build_schedule(schedule, pp, num_microbatches)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+
+
+@lru_cache(maxsize=1024)
+def _profile(
+    schedule: str, pp: int, num_microbatches: int, chunks: int, group: int | None
+) -> tuple[RankProfile, ...]:
+    return profile(_table(schedule, pp, num_microbatches, chunks, group))
+
+
+def peak_memory(job: Job, gpu: Gpu, counts: ParameterCounts) -> float:
+    """Bytes of the fullest rank; what `plan_memory` finds, by sums."""
+    known = {stage: footprint(job, stage) for stage in set(job.stages)}
+    footprints = [known[stage] for stage in job.stages]
+    message = job.precision.compute * job.tokens / job.layout.tp * job.sizes.hidden_size
+    peak, seen = 0.0, set()
+    for rank in _profile(*_table_key(job)):
+        alike = (tuple(job.stages[stage] for stage in rank.stages), rank.moments)
+        if alike in seen:
+            continue
+        seen.add(alike)
+        fixed = sum(resident(job, held_by(job, counts, rank.stages)).values())
+        peak = max(peak, fixed + rank.memory(footprints) + RECEIVES_AHEAD * rank.channels * message)
+    return peak + gpu.overhead
+
+
+def busiest_rank(job: Job, gpu: Gpu) -> float:
+    """Seconds of work of the rank that has most: a step cannot be shorter."""
+    stage_costs = costs(job, gpu)
+    return max(rank.busy(stage_costs, len(job.stages)) for rank in _profile(*_table_key(job)))
+
+
+if __name__ == "__main__":
+    from dsv3_megatron.plan.search_command import main
+
+    main()
