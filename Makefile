@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint clean
+.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -75,10 +75,14 @@ bench-fp8: setup  ## an emulated FP8 step against a BF16 step on CPU
 accumulation-fp8: setup  ## picture of the error of sums in 14 bits, with and without promotion
 	$(PY) -m dsv3_megatron.studies.accumulation
 
-lint: setup  ## ruff and mypy, as pre-commit and CI run them
+lint: setup  ## ruff, mypy and the law of the floors, as pre-commit and CI run them
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@$(MAKE) --no-print-directory lint-imports
+
+lint-imports: setup  ## the law of the floors alone (contracts in pyproject.toml)
+	$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo
 
 clean:  ## remove what runs and tests left behind (not .venv)
-	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -29,10 +29,10 @@ setup(
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
         "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors"],
-        "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML"],
+        "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
     entry_points={
-        "console_scripts": ["dsv3-doctor = dsv3_megatron.doctor:main"],
+        "console_scripts": ["dsv3 = dsv3_megatron.cli:main", "dsv3-doctor = dsv3_megatron.doctor:main"],
         # Called by a Megatron-LM with patches/ applied, so that it understands `--spec dsv3`.
         "megatron.plugins": ["dsv3 = dsv3_megatron.arguments.entry:complete_command_line"],
     },

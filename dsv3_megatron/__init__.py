@@ -4,3 +4,7 @@ Importing this package imports neither torch nor Megatron, so that `dsv3_megatro
 """
 
 __version__ = "0.1.0"
+
+from dsv3_megatron import moved
+
+moved.install()

@@ -197,7 +197,8 @@ def patch_findings() -> list[Finding]:
         text = f"signature matches: {row.target}"
         if not matches:
             text = f"{row.target}: expected {row.expected}, found {row.found}"
-        found.append(Finding(f"patch {row.name}", "ok" if matches else "wrong", text, row.why))
+        why = f"{row.feature}: {row.why}" if row.feature else row.why
+        found.append(Finding(f"patch {row.name}", "ok" if matches else "wrong", text, why))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The one error of this package, and how it reaches a terminal."""
+"""The errors of this package, and how they reach a terminal."""
 
 import os
 import sys
@@ -13,6 +13,10 @@ class RefusedArgument(ValueError):
     The text names the argument, the value that was given and what to use; it is raised before any process
     group, model or dataset exists.
     """
+
+
+class ConfigError(RefusedArgument):
+    """A configuration that cannot run; the message names the option, its value and what to use."""
 
 
 def exits_cleanly(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,6 +59,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.recipe.install import install as follow_schedules
     from dsv3_megatron.resilience.watch import watching
     from dsv3_megatron.sft.arguments import check as check_sft_data
+    from dsv3_megatron.sft.dataset import install as read_conversations
     from dsv3_megatron.specs.builder import DSV3ModelConfig
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
@@ -69,6 +70,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     metrics.install()
     follow_schedules()
     keep_average()
+    read_conversations()
     patching.install(["build_pretraining_data_loader"])
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)

@@ -7,11 +7,8 @@ from typing import Any
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsv3_megatron.fp8.precision import recipe_of
-
-__all__ = ["Backend", "select_backend"]
+__all__ = ["Backend"]
 
 
 @dataclass(frozen=True)
@@ -47,31 +44,3 @@ class Backend:
     moe_layer: type = MoELayer
     dense_keys: dict[str, str] = field(default_factory=dict)
     moe_keys: dict[str, str] = field(default_factory=dict)
-
-
-def select_backend(config: TransformerConfig) -> Backend:
-    """The backend for `--transformer-impl` ("local" is plain PyTorch, "transformer_engine" is TE) and `--fp8-recipe`.
-
-    Raises:
-        ValueError: any other name.
-        ModuleNotFoundError: Transformer Engine is asked for and not installed.
-    """
-    if config.transformer_impl == "local":
-        from dsv3_megatron.backends import reference
-
-        if recipe_of(config) is None:
-            return reference.BACKEND
-        from dsv3_megatron.fp8 import backend
-
-        return backend.BACKEND
-    if config.transformer_impl == "transformer_engine":
-        from dsv3_megatron.backends import te
-
-        if recipe_of(config) is None:
-            return te.BACKEND
-        from dsv3_megatron.fp8 import te_backend
-
-        return te_backend.BACKEND
-    raise ValueError(
-        f"--transformer-impl {config.transformer_impl}: --spec dsv3 has local (plain PyTorch) and transformer_engine"
-    )

@@ -3,11 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.errors import ConfigError
 
-
-class ConfigError(RefusedArgument):
-    """A configuration that cannot run; the message names the option, its value and what to use."""
+__all__ = ["ConfigError", "nearest"]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

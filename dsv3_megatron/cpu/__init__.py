@@ -80,9 +80,15 @@ def is_active() -> bool:
 
 
 def record_streams() -> "AbstractContextManager[Recorder]":
-    """See `record.record_streams`."""
+    """See `record.record_streams`.
+
+    Raises:
+        RuntimeError: the CPU runtime is not active, or a record is being kept already.
+    """
     from dsv3_megatron.cpu import record
 
+    if not _active:
+        raise RuntimeError("record_streams() needs dsv3_megatron.cpu.activate()")
     return record.record_streams()
 
 

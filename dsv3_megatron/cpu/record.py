@@ -353,12 +353,10 @@ def record_streams() -> Iterator[Recorder]:
     """Record stream accesses in this thread until the end of the block.
 
     Raises:
-        RuntimeError: the CPU runtime is not active, or a record is being kept already.
+        RuntimeError: a record is being kept already.
     """
-    from dsv3_megatron import cpu
-
-    if not cpu.is_active() or streams.recorder is not None:
-        raise RuntimeError("record_streams() needs dsv3_megatron.cpu.activate(), and does not nest.")
+    if streams.recorder is not None:
+        raise RuntimeError("record_streams() does not nest.")
     recorder = Recorder()
     group, work = torch.distributed.ProcessGroup, torch.distributed.Work
     methods = [n for n in IN_PLACE + OUTPUT_INPUT + SEND + RECEIVE if hasattr(group, n)]

@@ -5,12 +5,21 @@ While `record.record_streams()` is active they also tell the recorder who waits 
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional, Protocol
 
-if TYPE_CHECKING:
-    from dsv3_megatron.cpu.record import Recorder
 
-recorder: Optional["Recorder"] = None
+class Recorder(Protocol):
+    """Who is told of every wait (`record.Recorder`)."""
+
+    def clock(self, stream: Any) -> dict[Any, int]: ...
+    def order_after(self, stream: Any, clock: dict[Any, int]) -> None: ...
+    def order_host_after(self, clock: dict[Any, int]) -> None: ...
+    def current_stream(self) -> Any: ...
+    def stream_was_set(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+recorder: Recorder | None = None
 _local = threading.local()
 
 

@@ -5,9 +5,9 @@ are Megatron model chunks. `install` puts the patches in place, which do nothing
 `--pipeline-schedule` and `activate` is called, before any process group exists.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
+from dsv3_megatron.dualpipe.active import activate, active, delays_weight_gradients, placement
 from dsv3_megatron.dualpipe.ranks import Placement
 
 __all__ = [
@@ -20,9 +20,8 @@ __all__ = [
     "placement",
 ]
 
-# What Megatron has no seam for; each is a module of dsv3_megatron.patching.
+# What Megatron has no seam for; each is a module of `patches`.
 PATCHES = (
-    "validate_args",
     "initialize_model_parallel",
     "build_distributed_models",
     "is_pipeline_last_stage",
@@ -34,51 +33,22 @@ PATCHES = (
 )
 
 
-@dataclass
-class _Active:
-    schedule: str = "1f1b"
-    placement: Placement | None = None
-    timeout_s: float = 600.0
-    pair_order: str = "megatron"
-    function: Any = None
-
-
-_active = _Active()
-
-
 def install() -> None:
     """Install `PATCHES`; Megatron behaves as before until a schedule is activated."""
+    from dsv3_megatron.dualpipe.arguments import place
     from dsv3_megatron.patching import install as install_patches
+    from dsv3_megatron.training import hooks
 
+    hooks.after_validation(place)
     install_patches(PATCHES)
-
-
-def activate(
-    schedule: str,
-    placement: Placement | None,
-    timeout_s: float = 600.0,
-    pair_order: str = "megatron",
-) -> None:
-    """Use a schedule (names: `arguments.SCHEDULES`, `arguments.PAIR_ORDERS`) for the rest of this process."""
-    global _active
-    _active = _Active(schedule, placement, timeout_s, pair_order)
-
-
-def placement() -> Placement | None:
-    """The V-shaped placement in force, None where Megatron's own holds."""
-    return _active.placement
-
-
-def delays_weight_gradients() -> bool:
-    """Whether the schedule in force runs weight gradients apart from the backward pass."""
-    return _active.schedule != "1f1b"
 
 
 def forward_backward_func() -> Any:
     """The schedule in force as Megatron's forward-backward function, None for Megatron's own."""
-    if _active.schedule == "1f1b":
+    now = active()
+    if now.schedule == "1f1b":
         return None
-    if _active.function is None:
+    if now.function is None:
         from megatron.training import get_args
 
         from dsv3_megatron.dualpipe.profile import StepProfile
@@ -86,13 +56,13 @@ def forward_backward_func() -> Any:
         from dsv3_megatron.training.batch import is_packed
 
         args = get_args()
-        _active.function = PipelineSchedule(
-            _active.schedule,
+        now.function = PipelineSchedule(
+            now.schedule,
             args.pipeline_model_parallel_size,
-            _active.placement,
-            _active.timeout_s,
-            _active.pair_order,
+            now.placement,
+            now.timeout_s,
+            now.pair_order,
             plans=not (is_packed(args) and args.mtp_num_layers),
         )
-        _active.function.profile = StepProfile.from_args(args)
-    return _active.function
+        now.function.profile = StepProfile.from_args(args)
+    return now.function

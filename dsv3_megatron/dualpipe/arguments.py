@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from dsv3_megatron.dualpipe.active import activate
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 
@@ -76,15 +77,15 @@ def default_layout(args: Namespace) -> str | None:
 
 
 def place(args: Any) -> None:
-    """After Megatron's validation: fold the layout into a V and use the schedule for this process.
+    """After Megatron's validation: fold the layout into a V and use the schedule for this process, if one is named.
 
     `args.pipeline_model_parallel_size` stays as the user gave it. Under DualPipe every pipeline rank has a replica, so
     Megatron counts twice the data-parallel size, and half the microbatches: those of one direction.
     """
-    from dsv3_megatron import dualpipe
-
+    if getattr(args, "pipeline_schedule", "1f1b") == "1f1b":
+        return
     placement = placement_of(args)
-    dualpipe.activate(args.pipeline_schedule, placement, args.pipeline_timeout_s, args.pipeline_pair_order)
+    activate(args.pipeline_schedule, placement, args.pipeline_timeout_s, args.pipeline_pair_order)
     if placement is not None:
         from dsv3_megatron.dualpipe.layout import VLayout
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv3_megatron.backends.linear import run_pending_weight_grads
 from dsv3_megatron.dualpipe.gradients import GradientReduce
 from dsv3_megatron.pipeline.stage import Pass
-from dsv3_megatron.resilience import guard
+from dsv3_megatron.training import hooks
 
 
 @dataclass
@@ -146,7 +146,7 @@ class ChunkStage:
     ) -> Tensor | None:
         """Loss, bookkeeping and result of a plan whose forward has run."""
         step = self.step
-        guard.saw_output(self.model, output)
+        hooks.saw_output(self.model, output)
         loss = ScheduleNode(loss_func, get_comp_stream, plan.event, name="loss_func")
         output, num_tokens = schedules.forward_step_calc_loss(
             self.model,

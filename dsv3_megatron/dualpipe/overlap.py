@@ -13,8 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 from megatron.core.models.common.model_chunk_schedule_plan import (
     TransformerLayerSchedulePlan,
@@ -27,79 +26,8 @@ from torch import Tensor
 from dsv3_megatron import cpu
 from dsv3_megatron.cpu import streams
 from dsv3_megatron.dualpipe.chunk import ChunkStage
+from dsv3_megatron.dualpipe.pair_orders import ATTENTION, COMMUNICATION, ORDERS, NodeEvent, NodeStep
 from dsv3_megatron.pipeline.stage import Half, one_after_the_other
-
-
-class NodeStep(NamedTuple):
-    """One entry of an order: `operation` ("forward", "backward", "backward_dw") of a layer's `node`, for one half."""
-
-    half: Literal["F", "B"]
-    node: str
-    operation: str
-
-
-_ATTENTION, _DISPATCH, _MLP, _COMBINE, _MTP = (
-    "pre_dispatch_computation",  # with the router and the shared expert
-    "moe_dispatch",
-    "mlp",
-    "moe_combine",
-    "mtp_post_process",
-)
-_COMMUNICATION = (_DISPATCH, _COMBINE)
-_NAMES = {_ATTENTION: "attention", _DISPATCH: "dispatch", _MLP: "MLP", _COMBINE: "combine", _MTP: "MTP end"}
-
-# Per layer; nodes that a layer does not have are passed over. Both begin and end with the MTP layer's last node.
-ORDERS: dict[str, tuple[NodeStep, ...]] = {
-    # As `TransformerLayerSchedulePlan.run`.
-    "megatron": (
-        NodeStep("B", _MTP, "backward"),
-        NodeStep("B", _COMBINE, "backward"),
-        NodeStep("F", _ATTENTION, "forward"),
-        NodeStep("B", _MLP, "backward"),
-        NodeStep("F", _DISPATCH, "forward"),
-        NodeStep("B", _MLP, "backward_dw"),
-        NodeStep("B", _DISPATCH, "backward"),
-        NodeStep("F", _MLP, "forward"),
-        NodeStep("F", _COMBINE, "forward"),
-        NodeStep("B", _ATTENTION, "backward"),
-        NodeStep("F", _MTP, "forward"),
-        NodeStep("B", _ATTENTION, "backward_dw"),
-    ),
-    # As DeepSeek's profile of training shows it (report §3.2.1, figure 4; the published trace).
-    "report": (
-        NodeStep("B", _MTP, "backward"),
-        NodeStep("B", _COMBINE, "backward"),
-        NodeStep("F", _ATTENTION, "forward"),
-        NodeStep("B", _MLP, "backward"),
-        NodeStep("F", _DISPATCH, "forward"),
-        NodeStep("B", _DISPATCH, "backward"),
-        NodeStep("B", _MLP, "backward_dw"),
-        NodeStep("F", _MLP, "forward"),
-        NodeStep("B", _ATTENTION, "backward"),
-        NodeStep("B", _ATTENTION, "backward_dw"),
-        NodeStep("F", _COMBINE, "forward"),
-        NodeStep("F", _MTP, "forward"),
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class NodeEvent:
-    """A measured node of a pair: `layer` counts within the chunk, times are `time.perf_counter()` in seconds."""
-
-    step: NodeStep
-    layer: int
-    start: float
-    end: float
-
-    @property
-    def lane(self) -> str:
-        return "communication" if self.step.node in _COMMUNICATION else "compute"
-
-    def __str__(self) -> str:
-        node = _NAMES[self.step.node]
-        operation = {"forward": "F", "backward": "B", "backward_dw": "W"}[self.step.operation]
-        return f"{operation} {node} {self.layer}"
 
 
 class CommunicationThread:
@@ -224,11 +152,11 @@ def run_pair(
                 call = _call(layers[step.half], node, step, number, events)
                 if step.operation == "backward_dw":
                     issue.compute(call, None)
-                elif step.node in _COMMUNICATION:
+                elif step.node in COMMUNICATION:
                     values[step.half] = issue.communicate(call, values[step.half])
                 else:
                     values[step.half] = issue.compute(call, values[step.half])
-                if step == ("B", _ATTENTION, "backward") and i == num_backward - 1:
+                if step == ("B", ATTENTION, "backward") and i == num_backward - 1:
                     issue.compute(finished_backward, values["B"])
             if "B" in layers:
                 issue.compute(lambda layer: layer.release_state(), layers["B"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.dualpipe.overlap import NodeEvent
+from dsv3_megatron.dualpipe.pair_orders import NodeEvent
 from dsv3_megatron.dualpipe.pair_picture import draw_pairs
 from dsv3_megatron.pipeline.actions import Schedule
 from dsv3_megatron.pipeline.fit import fit_costs

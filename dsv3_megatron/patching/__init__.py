@@ -1,8 +1,9 @@
-"""The few Megatron symbols that are replaced, each with the signature it must have.
+"""How the few Megatron symbols that must be replaced are: checked by signature, listed, installed by name.
 
-One module per patch; the module's name is the patch's name and it holds one `PATCH`. A patch is installed by
-whoever needs it, `install(["mtp_block_spec"])`; `python -m dsv3_megatron.doctor` lists all of them. A
-Megatron version whose symbol looks different is an error (`PatchMismatch`), never a warning.
+A patch is a module in the `patches` package of the feature that needs it (`dsv3_megatron/dualpipe/patches/…`); the
+module's name is the patch's, unique among all, and it holds one `PATCH`. The feature installs it,
+`install(["mtp_block_spec"])`; `python -m dsv3_megatron.doctor` lists all of them. A Megatron version whose symbol
+looks different is an error (`PatchMismatch`), never a warning.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -39,7 +41,7 @@ class Patch:
     """One replaced symbol.
 
     Attributes:
-        name: name of the patch and of its module in this package.
+        name: name of the patch and of its module.
         target: `"package.module:attribute"` or `"package.module:Class.method"`.
         signature: what `signature_of(target)` must return, e.g. `"(config, spec, vp_stage=None)"`.
         why: one line, shown by the doctor.
@@ -58,7 +60,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """A patch as the doctor shows it; `state` is "installed", "available" or "mismatch"."""
+    """A patch as the doctor shows it; `state` is "installed", "available" or "mismatch"; `feature` is its folder."""
 
     name: str
     target: str
@@ -66,6 +68,7 @@ class PatchStatus:
     state: str
     expected: str
     found: str
+    feature: str = ""
 
 
 def megatron_version() -> str:
@@ -102,8 +105,7 @@ def _mismatch(patch: Patch, found: str) -> PatchMismatch:
     return PatchMismatch(
         f"patch {patch.name!r}: {patch.target} is not what the patch was written for in megatron-core "
         f"{megatron_version()}.\n  expected {patch.signature}\n  found    {found}\n"
-        "Install a supported Megatron version (docs/support.md), or adapt dsv3_megatron/patching/"
-        f"{patch.name}.py to this one."
+        f"Install a supported Megatron version (docs/support.md), or adapt {_where(patch)} to this one."
     )
 
 
@@ -146,20 +148,35 @@ def install_patch(patch: Patch) -> None:
         setattr(where, name, replacement)
 
 
+def modules() -> dict[str, str]:
+    """Name of every patch to its module: what lies in the `patches` packages of the features."""
+    package = importlib.import_module(__name__.partition(".")[0])
+    found = (
+        module.name
+        for folder in package.__path__
+        for patches in sorted(Path(folder).glob("*/patches"))
+        for module in pkgutil.iter_modules(
+            [str(patches)], f"{package.__name__}.{patches.parent.name}.patches."
+        )
+    )
+    return {module.rpartition(".")[2]: module for module in found}
+
+
 def available() -> list[Patch]:
-    """All patches of this package, by name."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return [_load(name) for name in names]
+    """All patches, by name."""
+    return [_load(name) for name in sorted(modules())]
 
 
 def _load(name: str) -> Patch:
-    try:
-        return importlib.import_module(f"{__name__}.{name}").PATCH
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-        known = ", ".join(patch.name for patch in available())
-        raise ValueError(f"no patch named {name!r}; there are: {known}") from error
+    known = modules()
+    if name not in known:
+        raise ValueError(f"no patch named {name!r}; there are: {', '.join(sorted(known))}")
+    return importlib.import_module(known[name]).PATCH
+
+
+def _where(patch: Patch) -> str:
+    module = modules().get(patch.name, "the patch")
+    return module.replace(".", "/") + ".py" if "." in module else module
 
 
 def install(names: Iterable[str]) -> None:
@@ -170,14 +187,15 @@ def install(names: Iterable[str]) -> None:
 
 def status() -> list[PatchStatus]:
     """State of every patch in this process, without installing any."""
-    rows = []
+    rows, places = [], modules()
     for patch in available():
         _, _, current, found = _find(patch)
         if getattr(current, _MARK, None) == patch.name:
             state = "installed"
         else:
             state = "available" if found == patch.signature else "mismatch"
-        rows.append(PatchStatus(patch.name, patch.target, patch.why, state, patch.signature, found))
+        feature = places[patch.name].split(".")[1]
+        rows.append(PatchStatus(patch.name, patch.target, patch.why, state, patch.signature, found, feature))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Which layers each pipeline stage holds, in Megatron's layer-layout notation."""
 
-from dsv3_megatron.conf.errors import ConfigError
+from dsv3_megatron.errors import ConfigError
 
 
 def layers_per_stage(num_layers: int, num_stages: int, last_stage_extra: int = 0) -> list[int]:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsv3_megatron.dualpipe.p2p import PipelineP2P
-
 from .actions import Action, Kind, Schedule
 from .comms import Channel, Message, Payload, channel_orders, receives, sends
 from .simulate import Event
-from .stage import Half, Overlap, Pass, Stage, one_after_the_other
+from .stage import Half, Messages, Overlap, Pass, Stage, one_after_the_other
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +46,14 @@ class PipelineRunner:
         schedule: Schedule,
         rank: int,
         stages: Mapping[int, Stage],
-        p2p: PipelineP2P | None,
+        p2p: Messages | None,
         overlap: Overlap = one_after_the_other,
     ) -> None:
         held = {stage for stage, _ in schedule.stages_of(rank)}
         if held != set(stages):
             raise ValueError(f"stages={sorted(stages)}: rank {rank} of {schedule.name} holds {sorted(held)}")
         if p2p is None and schedule.num_ranks > 1:
-            raise ValueError(f"p2p=None: {schedule.name} on {schedule.num_ranks} ranks needs a PipelineP2P")
+            raise ValueError(f"p2p=None: {schedule.name} on {schedule.num_ranks} ranks needs channels")
         self.schedule = schedule
         self.rank = rank
         self._stages = stages
@@ -84,7 +82,7 @@ class PipelineRunner:
             The rank's measured events, in seconds; an event starts when its (first) input is there.
 
         Raises:
-            PipelineTimeout: a message did not arrive or was not taken within the time limit.
+            dsv3_megatron.dualpipe.p2p.PipelineTimeout: a message did not arrive or was not taken within the time limit.
         """
         start = time.perf_counter() if start is None else start
         if self._p2p is not None:

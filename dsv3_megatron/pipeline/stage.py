@@ -1,12 +1,13 @@
 """What the runner asks of a model chunk, be it Megatron's, a toy module or one that sleeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from .actions import Action
+from .comms import Channel, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,22 @@ class Stage(Protocol):
 
     def backward_weight(self, which: Pass) -> None:
         """Add the weight gradients that `backward_input` kept for this microbatch."""
+
+
+class Messages(Protocol):
+    """The channels of one pipeline, as `dsv3_megatron.dualpipe.p2p.PipelineP2P` has them."""
+
+    def begin(self, receives: Mapping[Channel, Sequence[Message]]) -> None:
+        """Start a step: this rank's messages of each channel, in the order of arrival."""
+
+    def receive(self, message: Message) -> Tensor:
+        """Wait for `message`, which must be the next of its channel."""
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        """Post `message` and return at once."""
+
+    def finish(self) -> None:
+        """End a step."""
 
 
 @dataclass(frozen=True, slots=True)

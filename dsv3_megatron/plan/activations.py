@@ -7,39 +7,10 @@ fused modules on a GPU (`activations_te.py`), or the reference backend in plain 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from dsv3_megatron.plan import activations_reference, activations_te
 from dsv3_megatron.plan.job import Job, Stage
-
-
-class Kept(NamedTuple):
-    """One kind of tensor that a block keeps of a microbatch: where it belongs, what it is, bytes."""
-
-    part: str
-    name: str
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Block:
-    """One step of a stage's forward, and of its backward.
-
-    Attributes:
-        kept: from its forward to its backward.
-        deferred: bytes kept from an input-only backward to the weight gradients: the inputs and output gradients
-            of its linear layers.
-        forward, backward: bytes needed besides while it runs.
-    """
-
-    kept: tuple[Kept, ...]
-    deferred: float = 0
-    forward: float = 0
-    backward: float = 0
-
-    @property
-    def size(self) -> float:
-        """Bytes of all that is kept."""
-        return sum(tensor.bytes for tensor in self.kept)
+from dsv3_megatron.plan.kept import Block
 
 
 @dataclass(frozen=True)
@@ -61,8 +32,6 @@ class Footprint:
 
 def blocks(job: Job, stage: Stage) -> list[Block]:
     """The stage in the order of its forward, as the job's backend runs it."""
-    from dsv3_megatron.plan import activations_reference, activations_te
-
     backend = activations_reference if job.transformer_impl == "local" else activations_te
     return backend.blocks(job, stage)
 

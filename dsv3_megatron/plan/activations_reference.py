@@ -8,8 +8,8 @@ Tensor parallelism is not modelled.
 import math
 from collections.abc import Iterator
 
-from dsv3_megatron.plan.activations import Block, Kept
 from dsv3_megatron.plan.job import Job, Stage
+from dsv3_megatron.plan.kept import Block, Kept
 
 FP32, INT64 = 4, 8
 E5M6 = 1.5  # bytes, packed

@@ -8,8 +8,8 @@ keys, values, the output and one fp32 number per query and head, but no probabil
 
 from collections.abc import Iterator
 
-from dsv3_megatron.plan.activations import Block, Kept
 from dsv3_megatron.plan.job import Job, Stage
+from dsv3_megatron.plan.kept import Block, Kept
 
 FP32 = 4
 SCALES = 1 + 4 / 128  # bytes of an E4M3 element with its share of a tile's scale

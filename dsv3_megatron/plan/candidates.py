@@ -292,9 +292,3 @@ def busiest_rank(job: Job, gpu: Gpu) -> float:
     """Seconds of work of the rank that has most: a step cannot be shorter."""
     stage_costs = costs(job, gpu)
     return max(rank.busy(stage_costs, len(job.stages)) for rank in _profile(*_table_key(job)))
-
-
-if __name__ == "__main__":
-    from dsv3_megatron.plan.search_command import main
-
-    main()

@@ -1,4 +1,4 @@
-"""The command of `search.py`: options, parameter counts, and the table with its reasons."""
+"""The search's command (its mathematics: `candidates.py`): options, parameter counts, the table with its reasons."""
 
 import json
 import sys
@@ -10,9 +10,9 @@ from typing import Any
 from dsv3_megatron.conf import compose
 from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.plan.candidates import SCHEDULES, Candidate, Found, Space, search
 from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.options import number, parse
-from dsv3_megatron.plan.search import SCHEDULES, Candidate, Found, Space, search
 from dsv3_megatron.plan.step import Plan, plan
 
 USAGE = """usage: python -m dsv3_megatron.plan.search [best=10] [output=table|json] [NAME=VALUE ...]
@@ -209,3 +209,7 @@ def as_dict(found: Found, seconds: float, reference: tuple[str, Plan] | None) ->
         },
         "reference_step_s": None if reference is None else reference[1].step_s,
     }
+
+
+if __name__ == "__main__":
+    main()

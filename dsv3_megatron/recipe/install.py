@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.recipe.arguments import schedules_of
+from dsv3_megatron.recipe.arguments import apply, schedules_of
 from dsv3_megatron.recipe.schedules import Schedules
 
 __all__ = ["install", "set_constants"]
@@ -19,7 +19,8 @@ def install() -> None:
     from dsv3_megatron.patching import install as install_patches
     from dsv3_megatron.training import hooks
 
-    install_patches(["validate_args", "get_optimizer_param_scheduler"])
+    hooks.after_validation(apply)
+    install_patches(["get_optimizer_param_scheduler"])
     hooks.before_step(_before_step)
 
 

@@ -1,6 +1,6 @@
 """NaN, Inf and loss spikes: found in the step in which they appear, traced to a rank and a microbatch, acted on.
 
-The forward step tells every stage's output and every loss (`forward`, `loss`); nothing waits for the device until the
+Every stage's output and every loss are seen (`training.hooks`); nothing waits for the device until the
 step's end, when the ranks agree on a verdict between the gradients and the optimizer (`training.hooks`).
 
     stop    every rank raises `BadStep`
@@ -19,6 +19,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from dsv3_megatron import dualpipe
 from dsv3_megatron.resilience.findings import Finding, SpikeDetector, origins
+from dsv3_megatron.training import hooks
 
 MOST_IN_A_ROW = 10  # bad steps; then the run is not to be saved by skipping
 
@@ -34,26 +35,25 @@ def install(args: Any) -> None:
 
     Megatron's own look for NaN is switched off: it ends the job from within one rank, and knows no microbatch.
     """
-    from dsv3_megatron.training import hooks
-
     global _current
     check_nan, args.check_for_nan_in_loss_and_grad = args.check_for_nan_in_loss_and_grad, False
     if not check_nan and args.loss_spike_factor is None:
         return
     _current = StepGuard(args.on_bad_step, args.loss_spike_factor)
     hooks.before_step(_current.begin)
+    hooks.on_output(_saw_output)
+    hooks.on_loss(_saw_loss)
     hooks.before_update(_current.judge)
     hooks.after_step(_current.finish)
 
 
-def saw_output(model: Any, output: torch.Tensor) -> None:
-    """A chunk has finished a forward pass: to be told in the order of its microbatches."""
+def _saw_output(model: Any, output: torch.Tensor) -> None:
+    """Passes of an evaluation are not a step's."""
     if _current is not None and torch.is_grad_enabled():
         _current.forward(model, output)
 
 
-def saw_loss(total: torch.Tensor, num_tokens: torch.Tensor) -> None:
-    """The last stage has computed a loss (sum over tokens); to be told right before `saw_output`'s pass ends."""
+def _saw_loss(total: torch.Tensor, num_tokens: torch.Tensor) -> None:
     if _current is not None and torch.is_grad_enabled():
         _current.loss(total, num_tokens)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,24 @@ class PackedRows(Dataset):
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(rows)
         return int(self._order[1][place])
+
+
+def install() -> None:
+    """Let runs with `--sft-data` read packed conversations."""
+    from dsv3_megatron.training.datasets import add_source
+
+    add_source(_is_sft, _build)
+
+
+def _is_sft(args: Any) -> bool:
+    return args.sft
+
+
+def _build(args: Any, num_samples: Sequence[int], built_here: bool) -> list[PackedRows | None]:
+    from megatron.training import print_rank_0
+
+    print_rank_0(f"> packed conversations of {args.sft_data} for training and validation ...")
+    return train_valid_test_rows(Path(args.sft_data), num_samples, args.seed, built_here)
 
 
 def train_valid_test_rows(

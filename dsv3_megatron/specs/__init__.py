@@ -1,15 +1,21 @@
 """`--spec dsv3`: DeepSeek-V3's layers as Megatron specs (MLA, MoE, MTP) over two backends.
 
-`dsv3` is the decoder's spec function, `mtp_spec` that of multi-token prediction. Importing this package
-installs `mtp_block_spec`, since Megatron takes the MTP block from elsewhere, and what makes losses the same in
-every layout (MTP) and after a resume (`dataset_loss_mask`).
+`dsv3` is the decoder's spec function, `mtp_spec` that of multi-token prediction. This is the door by which a Megatron
+that knows nothing of us comes in (`--spec dsv3_megatron.specs dsv3`): whoever takes one of the two from here has its
+command line checked. Until then nothing is imported.
 """
 
-from dsv3_megatron.arguments.unpatched import when_specs_are_imported
-from dsv3_megatron.patching import install
-from dsv3_megatron.specs.block import dsv3, mtp_spec
+from typing import Any
 
 __all__ = ["dsv3", "mtp_spec"]
 
-install(["mtp_block_spec", "mtp_loss", "mtp_loss_logging", "dataset_loss_mask"])
-when_specs_are_imported()
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dsv3_megatron.arguments.unpatched import when_specs_are_imported
+    from dsv3_megatron.specs.block import dsv3, mtp_spec
+
+    when_specs_are_imported()
+    globals().update(dsv3=dsv3, mtp_spec=mtp_spec)  # Megatron looks into the module's dict
+    return globals()[name]

@@ -10,10 +10,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 
 from dsv3_megatron.fp8 import policy
+from dsv3_megatron.patching import install
 from dsv3_megatron.specs.init import initialize
 from dsv3_megatron.specs.layers import decoder_block, mtp_block
 
 __all__ = ["dsv3", "mtp_spec"]
+
+# Megatron takes the MTP block from elsewhere; losses are the same in every layout and after a resume.
+install(["mtp_block_spec", "mtp_loss", "mtp_loss_logging", "dataset_loss_mask"])
 
 
 def dsv3(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -68,9 +72,7 @@ def _initialize_by_name(config: GPTModelConfig) -> None:
 
     `DSV3ModelBuilder` does it by itself.
     """
-    from dsv3_megatron.specs.builder import DSV3ModelConfig
-
-    if isinstance(config, DSV3ModelConfig) or not config.transformer.perform_initialization:
+    if getattr(config, "initializes_by_name", False) or not config.transformer.perform_initialization:
         return
     if _initialize_chunks not in (getattr(hook, "func", None) for hook in config.pre_wrap_hooks):
         from megatron.training import get_args

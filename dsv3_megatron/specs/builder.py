@@ -1,31 +1,14 @@
 """The model builder of `--spec dsv3`: our specs, initial weights by name, who has embedding and head."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import utils as pipeline  # is_pp_last_stage may be patched (DualPipe)
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.models.gpt import GPTModelBuilder
 
-from dsv3_megatron.specs.block import dsv3
 from dsv3_megatron.specs.init import initialize
+from dsv3_megatron.specs.model_config import DSV3ModelConfig
 
 __all__ = ["DSV3ModelBuilder", "DSV3ModelConfig"]
-
-
-@dataclass(kw_only=True)
-class DSV3ModelConfig(GPTModelConfig):
-    """Megatron's GPT model configuration, built by `DSV3ModelBuilder`.
-
-    Attributes:
-        transformer_layer_spec: `dsv3` unless replaced.
-        seed: seed of the initial weights (`--seed`).
-    """
-
-    builder: ClassVar[str] = "dsv3_megatron.specs.builder.DSV3ModelBuilder"
-    transformer_layer_spec: Any = dsv3
-    seed: int = 1234
 
 
 class DSV3ModelBuilder(GPTModelBuilder):

@@ -24,8 +24,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from dsv3_megatron.backends.backend import Backend, select_backend
+from dsv3_megatron.backends.backend import Backend
 from dsv3_megatron.specs.router import DSV3Router
+from dsv3_megatron.specs.select import select_backend
 
 __all__ = ["decoder_block", "layer_spec", "moe_layer_pattern", "mtp_block"]
 

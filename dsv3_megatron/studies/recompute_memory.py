@@ -50,6 +50,9 @@ CASES: dict[str, tuple[str, ...]] = {
 def main(words: Sequence[str] | None = None) -> None:
     """Measure every case and print."""
     words = list(sys.argv[1:] if words is None else words)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     outputs = [word.partition("=")[2] for word in words if word.startswith("output=")]
     if outputs and outputs[-1] not in ("json", "table"):
         raise ConfigError(f"output={outputs[-1]}: use output=json or output=table")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from dsv3_megatron.sft.dataset import train_valid_test_rows
 from dsv3_megatron.training.batch import is_packed
+
+# Data sets of features, see `add_source`.
+_sources: list[tuple[Callable[[Any], bool], Callable[[Any, Sequence[int], bool], Any]]] = []
 
 # Fields of GPTDatasetConfig that Megatron names otherwise on the command line.
 _RENAMED = {
@@ -29,6 +31,19 @@ _RENAMED = {
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
     "inter_document_masking": "dataloader_inter_document_masking",
 }
+
+
+def add_source(
+    wanted: Callable[[Any], bool], build: Callable[[Any, Sequence[int], bool], Sequence[Any]]
+) -> None:
+    """Register data sets that are not Megatron's own.
+
+    Args:
+        wanted: args -> whether this run reads them; the first source that is wanted counts.
+        build: (args, samples of each split, whether this rank reads) -> training, validation and test data set.
+    """
+    if (wanted, build) not in _sources:
+        _sources.append((wanted, build))
 
 
 def dataset_config(args: Any) -> GPTDatasetConfig:
@@ -72,9 +87,9 @@ def is_built_here(vp_stage: int | None = None) -> bool:
 def train_valid_test_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
     """Build the three datasets, of at least `num_samples` samples each (train, validation, test)."""
     args = get_args()
-    if args.sft:
-        print_rank_0(f"> packed conversations of {args.sft_data} for training and validation ...")
-        return train_valid_test_rows(Path(args.sft_data), num_samples, args.seed, is_built_here(vp_stage))
+    for wanted, build in _sources:
+        if wanted(args):
+            return build(args, num_samples, is_built_here(vp_stage))
     if args.mock_data:
         kind = MockGPTDataset
     else:

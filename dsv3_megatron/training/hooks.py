@@ -1,8 +1,11 @@
-"""What is called around each of Megatron's training steps (patch `train_step`).
+"""Where features take hold of a run without knowing each other: lists of functions, called by the trainer.
 
-    hooks.before_step(f)    f(call): before the step; `call` holds train_step's arguments by name
-    hooks.before_update(f)  f(call): gradients are there, the optimizer has not changed the weights yet
-    hooks.after_step(f)     f(call, result): weights are updated; `result` is train_step's
+    hooks.after_validation(f)  f(args): Megatron has validated its arguments, nothing is built (patch `validate_args`)
+    hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
+    hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
+    hooks.on_loss(f)           f(total, num_tokens): the last stage has a loss (sum over tokens); before its `on_output`
+    hooks.before_update(f)     f(call): gradients are there, the optimizer has not changed the weights yet
+    hooks.after_step(f)        f(call, result): weights are updated; `result` is train_step's
 
 A function may be added once; they are called in the order in which they were added, on every rank.
 """
@@ -10,38 +13,87 @@ A function may be added once; they are called in the order in which they were ad
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["after_step", "before_step", "before_update", "run_step"]
+from torch import Tensor
 
+from dsv3_megatron.patching import install
+
+__all__ = [
+    "after_step",
+    "after_validation",
+    "before_step",
+    "before_update",
+    "on_loss",
+    "on_output",
+    "run_step",
+    "saw_loss",
+    "saw_output",
+    "validated",
+]
+
+_validated: list[Callable[[Any], None]] = []
 _before: list[Callable[[dict[str, Any]], None]] = []
+_output: list[Callable[[Any, Tensor], None]] = []
+_loss: list[Callable[[Tensor, Tensor], None]] = []
 _update: list[Callable[[dict[str, Any]], None]] = []
 _after: list[Callable[[dict[str, Any], Any], None]] = []
 
 
+def after_validation(function: Callable[[Any], None]) -> None:
+    """Call `function(args)` once Megatron has validated its arguments, before anything is configured from them."""
+    _add(_validated, function, "validate_args")
+
+
 def before_step(function: Callable[[dict[str, Any]], None]) -> None:
     """Call `function(call)` before each training step."""
-    _add(_before, function)
+    _add(_before, function, "train_step")
+
+
+def on_output(function: Callable[[Any, Tensor], None]) -> None:
+    """Call `function(model, output)` after each forward pass of a chunk, in training and in evaluation."""
+    _add(_output, function)
+
+
+def on_loss(function: Callable[[Tensor, Tensor], None]) -> None:
+    """Call `function(total, num_tokens)` for each loss, right before the `on_output` of its pass."""
+    _add(_loss, function)
 
 
 def before_update(function: Callable[[dict[str, Any]], None]) -> None:
     """Call `function(call)` between forward-backward and the optimizer's step."""
-    _add(_update, function)
+    _add(_update, function, "train_step")
 
 
 def after_step(function: Callable[[dict[str, Any], Any], None]) -> None:
     """Call `function(call, result)` after each training step."""
-    _add(_after, function)
+    _add(_after, function, "train_step")
 
 
-def _add(functions: list[Any], function: Any) -> None:
-    from dsv3_megatron.patching import install
-
-    install(["train_step"])
+def _add(functions: list[Any], function: Any, *patches: str) -> None:
+    install(patches)
     if function not in functions:
         functions.append(function)
 
 
+def validated(args: Any) -> None:
+    """Told by the patch `validate_args`."""
+    for function in _validated:
+        function(args)
+
+
+def saw_output(model: Any, output: Tensor) -> None:
+    """Told by whoever runs a chunk forward: the trainer's forward step, or the schedule that runs its plan."""
+    for function in _output:
+        function(model, output)
+
+
+def saw_loss(total: Tensor, num_tokens: Tensor) -> None:
+    """Told by the loss function."""
+    for function in _loss:
+        function(total, num_tokens)
+
+
 def run_step(original: Callable[..., Any], call: dict[str, Any]) -> Any:
-    """Called by the patch in place of `train_step`, with its arguments by name."""
+    """Called by the patch `train_step` in place of Megatron's, with its arguments by name."""
     for before in _before:
         before(call)
     forward_backward = call["forward_backward_func"]

@@ -10,7 +10,7 @@ from megatron.core.utils import StragglerDetector
 from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-from dsv3_megatron.resilience import guard
+from dsv3_megatron.training import hooks
 from dsv3_megatron.training.batch import get_batch, packed_seq_params
 
 # A loss this many times the largest one seen is reported by --check-for-spiky-loss.
@@ -54,7 +54,7 @@ def forward_step(
         run = model.build_schedule_plan if return_schedule_plan else model
         output = run(*inputs, **kwargs)
     if not return_schedule_plan:
-        guard.saw_output(model, output)
+        hooks.saw_output(model, output)
     return output, partial(loss_func, batch["loss_mask"])
 
 
@@ -74,7 +74,7 @@ def loss_func(
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(losses.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    guard.saw_loss(loss, num_tokens)
+    hooks.saw_loss(loss, num_tokens)
     _validate(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_megatron.backends.backend import select_backend
 from dsv3_megatron.fp8 import policy
 from dsv3_megatron.fp8.linear import FP8AttentionOutput, FP8DownProjection, FP8WeightGrad
+from dsv3_megatron.specs.select import select_backend
 from tests.harness import run_distributed
 from tests.specs.models import build, micro_config, random_batch
 

@@ -11,7 +11,8 @@ import pytest
 from dsv3_megatron.conf import compose
 from dsv3_megatron.pipeline.trace import read_trace, write_trace
 from dsv3_megatron.plan import __main__ as command
-from dsv3_megatron.plan import pictures, search_command
+from dsv3_megatron.plan import pictures
+from dsv3_megatron.plan import search as search_command
 from dsv3_megatron.plan.from_config import from_config
 from dsv3_megatron.plan.memory import GIB
 from dsv3_megatron.plan.step import plan

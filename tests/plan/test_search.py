@@ -7,10 +7,10 @@ import pytest
 
 from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
+from dsv3_megatron.plan.candidates import SCHEDULES, Space, busiest_rank, peak_memory, search
 from dsv3_megatron.plan.compare import with_layout
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.memory import plan_memory
-from dsv3_megatron.plan.search import SCHEDULES, Space, busiest_rank, peak_memory, search
 from dsv3_megatron.plan.step import plan, schedule_of
 
 H800 = GPUS["h800"]

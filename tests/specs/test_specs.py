@@ -9,9 +9,9 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import import_module
 
-from dsv3_megatron.backends.backend import select_backend
 from dsv3_megatron.specs import dsv3, mtp_spec
 from dsv3_megatron.specs.layers import moe_layer_pattern
+from dsv3_megatron.specs.select import select_backend
 from tests.harness import run_distributed
 from tests.specs.models import build, micro_config
 

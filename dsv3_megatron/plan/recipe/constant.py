@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dsv3_megatron.conf.errors import ConfigError
+from dsv3_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from dsv3_megatron.recipe.plan import MICROBATCHES_PER_RANK, Phase, Replicas, pl
 def main(words: Sequence[str] | None = None) -> None:
     """Print the phases; RefusedArgument where one is impossible."""
     words = list(sys.argv[1:] if words is None else words)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     as_json = "output=json" in words
     cfg = compose([word for word in words if word not in ("output=json", "output=table")])
     if cfg.get("train_tokens") is not None:

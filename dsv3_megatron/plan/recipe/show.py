@@ -28,7 +28,11 @@ COLUMNS = ("tokens", "lr", "batch", "gamma", "mtp_weight")
 @exits_cleanly
 def main(words: Sequence[str] | None = None) -> None:
     """Show what the words ask for; RefusedArgument for a wrong one."""
-    options, overrides = _split(list(sys.argv[1:] if words is None else words))
+    words = list(sys.argv[1:] if words is None else words)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    options, overrides = _split(words)
     output = options.get("output", "table")
     if output not in OUTPUTS:
         raise ConfigError(f"output={output}: use output={' or output='.join(OUTPUTS)}")

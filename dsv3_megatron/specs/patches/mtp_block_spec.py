@@ -21,7 +21,7 @@ def _install(original: Any) -> Any:
     def mtp_block_spec(config: Any, transformer_layer_spec: Any, vp_stage: int | None = None) -> Any:
         if not _uses_dsv3(config.transformer_layer_spec):
             return original(config, transformer_layer_spec, vp_stage)
-        from dsv3_megatron.specs import mtp_spec
+        from dsv3_megatron.specs.block import mtp_spec
 
         return mtp_spec(config, vp_stage)
 

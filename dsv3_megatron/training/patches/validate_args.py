@@ -1,7 +1,7 @@
-"""`arguments.validate_args`: where `--pipeline-schedule` and `--batch-ramp` take hold, in every way into the trainer.
+"""`arguments.validate_args`: features take hold of validated arguments (`training.hooks`), in every way into the trainer.
 
 Megatron validates a layout as it knows it; only then can it be folded into a V, and it must be before the model's
-configuration is made from the arguments. Likewise it takes a final batch size or a ramp; here a ramp has both.
+configuration is made from the arguments. Likewise it takes a final batch size or a ramp; ours has both.
 """
 
 import functools
@@ -13,15 +13,10 @@ from dsv3_megatron.patching import Patch
 def _install(original: Any) -> Any:
     @functools.wraps(original)
     def validate_args(args: Any, defaults: Any = {}) -> Any:  # noqa: B006 - the original's signature
+        from dsv3_megatron.training import hooks
+
         result = original(args, defaults)
-        if getattr(args, "pipeline_schedule", "1f1b") != "1f1b":
-            from dsv3_megatron.dualpipe.arguments import place
-
-            place(args)
-        if getattr(args, "batch_ramp", None) is not None:
-            from dsv3_megatron.recipe.arguments import apply
-
-            apply(args)
+        hooks.validated(args)
         return result
 
     return validate_args

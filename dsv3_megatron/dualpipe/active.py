@@ -1,0 +1,46 @@
+"""The schedule that is in force in this process."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3_megatron.dualpipe.ranks import Placement
+
+
+@dataclass
+class Active:
+    """What `--pipeline-schedule` and its relatives have chosen; `function` is built when it is first asked for."""
+
+    schedule: str = "1f1b"
+    placement: Placement | None = None
+    timeout_s: float = 600.0
+    pair_order: str = "megatron"
+    function: Any = None
+
+
+_active = Active()
+
+
+def active() -> Active:
+    """What is in force; Megatron's own schedule before `activate`."""
+    return _active
+
+
+def activate(
+    schedule: str,
+    placement: Placement | None,
+    timeout_s: float = 600.0,
+    pair_order: str = "megatron",
+) -> None:
+    """Use a schedule (names: `arguments.SCHEDULES`, `arguments.PAIR_ORDERS`) for the rest of this process."""
+    global _active
+    _active = Active(schedule, placement, timeout_s, pair_order)
+
+
+def placement() -> Placement | None:
+    """The V-shaped placement in force, None where Megatron's own holds."""
+    return _active.placement
+
+
+def delays_weight_gradients() -> bool:
+    """Whether the schedule in force runs weight gradients apart from the backward pass."""
+    return _active.schedule != "1f1b"
