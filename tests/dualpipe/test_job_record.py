@@ -5,6 +5,7 @@ communicators must agree, and the model of devices (`pipeline/device.py`) runs w
 """
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -254,13 +255,15 @@ def test_a_communicator_is_first_used_before_the_step(some) -> None:
 def test_disagreeing_records_are_found(some) -> None:
     first = next(iter(some))
     record = some[first]
-    two_groups = [i for i, o in enumerate(record.issued) if isinstance(o, Issued) and o.kind == "batch"][5:7]
+    batches = [i for i, o in enumerate(record.issued) if isinstance(o, Issued) and o.kind == "batch"]
+    i, j = next((i, j) for i, j in itertools.pairwise(batches[5:]) if record.issued[i] != record.issued[j])
     swapped = [*record.issued]
-    swapped[two_groups[0]], swapped[two_groups[1]] = swapped[two_groups[1]], swapped[two_groups[0]]
+    swapped[i], swapped[j] = swapped[j], swapped[i]
     with pytest.raises(AssertionError):
         check_messages({first: Record(record.groups, swapped, record.members)})
 
-    one_more = [*record.issued, Issued(record.issued[-1].group, "allreduce")]  # type: ignore[union-attr]
+    shared = next(o for o in record.issued if isinstance(o, Issued) and o.kind == "all_to_all_single")
+    one_more = [*record.issued, shared]
     more = {**some, first: Record(record.groups, one_more, record.members)}
     with pytest.raises(AssertionError):
         check_sequences(more)

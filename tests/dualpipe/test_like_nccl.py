@@ -22,6 +22,7 @@ from tests.harness import DistributedFailure, run_distributed
 from tests.parallel import test_resume
 from tests.parallel.common import RankResult, assert_same_step, join
 
+DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 CARRIERS = ("dsv3_megatron.dualpipe.p2p.pipeline.carrier", "dsv3_megatron.dualpipe.schedule.carrier")
 
 
@@ -38,7 +39,10 @@ def behave(limit_s: float = 60, ahead: bool = False, made_before: bool = False) 
 def counted_step(
     rank: int, world_size: int, layout: ScheduledLayout, problem: ScheduledProblem, **how: Any
 ) -> tuple[RankResult, list[str]]:
-    """A training step, and the waits of the host inside the runner's."""
+    """A training step, and the waits of the host inside the runner's that are not Megatron's own.
+
+    (Its dispatcher needs the number of tokens of each expert on the host, for which it waits for the router's stream.)
+    """
     from dsv3_megatron.pipeline.runner import PipelineRunner
 
     behave(**how)
@@ -48,7 +52,9 @@ def counted_step(
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         with like_nccl.counted() as seen:
             events = step(self, *args, **kwargs)
-        waits.extend(f"{wait.what} at {wait.location}" for wait in seen)
+        assert seen, "the dispatcher's are seen"
+        ours = [wait for wait in seen if DISPATCHER not in wait.location]
+        waits.extend(f"{wait.what} at {wait.location}" for wait in ours)
         return events
 
     with mock.patch.object(PipelineRunner, "step", counting):
@@ -143,3 +149,49 @@ def test_with_receives_posted_ahead_such_timers_hang(tmp_path: Path) -> None:
     """Though the communicators are there: the timer waits for receives that what it measures must lead to."""
     with pytest.raises(DistributedFailure, match="timed out after 3 s"):
         Job("dualpipe", 1).run(tmp_path, ahead=True, made_before=True, limit_s=3)
+
+
+# --- a pair
+
+
+def order_of_plans_and_waits(rank: int, world_size: int, layout: ScheduledLayout) -> list[list[str]]:
+    """What each overlapped pair with messages does first."""
+    from dsv3_megatron.dualpipe.chunk import ChunkStage
+    from dsv3_megatron.dualpipe.overlap import PairRunner
+    from dsv3_megatron.dualpipe.p2p import PipelineP2P
+
+    behave()
+    pairs: list[list[str]] = []
+    inside: list[bool] = []
+    call, plan, wait, send = PairRunner.__call__, ChunkStage.plan, PipelineP2P.wait, PipelineP2P.send
+
+    def note(what: str) -> None:
+        if inside:
+            pairs[-1].append(what)
+
+    def noted(what: str, method: Any) -> Any:
+        return lambda *args: (note(what), method(*args))[1]
+
+    def pair(*args: Any) -> None:
+        pairs.append([])
+        inside.append(True)
+        call(*args)
+        inside.pop()
+
+    with (
+        mock.patch.object(PairRunner, "__call__", pair),
+        mock.patch.object(ChunkStage, "plan", noted("plan", plan)),
+        mock.patch.object(PipelineP2P, "wait", noted("wait", wait)),
+        mock.patch.object(PipelineP2P, "send", noted("send", send)),
+    ):
+        train_rank(rank, world_size, layout, ScheduledProblem(num_sequences=16))
+    return pairs
+
+
+def test_the_plan_of_a_pair_is_built_while_its_messages_are_under_way() -> None:
+    layout = ScheduledLayout(world_size=4, pp=2, ep=2, schedule="dualpipe")
+    for pairs in run_distributed(order_of_plans_and_waits, 4, timeout=120, layout=layout):
+        assert pairs
+        for done in pairs:
+            assert done[:2] == ["plan", "wait"] and done.count("wait") == 1
+            assert 1 <= done.count("send") <= 2

@@ -19,8 +19,8 @@ ClassGroups = dict[tuple[str, bool], dist.ProcessGroup]  # (payload, down the ra
 
 
 def carrier() -> Backend:
-    """Which form messages take in this job: gloo's on gloo, else NCCL's (whose record a dry run's fake group keeps)."""
-    return "gloo" if dist.get_backend() == "gloo" and not cpu.is_like_nccl() else "nccl"
+    """Which form messages take in this job: gloo's on gloo, else NCCL's (a fake group's too, whose record is kept)."""
+    return "gloo" if _device_backend() == "gloo" and not cpu.is_like_nccl() else "nccl"
 
 
 def all_pipelines(ranks: Sequence[int], world_size: int) -> list[list[int]]:
@@ -104,6 +104,12 @@ def _connect(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
     torch.cuda.synchronize()
 
 
+def _device_backend() -> str:
+    """What carries tensors of the job's devices, which on CPU are the CPU's."""
+    backends = dict(entry.split(":") for entry in dist.get_backend_config().split(","))
+    return backends.get("cuda", backends.get("cpu", ""))
+
+
 def _with(ranks: Sequence[int], pipelines: Sequence[Sequence[int]]) -> list[list[int]]:
     lists = [list(pipeline) for pipeline in pipelines]
     if list(ranks) not in lists:
@@ -113,7 +119,7 @@ def _with(ranks: Sequence[int], pipelines: Sequence[Sequence[int]]) -> list[list
 
 def _nccl_options(max_ctas: int) -> Any:
     """Options of an NCCL group, None where another backend carries it."""
-    if "nccl" not in dist.get_backend():
+    if _device_backend() != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = max_ctas
