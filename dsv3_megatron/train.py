@@ -56,6 +56,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron import dualpipe, metrics, optimizer, patching, resilience
     from dsv3_megatron.arguments import add_arguments
     from dsv3_megatron.ema.trainer import install as keep_average
+    from dsv3_megatron.patching import repairs
     from dsv3_megatron.recipe.install import install as follow_schedules
     from dsv3_megatron.resilience.watch import watching
     from dsv3_megatron.sft.arguments import check as check_sft_data
@@ -64,6 +65,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
 
+    repairs.install()
     dualpipe.install()
     set_startup_timestamps(program_start=started, main_entry=time.time())
     optimizer.install()

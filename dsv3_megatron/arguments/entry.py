@@ -17,6 +17,7 @@ def complete_command_line(parser: ArgumentParser) -> None:
     """
     from dsv3_megatron.arguments.command_line import add_arguments
     from dsv3_megatron.arguments.complete import complete
+    from dsv3_megatron.patching import repairs
 
     add_arguments(parser)
     words = sys.argv[1:]
@@ -26,6 +27,7 @@ def complete_command_line(parser: ArgumentParser) -> None:
         args = parser.parse_known_args()[0]
         _refuse_what_only_our_trainer_does(args)
         _use_schedule(args)
+        repairs.install()
         if args.train_tokens is not None:
             from dsv3_megatron.recipe.install import install
 

@@ -25,7 +25,6 @@ CPU_FLAGS: tuple[str, ...] = (
     "--no-bias-swiglu-fusion",
     "--no-bias-gelu-fusion",
     "--no-bias-dropout-fusion",
-    "--no-gradient-accumulation-fusion",
 )
 
 _active = False
