@@ -25,7 +25,7 @@ def complete_command_line(parser: ArgumentParser) -> None:
         # Megatron itself refuses words that nobody knows.
         sys.argv[1:] = complete(words, parser, known_only=True)
         args = parser.parse_known_args()[0]
-        _refuse_what_only_our_trainer_does(args)
+        refuse_what_only_our_trainer_does(args)
         _use_schedule(args)
         repairs.install()
         if args.train_tokens is not None:
@@ -38,7 +38,7 @@ def complete_command_line(parser: ArgumentParser) -> None:
             keep_average()
 
 
-def _refuse_what_only_our_trainer_does(args: Namespace) -> None:
+def refuse_what_only_our_trainer_does(args: Namespace) -> None:
     options = {"--sft-data": args.sft_data, "--loss-spike-factor": args.loss_spike_factor}
     if args.on_bad_step != "stop":
         options["--on-bad-step"] = args.on_bad_step

@@ -157,17 +157,10 @@ USES: tuple[Use, ...] = (
         "--moe-permute-fusion",
         "transformer_engine.pytorch.permutation:moe_permute_with_probs",
     ),
-    Use(
-        "cross_entropy",
-        TE,
-        "2.8",
-        "parallel_cross_entropy",
-        "--cross-entropy-fusion-impl te",
-        "transformer_engine.pytorch.cross_entropy:parallel_cross_entropy",
-    ),
 )
 
-BY_KEY = {use.key: use for use in USES}
+# What `--fp8-recipe dsv3` takes of Transformer Engine.
+DSV3_RECIPE = ("block_scaling", "custom_recipe")
 
 
 def oldest(package: str) -> str:

@@ -64,7 +64,7 @@ def detect() -> Surroundings:
     from dsv3_megatron.fp8 import te_recipe
 
     on_cpu = cpu.is_active()
-    has_te = _installed("transformer_engine")
+    has_te = is_installed("transformer_engine")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return Surroundings(
         world_size=world_size,
@@ -72,7 +72,7 @@ def detect() -> Surroundings:
         on_cpu=on_cpu,
         has_te=has_te,
         te_lacks=te_recipe.lacking() if has_te and not on_cpu else "",
-        has_deepep=_installed("deep_ep"),
+        has_deepep=is_installed("deep_ep"),
         megatron_version=importlib.metadata.version("megatron-core"),
         lacks=lacking(TE) if has_te and not on_cpu else frozenset(),
         has_apex=has_fused_wgrad(),
@@ -104,10 +104,11 @@ def has_fused_wgrad() -> bool:
     module = sys.modules.get("fused_weight_gradient_mlp_cuda")
     if module is not None:
         return not getattr(module, "__dsv3__", False)
-    return _installed("fused_weight_gradient_mlp_cuda")
+    return is_installed("fused_weight_gradient_mlp_cuda")
 
 
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):

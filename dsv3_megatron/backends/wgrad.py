@@ -15,7 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["NAME", "accumulate", "extension", "implementation", "wgrad_gemm_accum_fp16", "wgrad_gemm_accum_fp32"]
+__all__ = [
+    "NAME",
+    "accumulate",
+    "extension",
+    "implementation",
+    "wgrad_gemm_accum_fp16",
+    "wgrad_gemm_accum_fp32",
+]
 
 NAME = "fused_weight_gradient_mlp_cuda"  # Apex's extension, as Megatron imports it
 

@@ -96,7 +96,7 @@ DEVICES: tuple[Replacement, ...] = (
     _device("torch.cuda", ("_lazy_call",), devices.run_now, NOTHING_TO_DO),
     _device("torch.cuda", ("device",), devices.device_context, NOTHING_TO_DO),
     _device("torch.cuda", ("get_device_properties",), devices.device_properties, "asked by validation"),
-    _device("torch.cuda", ("get_device_capability",), devices.returns((9, 0)), "asked by validation"),
+    _device("torch.cuda", ("get_device_capability",), devices.device_capability, "asked by validation"),
     _device("torch.cuda", ("get_device_name",), devices.returns("cpu"), "logged"),
     _device("torch.cuda", ("memory_stats",), devices.memory_stats, LOGGED),
     _device("torch.cuda", ("memory_allocated", "max_memory_allocated", "memory_reserved",
@@ -191,7 +191,12 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install(allow_te: bool = False) -> None:
+# What a process that only pretends to have a GPU does as one that has: arguments are a GPU's, kernels are warmed up.
+_ON_CPU_ONLY = ("megatron.training.arguments", "megatron.training.initialize")
+
+
+def install(allow_te: bool = False, pretend: bool = False) -> None:
+    """See `cpu.activate` and `cpu.pretend_gpu`."""
     if not allow_te:
         # `import transformer_engine` then raises ModuleNotFoundError, installed or not.
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
@@ -199,6 +204,8 @@ def install(allow_te: bool = False) -> None:
     multiprocessing.forkserver.set_forkserver_preload(["dsv3_megatron.cpu.child"])
     pending: dict[str, list[Replacement]] = {}
     for replacement in TABLE:
+        if pretend and replacement.owner in _ON_CPU_ONLY:
+            continue
         if replacement.owner.startswith("megatron."):
             pending.setdefault(replacement.owner, []).append(replacement)
         else:
