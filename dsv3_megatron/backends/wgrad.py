@@ -1,7 +1,7 @@
 """Weight gradients added in fp32 to `main_grad`, for the Linears that are not Transformer Engine's.
 
-`--gradient-accumulation-fusion` (on by default) is what keeps weight gradients in fp32: without it a gradient is rounded
-to the weight's bf16 before it is accumulated (report §3.3.3 accumulates in fp32). Transformer Engine brings its own
+Gradient accumulation fusion (on by default) is what keeps weight gradients in fp32: without it a gradient is rounded to
+the weight's bf16 before it is accumulated (report §3.3.3 accumulates in fp32). Transformer Engine brings its own
 kernel; Megatron's Linears, the output head of both backends among them, want Apex's extension
 `fused_weight_gradient_mlp_cuda`. Where that is missing, this module stands for it (patch `fused_wgrad`).
 

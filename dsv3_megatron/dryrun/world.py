@@ -181,7 +181,7 @@ class FakeWorld:
             del members[elsewhere]
 
 
-# Choices between kernels, which have no parameters, with the values that follow; the reference backend has none of them.
+# Choices between kernels, which have no parameters, with the values that follow; the reference backend has none.
 _KERNELS = {
     "--moe-grouped-gemm": 0,
     "--moe-permute-fusion": 0,

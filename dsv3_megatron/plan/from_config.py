@@ -46,9 +46,9 @@ def validated_args(cfg: DictConfig) -> Namespace:
     """
     from dsv3_megatron import dualpipe
     from dsv3_megatron.cpu import CPU_FLAGS
-    from dsv3_megatron.dryrun.world import megatron_args
+    from dsv3_megatron.dryrun.world import megatron_args, without_kernels
 
-    words = [*to_megatron_argv(at_full_batch(cfg)), *CPU_FLAGS]
+    words = [*without_kernels(to_megatron_argv(at_full_batch(cfg))), *CPU_FLAGS]
     try:
         with quiet():
             return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)

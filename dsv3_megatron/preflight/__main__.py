@@ -18,8 +18,8 @@ def usage() -> str:
     lines = [
         "usage: dsv3 preflight [NAME=VALUE ...] LAUNCH LINE [output=json]",
         "",
-        "Checks a GPU job's launch line without its GPUs; exit status 0 when it may start, 1 when not, 2 for a line that",
-        "cannot be read. LAUNCH LINE: torchrun … -m dsv3_megatron.train …, … -m dsv3_megatron.train_hydra model=…,",
+        "Checks a GPU job's launch line without its GPUs; exit status 0 when it may start, 1 when not, 2 for a line",
+        "that cannot be read. LAUNCH LINE: torchrun … -m dsv3_megatron.train …, … -m dsv3_megatron.train_hydra model=…,",
         "pretrain_gpt.py --spec dsv3 …, or arguments or overrides alone. NAME=VALUE says what the job will run on:",
         *(f"  {name:14} {what}" for name, what in USAGE.items()),
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dsv3_megatron.arguments.surroundings import Surroundings, imagined
+from dsv3_megatron.arguments.surroundings import imagined
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight import findings
 from dsv3_megatron.preflight.advice import advise
@@ -246,9 +246,8 @@ def _built(job: Job, machine: Machine, args: Namespace) -> list[Finding]:
             Finding(
                 "info",
                 "transformer-engine",
-                f"version {version} is not installed here: the model was built from the reference backend's modules, which "
-                "have the same parameters, and Transformer Engine's constructors were not called",
-                "",
+                f"version {version} is not installed here: the model was built from the reference backend's modules, "
+                "which have the same parameters; Transformer Engine's constructors were not called",
             )
         )
     try:

@@ -132,8 +132,8 @@ ROWS = (
         "--fp8-param-gather",
         "",
         lambda a, s: recipe_of(a) is not None and bool(a.fp8_param_gather),
-        'weights kept in E4M3 are of another recipe than --fp8-recipe dsv3 for Transformer Engine ("Recipe mismatch" in '
-        "the first forward pass), and the reference backend has none",
+        'weights kept in E4M3 are of another recipe than --fp8-recipe dsv3 for Transformer Engine ("Recipe mismatch" '
+        "in the first forward pass), and the reference backend has none",
         "no such option: weights stay bf16 and are quantised each step",
         _FP8 + " --fp8-param-gather --use-distributed-optimizer",
     ),

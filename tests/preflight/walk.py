@@ -1,0 +1,33 @@
+"""Launch lines × machines through the check, in a process that stands for a GPU job's: one JSON object per line of stdin.
+
+stdin: {"line": [words], "machines": [{NAME: VALUE}], "build": bool} per line; stdout: the findings per machine, as lists.
+"""
+
+import json
+import sys
+
+from dsv3_megatron.preflight.findings import ok
+from dsv3_megatron.preflight.line import read
+from dsv3_megatron.preflight.machine import Machine
+from dsv3_megatron.preflight.start import become
+
+
+def main() -> None:
+    become(Machine())
+    from dsv3_megatron.preflight.check import examine
+
+    for text in sys.stdin:
+        task = json.loads(text)
+        line, answers = read(task["line"]), []
+        built = not task["build"]
+        for said in task["machines"]:
+            machine = Machine.of({"env": {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, **said})
+            become(machine)
+            found = examine(line, machine, build=not built)
+            built = built or ok(found)  # the modules are the same on each
+            answers.append([finding.as_dict() for finding in found])
+        print(json.dumps(answers), flush=True)
+
+
+if __name__ == "__main__":
+    main()
