@@ -19,8 +19,9 @@ def usage() -> str:
         "usage: dsv3 preflight [NAME=VALUE ...] LAUNCH LINE [output=json]",
         "",
         "Checks a GPU job's launch line without its GPUs; exit status 0 when it may start, 1 when not, 2 for a line",
-        "that cannot be read. LAUNCH LINE: torchrun … -m dsv3_megatron.train …, … -m dsv3_megatron.train_hydra model=…,",
-        "pretrain_gpt.py --spec dsv3 …, or arguments or overrides alone. NAME=VALUE says what the job will run on:",
+        "that cannot be read. LAUNCH LINE: torchrun … -m dsv3_megatron.train …,",
+        "… -m dsv3_megatron.train_hydra model=… layout=…, … pretrain_gpt.py --spec dsv3 …, or arguments or overrides",
+        "alone. NAME=VALUE says what the job will run on:",
         *(f"  {name:14} {what}" for name, what in USAGE.items()),
     ]
     return "\n".join(lines)

@@ -47,10 +47,19 @@ def from_megatron(error: BaseException) -> Finding:
     """What Megatron's own validation, or the construction of a module, stopped with."""
     text = " ".join(str(error).split()) or repr(error)
     named = _OPTION.search(text) or _OPTION.search(text.replace("_", "-"))
-    return Finding("error", named[0] if named else "Megatron", text.rstrip("."), "")
+    why, _, use = text.partition(". Use ")
+    return Finding("error", named[0] if named else "Megatron", why.rstrip("."), use.rstrip("."))
+
+
+_UNKNOWN = re.compile(r"^unrecognized arguments: (?P<words>[^;]+)(?:; did you mean (?P<near>.+?)\??)?$")
 
 
 def _from_line(line: str, severity: Severity) -> Finding:
+    unknown = _UNKNOWN.match(re.sub(r" \(all options: --help\)$", "", line.strip()))
+    if unknown is not None:
+        return Finding(
+            severity, unknown["words"], "no such argument", unknown["near"] or "--help, which lists all"
+        )
     match = _FORM.match(line.strip())
     if match is None:
         named = _OPTION.search(line)

@@ -114,7 +114,7 @@ class Machine:
         self, world_size: int, per_node: int, env: Mapping[str, str], on_cpu: bool
     ) -> Surroundings:
         """What the checks of arguments are given."""
-        lacks = self._te_lacks() if self.has_te() else frozenset()
+        lacks = self.te_lacks() if self.has_te() else frozenset()
         return Surroundings(
             world_size=world_size,
             ranks_per_node=per_node,
@@ -133,7 +133,8 @@ class Machine:
             host_memory_gb=self.host_memory,
         )
 
-    def _te_lacks(self) -> frozenset[str]:
+    def te_lacks(self) -> frozenset[str]:
+        """Keys of what the job's Transformer Engine does not have."""
         return lacking(TE) if self.te_is_here() else lacking(TE, self.te)
 
     def _dsv3_lacks(self, lacks: frozenset[str]) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from dsv3_megatron.preflight.machine import GPUS, Machine
@@ -33,5 +33,24 @@ def with_packages_of(machine: Machine) -> Iterator[None]:
     from packaging.version import Version
 
     utils: Any = importlib.import_module("megatron.core.utils")
-    with mock.patch.object(utils, "_te_version", Version(machine.te_version() or "0.0.0")):
+    extension: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(utils, "_te_version", Version(machine.te_version() or "0.0.0")))
+        if machine.has_te() and "permute_fusion" not in machine.te_lacks():
+            # Megatron's validation looks for these; they are not called.
+            for name in _PERMUTE:
+                stack.enter_context(mock.patch.object(extension, name, _not_here))
         yield
+
+
+_PERMUTE = (
+    "fused_permute",
+    "fused_permute_with_probs",
+    "fused_sort_chunks_by_index",
+    "fused_sort_chunks_by_index_with_probs",
+    "fused_unpermute",
+)
+
+
+def _not_here(*_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError("Transformer Engine is imagined in this process: none of its functions runs")

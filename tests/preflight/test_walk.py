@@ -40,7 +40,8 @@ def model_of(layout: str) -> str:
 
 LAYOUTS = {
     layout: [f"model={model_of(layout)}", f"layout={layout}"]
-    + (["recipe=longctx_32k", "load=x"] if "cp" in layout.removeprefix("cpu") else [])
+    + (["recipe=longctx_32k", "pretrained_checkpoint=x"] if "_cp" in layout else [])
+    + ([] if layout.startswith("cpu_") or "_cp" in layout else ["global_batch_size=15360"])
     for layout in groups()["layout"]
 }
 SCRIPTS = {
@@ -82,10 +83,9 @@ def judge(name: str, answers: list[Findings], fp8: bool) -> None:
         else:
             assert errors and any(f["argument"].startswith(due) for f in errors), (name, machine, errors)
             assert all(f["use"] for f in errors), (name, machine, errors)
+        # bf16 moments, which an older Transformer Engine copies to fp32 in its step.
         warned = any(f["argument"].startswith("--exp-avg-dtype") for f in found)
-        assert warned == (
-            machine["te"] == "2.12" and not on_cpu or machine["te"] == "2.8" and not (on_cpu or fp8)
-        )
+        assert warned == (not on_cpu and due is None and machine["te"] in ("2.8", "2.12"))
 
 
 @cache
@@ -112,7 +112,7 @@ def built() -> dict[str, list[Findings]]:
     plain = "torchrun --nnodes 32 --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 --mock-data --bf16 "
     plain += "--global-batch-size 960 --train-iters 10 --pipeline-model-parallel-size 16 --use-distributed-optimizer "
     plain += "--pipeline-model-parallel-layout Et*4|(t*4|)*14tmL --expert-model-parallel-size 16 "
-    tp = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-schedule dualpipe"
+    tp = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-schedule dualpipe --expert-model-parallel-size 8"
     te = {"te": "2.20"}
     tasks: dict[str, dict[str, Any]] = {
         name: {"line": LAYOUTS[name], "machines": [te], "build": True} for name in BUILT
@@ -154,7 +154,7 @@ def test_the_model_is_built(layout: str) -> None:
 
 
 CONTROLS = {
-    "misspelled": "--manual-gc",
+    "misspelled": "--manuel-gc",
     "te cross entropy": "--cross-entropy",
     "fp8 param gather": "--fp8-param-gather",
     "fp8 on a100": "--fp8-recipe",

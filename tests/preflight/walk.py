@@ -1,6 +1,6 @@
-"""Launch lines × machines through the check, in a process that stands for a GPU job's: one JSON object per line of stdin.
+"""Launch lines × machines through the check, in a process that stands for a GPU job's.
 
-stdin: {"line": [words], "machines": [{NAME: VALUE}], "build": bool} per line; stdout: the findings per machine, as lists.
+stdin, per line: {"line": [words], "machines": [{NAME: VALUE}], "build": bool}; stdout: the findings per machine, as lists.
 """
 
 import json

@@ -83,7 +83,7 @@ ROWS = (
         lambda a, s: _te(a) and not s.on_cpu and s.has_te and "delayed_wgrad" in s.lacks,
         "the installed Transformer Engine has no weight gradients that can wait with hooks for their reduction",
         f"Transformer Engine {oldest(TE)} or newer, or --transformer-impl local",
-        _TE,
+        "",
         replace(HERE, lacks=frozenset({"delayed_wgrad"})),
     ),
     Refusal(
@@ -146,7 +146,7 @@ ROWS = (
         "has no fused attention for MLA's head sizes, 192 and 128; Transformer Engine would keep whole attention "
         "matrices instead",
         "cuDNN 9.5 or newer on Hopper, 9.11 on Blackwell, and not 9.10.0 or 9.10.1",
-        _TE,
+        "",
         replace(HERE, cudnn="9.4.0"),
     ),
     Refusal(
