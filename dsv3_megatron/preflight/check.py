@@ -12,6 +12,7 @@ from unittest import mock
 
 from dsv3_megatron.arguments.surroundings import imagined
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.plan.host_memory import host_memory, problem
 from dsv3_megatron.preflight import findings
 from dsv3_megatron.preflight.advice import advise
 from dsv3_megatron.preflight.findings import Finding
@@ -30,6 +31,7 @@ class Job:
         on_cpu: `--device cpu`.
         env: variables the job will have.
         trainer: who parses the words ("hydra" is our trainer too).
+        host_memory: GB of a machine, None where nobody says.
     """
 
     words: tuple[str, ...]
@@ -38,6 +40,7 @@ class Job:
     on_cpu: bool
     env: dict[str, str]
     trainer: str
+    host_memory: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -81,9 +84,9 @@ def job_of(line: Line, machine: Machine) -> tuple[Job, list[Finding]]:
     """
     env = {**machine.env, **line.env}
     nodes, per_node = machine.nodes or line.nodes, machine.gpus_per_node or line.per_node
-    words, on_cpu = list(line.words), False
+    words, on_cpu, host = list(line.words), False, None
     if line.trainer == "hydra":
-        words, on_cpu, nodes, per_node = _from_hydra(words, nodes, per_node)
+        words, on_cpu, nodes, per_node, host = _from_hydra(words, nodes, per_node)
     elif line.trainer == "train":
         words, on_cpu = _without_device(words)
     found: list[Finding] = []
@@ -101,12 +104,13 @@ def job_of(line: Line, machine: Machine) -> tuple[Job, list[Finding]]:
                 "nodes=N gpus_per_node=M before the line",
             )
         )
-    return Job(tuple(words), nodes, per_node or 8, on_cpu, env, line.trainer), found
+    host = machine.host_memory or host
+    return Job(tuple(words), nodes, per_node or 8, on_cpu, env, line.trainer, host), found
 
 
 def _from_hydra(
     overrides: Sequence[str], nodes: int | None, per_node: int | None
-) -> tuple[list[str], bool, int, int]:
+) -> tuple[list[str], bool, int, int, float | None]:
     from dsv3_megatron.conf import compose
     from dsv3_megatron.conf.argv import to_megatron_argv
 
@@ -117,6 +121,7 @@ def _from_hydra(
         cfg.get("device") == "cpu",
         int(cfg.cluster.nodes),
         int(cfg.cluster.gpus_per_node),
+        cfg.cluster.get("host_memory_gb"),
     )
 
 
@@ -255,11 +260,42 @@ def _built(job: Job, machine: Machine, args: Namespace) -> list[Finding]:
             _quiet(),
             FakeWorld(list(job.words), job.world_size - 1, job.world_size, job.per_node, own) as world,
         ):
-            for position in sorted({0, world.groups.pp.size() - 1}):
-                world.build_chunks(position)
+            held = [
+                _held(world.build_chunks(position)) for position in sorted({0, world.groups.pp.size() - 1})
+            ]
+        found += _host_memory(job, machine, args, max(held, key=sum))
     except (AssertionError, ValueError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         found.append(findings.from_megatron(error))
     return found
+
+
+def _held(chunks: list[Any]) -> tuple[float, float]:
+    """Parameters of a rank: routed experts, and all others."""
+    sizes = {
+        id(p): (".experts." in name, p.numel()) for chunk in chunks for name, p in chunk.named_parameters()
+    }
+    return (
+        float(sum(size for expert, size in sizes.values() if expert)),
+        float(sum(size for expert, size in sizes.values() if not expert)),
+    )
+
+
+def _host_memory(job: Job, machine: Machine, args: Namespace, held: tuple[float, float]) -> list[Finding]:
+    """Whether checkpoints fit the machines, where it is said how large they are."""
+    if not args.use_distributed_optimizer or job.host_memory is None or not args.save:
+        return []
+    efficient = args.distrib_optim_fully_reshardable_mem_efficient
+    memory = host_memory(
+        *held,
+        job.per_node,
+        dense_ranks_per_stage=args.tensor_model_parallel_size * args.context_parallel_size,
+        reshardable=args.dist_ckpt_optim_fully_reshardable,
+        memory_efficient=efficient,
+        average=args.ema_decay is not None,
+        async_save=args.async_save,
+    )
+    wrong = problem(memory, job.host_memory * 1e9, efficient)
+    return [] if wrong is None else [Finding("error", "--dist-ckpt-optim-fully-reshardable", *wrong)]
 
 
 def _forget_schedule() -> None:

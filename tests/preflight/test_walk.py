@@ -112,7 +112,8 @@ def built() -> dict[str, list[Findings]]:
     plain = "torchrun --nnodes 32 --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 --mock-data --bf16 "
     plain += "--global-batch-size 960 --train-iters 10 --pipeline-model-parallel-size 16 --use-distributed-optimizer "
     plain += "--pipeline-model-parallel-layout Et*4|(t*4|)*14tmL --expert-model-parallel-size 16 "
-    tp = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-schedule dualpipe --expert-model-parallel-size 8"
+    tp = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-schedule dualpipe "
+    tp += "--expert-model-parallel-size 8"
     te = {"te": "2.20"}
     tasks: dict[str, dict[str, Any]] = {
         name: {"line": LAYOUTS[name], "machines": [te], "build": True} for name in BUILT
@@ -130,6 +131,7 @@ def built() -> dict[str, list[Findings]]:
         "size": (plain.replace("--nnodes 32", "--nnodes 30"), te),
         "experts": (plain + "--num-experts 255", te),
         "layers": (plain + "--num-layers 62 --pipeline-schedule zb1p", te),
+        "host memory": (plain + "--save x", te | {"host_memory": "500"}),
         "deepep": (plain + "--moe-token-dispatcher-type flex", te | {"deepep": "absent"}),
         # and its contrary: with tensor parallelism and a schedule of ours, Megatron's wish for one queue is met
         "fine: tensor parallel": (plain + tp, te),
@@ -137,7 +139,11 @@ def built() -> dict[str, list[Findings]]:
         "fine: reference": (plain + "--transformer-impl local", {"te": "absent"}),
     }
     for name, (line, machine) in controls.items():
-        tasks[name] = {"line": [line], "machines": [machine], "build": name == "fine: reference"}
+        tasks[name] = {
+            "line": [line],
+            "machines": [machine],
+            "build": name in ("fine: reference", "host memory"),
+        }
     return dict(zip(tasks, walk(list(tasks.values())), strict=True))
 
 
@@ -166,6 +172,7 @@ CONTROLS = {
     "size": "",
     "experts": "",
     "layers": "",
+    "host memory": "--dist-ckpt-optim-fully-reshardable",
     "deepep": "--moe-token-dispatcher-type",
 }
 

@@ -1,6 +1,6 @@
 """Launch lines × machines through the check, in a process that stands for a GPU job's.
 
-stdin, per line: {"line": [words], "machines": [{NAME: VALUE}], "build": bool}; stdout: the findings per machine, as lists.
+stdin, per line: {"line": [words], "machines": [{NAME: VALUE}], "build": bool}; stdout: a list of findings per machine.
 """
 
 import json
