@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"ok": healthy, "findings": [asdict(finding) for finding in findings]}))
     else:
-        print(table(findings))
+        print(table(on_one_screen(findings)))
         print("ready" if healthy else "not ready: see the lines marked missing or wrong")
     return 0 if healthy else 1
 
@@ -67,7 +67,7 @@ def examine() -> list[Finding]:
         python_finding(),
         *(package_finding(*row) for row in NEEDED),
         triton_finding(),
-        *library_findings(has_gpu),
+        library_finding(has_gpu),
         transformer_engine_finding(has_gpu),
         *use_findings(),
         apex_finding(),
@@ -78,6 +78,19 @@ def examine() -> list[Finding]:
         *([] if has_gpu else [cpu_runtime_finding()]),
         *patch_findings(),
     ]
+
+
+def on_one_screen(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings with the repairs that match in one line; `--json` has a line for each."""
+    from dsv3_megatron.patching.repairs import REPAIRS
+
+    names = [f"patch {name}" for name in REPAIRS]
+    matching = [f for f in findings if f.name in names and f.state == "ok"]
+    if not matching:
+        return list(findings)
+    listed = ", ".join(finding.name.removeprefix("patch ") for finding in matching)
+    together = Finding("repairs of Megatron", "ok", f"signatures match: {listed}")
+    return [*(finding for finding in findings if finding not in matching), together]
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -120,18 +133,18 @@ def triton_finding() -> Finding:
     return Finding("triton", "ok", version)
 
 
-def library_findings(has_gpu: bool) -> list[Finding]:
+def library_finding(has_gpu: bool) -> Finding:
     """CUDA, cuDNN and NCCL, as torch brings them, against what is used of each."""
-    found = []
-    for name in (CUDA, CUDNN, NCCL):
-        version = requirements.installed_version(name)
-        needed = f"needs >={oldest(name)}"
-        if version is None:
-            found.append(Finding(name, "missing" if has_gpu else "absent", "not with this torch", needed))
-        else:
-            state: State = "ok" if key(version) >= key(oldest(name)) else "wrong" if has_gpu else "absent"
-            found.append(Finding(name, state, version, "" if state == "ok" else needed))
-    return found
+    versions = {name: requirements.installed_version(name) for name in (CUDA, CUDNN, NCCL)}
+    old = [name for name, version in versions.items() if version and key(version) < key(oldest(name))]
+    absent = [name for name, version in versions.items() if version is None]
+    found = (
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        or "none with this torch"
+    )
+    needed = ", ".join(f"{name} >={oldest(name)}" for name in (*old, *absent))
+    state: State = "ok" if not needed else ("wrong" if old else "missing") if has_gpu else "absent"
+    return Finding("CUDA libraries", state, found, needed and f"needs {needed}")
 
 
 def use_findings() -> list[Finding]:

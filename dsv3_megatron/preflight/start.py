@@ -33,13 +33,13 @@ def with_packages_of(machine: Machine) -> Iterator[None]:
     from packaging.version import Version
 
     utils: Any = importlib.import_module("megatron.core.utils")
-    extension: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
+    moe: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(utils, "_te_version", Version(machine.te_version() or "0.0.0")))
         if machine.has_te() and "permute_fusion" not in machine.te_lacks():
             # Megatron's validation looks for these; they are not called.
             for name in _PERMUTE:
-                stack.enter_context(mock.patch.object(extension, name, _not_here))
+                stack.enter_context(mock.patch.object(moe, name, _not_here))
         yield
 
 
