@@ -29,7 +29,6 @@ class Use:
         by: which of our features uses it; "" for every run.
         symbol: how an installed package is asked: `module:Name`, `module:Name(parameter)` or `module:Name.method~word`
             (the method's source names the word). "" where there is nothing to ask but the version.
-        gone: the symbol was there before `since` and is not any more.
         required: nothing that uses the package runs without it, so `since` bounds the supported versions.
     """
 
@@ -39,7 +38,6 @@ class Use:
     what: str
     by: str = ""
     symbol: str = ""
-    gone: bool = False
     required: bool = False
 
 
@@ -130,8 +128,7 @@ USES: tuple[Use, ...] = (
         "2.12",
         "block-scaled tensors that are gathered as they are",
         "--fp8-recipe dsv3 with --sequence-parallel",
-        "transformer_engine_torch:Float8BlockScaleTensorFormat",
-        gone=True,
+        "transformer_engine.pytorch.distributed:_start_all_gather_fp8_blockwise",
     ),
     Use(
         "bf16_moments_in_place",
@@ -184,7 +181,7 @@ def lacking(package: str, version: str | None = None) -> frozenset[str]:
 
 def _has(use: Use, version: str | None) -> bool:
     if use.symbol:
-        return has_symbol(use.symbol) != use.gone
+        return has_symbol(use.symbol)
     return version is None or version_key(version) >= version_key(use.since)
 
 

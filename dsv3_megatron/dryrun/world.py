@@ -22,6 +22,7 @@ from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.cpu import CPU_FLAGS
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.errors import told
 
 
 class FakeWorld:
@@ -225,7 +226,7 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
             try:
                 arguments.validate_args(args)
             except (AssertionError, ValueError) as error:
-                raise ConfigError(f"Megatron refuses the arguments: {error}") from error
+                raise ConfigError(f"Megatron refuses the arguments: {told(error)}") from error
     return args
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from dsv3_megatron.errors import told
+
 Severity = Literal["error", "warning", "info"]
 
 
@@ -45,10 +47,12 @@ def from_message(text: str, severity: Severity = "error") -> list[Finding]:
 
 def from_megatron(error: BaseException) -> Finding:
     """What Megatron's own validation, or the construction of a module, stopped with."""
-    text = " ".join(str(error).split()) or repr(error)
-    named = _OPTION.search(text) or _OPTION.search(text.replace("_", "-"))
+    text = " ".join(told(error).split())
+    attribute = re.search(r"\bargs\.([a-z0-9_]+)", text)
+    option = f"--{attribute[1].replace('_', '-')}" if attribute else "Megatron"
+    named = _OPTION.search(text)
     why, _, use = text.partition(". Use ")
-    return Finding("error", named[0] if named else "Megatron", why.rstrip("."), use.rstrip("."))
+    return Finding("error", named[0] if named else option, why.rstrip("."), use.rstrip("."))
 
 
 _UNKNOWN = re.compile(r"^unrecognized arguments: (?P<words>[^;]+)(?:; did you mean (?P<near>.+?)\??)?$")

@@ -101,7 +101,12 @@ def test_the_sums_have_threads_of_their_own() -> None:
     before, seen = torch.get_num_threads(), []
     average = WeightAverage(parameters(torch.float32), decay=0.5, num_threads=before + 2)
     original = average._update
-    average._update = lambda written: (seen.append(torch.get_num_threads()), original(written))  # type: ignore[method-assign, assignment]
+
+    def counted(written: object) -> None:
+        seen.append(torch.get_num_threads())
+        original(written)
+
+    average._update = counted  # type: ignore[method-assign]
     average.update()
     average.wait()
     assert seen == [before + 2] and torch.get_num_threads() == before

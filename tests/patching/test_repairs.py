@@ -159,7 +159,7 @@ def test_a_background_save_copies_what_is_on_the_cpu_and_only_that() -> None:
 
     here, copied = torch.ones(3), torch.ones(3)
     there = torch.ones(3).as_subclass(Elsewhere)
-    buckets = [("file", "key", ([], [(object(), here), (object(), there)]))]
+    buckets: list = [("file", "key", ([], [(object(), here), (object(), there)]))]
     [(_, _, (_, [(_, first), (_, second)]))] = FileSystemWriterAsync.preload_tensors(buckets, False)
     here.add_(1)
     assert torch.equal(first, torch.ones(3))

@@ -148,7 +148,7 @@ def built() -> dict[str, list[Findings]]:
         "size": (plain.replace("--nnodes 32", "--nnodes 30"), te),
         "experts": (plain + "--num-experts 255", te),
         "layers": (plain + "--num-layers 62 --pipeline-schedule zb1p", te),
-        "host memory": (plain + "--save x", te | {"host_memory": "200"}),
+        "host memory": (plain + "--save x --save-interval 500", te | {"host_memory": "200"}),
         "deepep": (plain + "--moe-token-dispatcher-type flex", te | {"deepep": "absent"}),
         # and its contrary: with tensor parallelism and a schedule of ours, Megatron's wish for one queue is met
         "fine: tensor parallel": (plain + tp, te),
