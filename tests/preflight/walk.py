@@ -5,6 +5,7 @@ stdin, per line: {"line": [words], "machines": [{NAME: VALUE}], "build": bool}; 
 
 import json
 import sys
+from dataclasses import replace
 
 from dsv3_megatron.preflight.findings import ok
 from dsv3_megatron.preflight.line import read
@@ -21,7 +22,7 @@ def main() -> None:
         line, answers = read(task["line"]), []
         built = not task["build"]
         for said in task["machines"]:
-            machine = Machine.of({"env": {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, **said})
+            machine = replace(Machine.of(said), env={"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
             become(machine)
             found = examine(line, machine, build=not built)
             built = built or ok(found)  # the modules are the same on each
