@@ -170,7 +170,11 @@ def order_of_plans_and_waits(rank: int, world_size: int, layout: ScheduledLayout
             pairs[-1].append(what)
 
     def noted(what: str, method: Any) -> Any:
-        return lambda *args: (note(what), method(*args))[1]
+        def noting(*args: Any) -> Any:
+            note(what)
+            return method(*args)
+
+        return noting
 
     def pair(*args: Any) -> None:
         pairs.append([])

@@ -107,7 +107,7 @@ def _connect(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
 def _device_backend() -> str:
     """What carries tensors of the job's devices, which on CPU are the CPU's."""
     backends = dict(entry.split(":") for entry in dist.get_backend_config().split(","))
-    return backends.get("cuda", backends.get("cpu", ""))
+    return str(backends.get("cuda", backends.get("cpu", "")))
 
 
 def _with(ranks: Sequence[int], pipelines: Sequence[Sequence[int]]) -> list[list[int]]:
