@@ -33,7 +33,7 @@ def allowed(name: str, num_ranks: int, num_microbatches: int) -> bool:
 def sizes(draw):
     """Schedule name, even ranks 2–32, microbatches up to eight times as many."""
     name = draw(st.sampled_from(SCHEDULES))
-    num_ranks = 2 * draw(st.integers(1, 16))
+    num_ranks = 2 * draw(st.integers(1, 8))  # to 32 below, slow
     if name == "interleaved_1f1b_overlap":
         return name, num_ranks, num_ranks * draw(st.integers(1, 8))
     fewest = 2 * num_ranks if name.startswith("dualpipe") else 1

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from dsv3_megatron.pipeline import Message, Operation
 
@@ -64,6 +63,3 @@ class Transport(Protocol):
     def finish(self) -> None: ...
 
     def late(self) -> str | None: ...
-
-
-Group = dist.ProcessGroup
