@@ -30,7 +30,8 @@ class Launch:
         stream: runs its launches one after the other.
         needs: earlier launches of the rank, by their place in its program, that must have ended (events).
         duration: from its start; of one that meets others, from the moment at which all ends of a meeting are there.
-        meetings: names of what it takes part in; every launch with the same name, on any rank, is an end of it.
+        meetings: names of what it takes part in; every launch with the same name, on any rank, is an end of it. One
+            that has a single end never takes place.
         what: for messages.
     """
 
@@ -208,7 +209,7 @@ class _Execution:
         for name in launch.meetings:
             present = self.present[name]
             present.append((number, place))
-            if len(present) == self.ends[name]:
+            if len(present) == self.ends[name] > 1:
                 self.at(self.now + launch.duration, -1, -1, name)
         return True
 

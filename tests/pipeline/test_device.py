@@ -54,6 +54,11 @@ def test_a_launch_with_two_meetings_ends_with_the_later():
     assert [max(ends.values()) for ends in execute(ranks)] == [8, 1, 8]
 
 
+def test_whom_nobody_meets_waits_for_ever():
+    with pytest.raises(Deadlock, match="rank 0 resident: m"):
+        execute([[launch("m", meets=("x",))], [launch("m", meets=("y",)), launch("m", meets=("z",))]])
+
+
 def test_waiting_kernels_fill_the_device():
     """Rank 0 has two receives in the air; what it must send first does not fit beside them."""
     ranks = [
