@@ -215,6 +215,7 @@ def test_the_plan_of_a_pair_is_built_while_its_messages_are_under_way() -> None:
     """First the plan, then one wait for all that the pair receives, where it receives something."""
     layout = ScheduledLayout(world_size=4, pp=2, ep=2, schedule="dualpipe")
     table = build_schedule("dualpipe", 2, 8)
+    assert layout.placement is not None
     ranks = run_distributed(order_of_plans_and_waits, 4, timeout=120, layout=layout)
     for rank, done in enumerate(ranks):
         pipeline_rank = layout.placement.pipeline_rank(rank, 4)
