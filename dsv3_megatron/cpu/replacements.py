@@ -138,7 +138,7 @@ DEVICES: tuple[Replacement, ...] = (
                 "makes lists of the alltoall dispatcher's split sizes only when they are on a GPU"),
     _device("megatron.core.dist_checkpointing.strategies.filesystem_async", ("get_write_results_queue",),
                 megatron.results_queue,
-                "a process, started without CUDA's memory, takes seconds to hold the results of each rank's first save"),
+                "a process of its own, clear of CUDA's memory, takes seconds to start at each rank's first save"),
 )
 # fmt: on
 

@@ -16,11 +16,11 @@ torch.set_num_threads(1)
 
 import megatron.core
 import megatron.core.parallel_state
-import megatron.training  # noqa: F401
+import megatron.training
 
 try:
     # Megatron's tokenizers bring `transformers`, seconds in every rank that trains.
-    import megatron.core.tokenizers.text
+    import megatron.core.tokenizers.text  # noqa: F401
     from megatron.training import argument_utils
 
     import dsv3_megatron.resilience
