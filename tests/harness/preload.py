@@ -30,7 +30,8 @@ try:
 
     # Megatron parses its own sources again for the help texts of every parser that it builds.
     factory = argument_utils.ArgumentGroupFactory
-    read, kept = factory._get_field_docstrings, {}
+    read = factory._get_field_docstrings
+    kept: dict[type, dict[str, str]] = {}
 
     def docstrings(self: object, config: type) -> dict[str, str]:
         if config not in kept:
