@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-oldest test-gpu kernels lint lint-imports clean
+.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ demo-longctx: setup  ## a tiny model extended to eight times its context, with Y
 
 study-moments: setup  ## bf16 against fp32 moments: the loss over 1000 steps of the demo (resumes when run again)
 	$(PY) -m dsv3_megatron.studies.moments
+
+test-nccl: setup  ## the DualPipe tests with gloo made to behave as NCCL does (blocking first use, order, waits)
+	DSV3_TEST_LIKE_NCCL=1 $(PY) -m pytest tests/dualpipe tests/pipeline/test_runner.py
 
 # The parts that know torch and Triton best: stand-ins, patches, layers, optimizer, formats and kernels, p2p, a training run.
 OLDEST_TESTS := tests/cpu/test_replacements.py tests/cpu/test_record.py tests/patching tests/backends \

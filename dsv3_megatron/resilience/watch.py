@@ -1,8 +1,9 @@
 """No rank outlives another: who is lost is noticed and named by all, whatever they wait for.
 
 Each rank has a thread that shows signs of life in the job's TCP store. Rank 0 reads all of them, the others read rank
-0's, and each looks at the processes beside it on its machine. The first cause is written down for everyone; each rank
-prints it and ends. So the bound does not depend on what a rank waits for: a collective, a pipeline message, a save.
+0's, and each looks at the processes beside it on its machine, and at its pipeline's messages (on NCCL only the device
+waits for them). The first cause is written down for everyone; each rank prints it and ends. So the bound does not
+depend on what a rank waits for: a collective, a pipeline message, a save.
 """
 
 import contextlib
@@ -92,6 +93,7 @@ class RankWatch:
             try:
                 self._beat(1)
                 lost = self._told_cause() or self._silent_rank() or self._unless_finished(dead)
+                lost = lost or self._late_message()
                 contact, next_contact = now, now + self._interval_s
                 answers = True
             except dist.DistError as error:  # the server has gone with its process
@@ -164,6 +166,12 @@ class RankWatch:
                     f"rank {rank} is lost: no sign of life for {self.timeout_s:g} s (last seen {activity})"
                 )
         return None
+
+    def _late_message(self) -> str | None:
+        from dsv3_megatron.dualpipe.p2p import late_message
+
+        late = late_message()
+        return None if late is None else self._agree(f"rank {self.rank} ({self.activity}): {late}")
 
     def _activity_of(self, rank: int) -> str:
         key = _key("activity", rank)
