@@ -18,6 +18,7 @@ class Surroundings:
         on_cpu: the CPU runtime is active.
         has_te: Transformer Engine is installed.
         te_lacks: what the installed Transformer Engine lacks for `--fp8-recipe dsv3`.
+        te_fp32_scales: NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 is set.
         has_deepep: DeepEP is installed.
         megatron_version: of megatron-core.
     """
@@ -27,6 +28,7 @@ class Surroundings:
     on_cpu: bool = False
     has_te: bool = True
     te_lacks: str = ""
+    te_fp32_scales: bool = False
     has_deepep: bool = True
     megatron_version: str = SUPPORTED_MEGATRON[0]
 
@@ -44,6 +46,7 @@ def detect() -> Surroundings:
         on_cpu=cpu.is_active(),
         has_te=has_te,
         te_lacks=te_recipe.lacking() if has_te and not cpu.is_active() else "",
+        te_fp32_scales=te_recipe.has_fp32_scales(),
         has_deepep=_installed("deep_ep"),
         megatron_version=importlib.metadata.version("megatron-core"),
     )

@@ -13,8 +13,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from dsv3_megatron.fp8 import deepep
 from dsv3_megatron.fp8.arithmetic import arithmetic_for
 from dsv3_megatron.fp8.message import decode_message, encode_message
+from dsv3_megatron.fp8.precision import recipe_of
+from dsv3_megatron.fp8.tiles import TILE
 
 __all__ = ["FP8AlltoAllTokenDispatcher", "FP8MoELayer", "decode_message", "encode_message"]
 
@@ -78,20 +81,31 @@ class FP8AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class FP8MoELayer(MoELayer):
-    """Megatron's MoE layer with FP8 dispatch."""
+    """Megatron's MoE layer that dispatches what the recipe says: E4M3, or bf16 as Megatron does by itself."""
 
     token_dispatcher: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if not isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
-            raise ValueError(
-                f"--moe-token-dispatcher-type {self.config.moe_token_dispatcher_type} with --fp8-recipe dsv3: FP8 "
-                "dispatch needs alltoall"
+        recipe = recipe_of(self.config)
+        assert recipe is not None, "this layer is built for a recipe of ours only"
+        if recipe.dispatch == "e4m3":
+            self._dispatch_in_e4m3(kwargs.get("pg_collection"))
+
+    def _dispatch_in_e4m3(self, pg_collection: Any) -> None:
+        kind, backend = self.config.moe_token_dispatcher_type, self.config.moe_flex_dispatcher_backend
+        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
+            self.token_dispatcher = FP8AlltoAllTokenDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=self.config,
+                pg_collection=pg_collection,
             )
-        self.token_dispatcher = FP8AlltoAllTokenDispatcher(
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=self.config,
-            pg_collection=kwargs.get("pg_collection"),
-        )
+        elif kind == "flex" and backend == "deepep" and self.config.hidden_size % TILE == 0:
+            deepep.send_fp8_in(self.token_dispatcher.tp_ep_group)
+        else:
+            raise ValueError(
+                f"--moe-token-dispatcher-type {kind} (--moe-flex-dispatcher-backend {backend}, --hidden-size "
+                f"{self.config.hidden_size}): E4M3 is dispatched by alltoall, or by deepep in a hidden size that is a "
+                f"multiple of {TILE}. Use one of these, or --fp8-dispatch bf16."
+            )

@@ -26,4 +26,4 @@ def decode_message(message: Tensor, num_columns: int, dtype: torch.dtype = torch
     """The rows [M, num_columns] of `encode_message`; bf16 holds them exactly too, but for those below 2⁻¹²⁶."""
     q, exponents = message.split([num_columns, -(-num_columns // TILE)], dim=1)
     scale = (exponents.int() << 23).view(torch.float32)
-    return dequantize(q.contiguous().view(torch.float8_e4m3fn), scale).to(dtype)
+    return dequantize(q.contiguous().view(torch.float8_e4m3fn), scale, dtype)
