@@ -33,7 +33,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, weights: Tensor | None, kept: Kept) -> Tensor:
         hidden, (q, scale) = arithmetic_for(u).swiglu_and_cache(u, weights)
         ctx.save_for_backward(q, scale, weights)
-        kept.tensors = q, scale, weights
+        kept.tensors = q, scale, None if weights is None else weights.detach()
         return hidden
 
     @staticmethod
