@@ -13,7 +13,8 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
     set_save_original_input,
 )
-from megatron.core.transformer.moe.experts import ExpertsBuilder, GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from torch import Tensor
 
