@@ -13,7 +13,7 @@ TE quantises the operands of Wgrad straight from its bf16 input, in the forward 
 
 import importlib
 import inspect
-import os
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["FP32_SCALES", "has_fp32_scales", "lacking", "recipe_named"]
@@ -41,9 +41,9 @@ def recipe_named(name: str) -> Any:
     return importlib.import_module("dsv3_megatron.fp8.te_block_scaling").DSV3BlockScaling()
 
 
-def has_fp32_scales() -> bool:
-    """Whether TE was told to use fp32 scales."""
-    return os.environ.get(FP32_SCALES, "0") == "1"
+def has_fp32_scales(env: Mapping[str, str]) -> bool:
+    """Whether a job with these variables tells TE to use fp32 scales."""
+    return env.get(FP32_SCALES, "0") == "1"
 
 
 def lacking() -> str:

@@ -82,8 +82,7 @@ def test_fp32_scales_are_tes_switch(fake_te: Any, monkeypatch: pytest.MonkeyPatc
     recipe = te_recipe.recipe_named("dsv3")
     assert recipe.fp8_quant_fwd_inp == QParams(False, 1e-4) and recipe.fp8_quant_bwd_grad == QParams(False)
     for value, expected in (("1", True), ("0", False), ("", False)):
-        monkeypatch.setenv(te_recipe.FP32_SCALES, value)
-        assert te_recipe.has_fp32_scales() is expected
+        assert te_recipe.has_fp32_scales({te_recipe.FP32_SCALES: value}) is expected
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "dsv3"])
