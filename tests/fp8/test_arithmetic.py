@@ -185,7 +185,7 @@ def test_the_evaluation_is_strict() -> None:
 
 
 def test_kernel_where_there_is_no_scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
+    launched: list[Any] = []
     a = tuple(t.to("meta") for t in quantize_tile(matrix((32, 256))))
     with recording(launched.append):
         out = products.product(a, a, torch.bfloat16, features=Features((9, 0), True, False, (12, 6)))

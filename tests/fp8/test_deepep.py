@@ -106,7 +106,12 @@ def test_order_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
             return dequantize(*q)
 
     monkeypatch.setattr(deepep, "arithmetic_for", lambda x: Arithmetic)
-    monkeypatch.setattr(deepep, "_event_now", lambda: log.append("event") or "the new event")
+
+    def event_now() -> str:
+        log.append("event")
+        return "the new event"
+
+    monkeypatch.setattr(deepep, "_event_now", event_now)
     buffer = deepep.FP8Buffer(Recorded(log))
     x = matrix((4, 256)).bfloat16()
     received, *others, _ = buffer.dispatch(x, previous_event="Megatron's", async_finish=True, topk_idx=1)

@@ -38,7 +38,7 @@ class KeepingLinear(torch.nn.Module):
         return _Keeping.apply(x, self.weight), None
 
 
-class DownProjection(TakesSwiGLUInput, KeepingLinear):
+class DownProjection(TakesSwiGLUInput, KeepingLinear):  # type: ignore[misc]
     pass
 
 

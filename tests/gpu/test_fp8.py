@@ -25,7 +25,7 @@ from tests.specs.models import build, micro_config, random_batch
 pytestmark = pytest.mark.gpu
 
 EMULATED = {"fp8_recipe": "dsv3"}
-TE_FP8 = {"fp8": "e4m3", "fp8_recipe": "custom", "fp8_quantizer_factory": FACTORIES + "dsv3"}
+TE_FP8 = {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_quantizer_factory": FACTORIES + "dsv3"}
 FACTOR = 3.0
 
 
@@ -83,7 +83,6 @@ def test_linear(
 ) -> None:
     """One Linear of V3's sizes, all three products, TE's quantisers against the reference's."""
     import transformer_engine.pytorch as te
-    from transformer_engine.common.recipe import CustomRecipe
 
     from dsv3_megatron.fp8 import te_recipe
     from dsv3_megatron.fp8.precision import RECIPES
@@ -96,7 +95,7 @@ def test_linear(
     layer = te.Linear(size_in, size_out, bias=False, params_dtype=torch.bfloat16)
     layer.weight.data.copy_(w)
     x.requires_grad_()
-    with te.autocast(enabled=True, recipe=CustomRecipe(qfactory=te_recipe.dsv3)):
+    with te.autocast(enabled=True, recipe=te_recipe.recipe_named("dsv3")):
         y = layer(x)
     y.backward(dy)
     recipe = RECIPES["dsv3"]

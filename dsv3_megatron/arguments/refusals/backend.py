@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
+from dsv3_megatron.arguments.requirements import TE, oldest
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.fp8.precision import recipe_of
 
@@ -94,7 +95,7 @@ ROWS = (
         "",
         lambda a, s: bool(_recipe(a)) and not _reference(a) and bool(s.te_lacks),
         "the installed Transformer Engine has no {te_lacks}",
-        "Transformer Engine 2.9 or newer, or --transformer-impl local",
+        f"Transformer Engine {oldest(TE)} or newer, or --transformer-impl local",
         "--fp8-recipe dsv3 --bf16 --transformer-impl transformer_engine",
         Surroundings(world_size=8, te_lacks="Float8BlockScaling"),
     ),

@@ -170,6 +170,7 @@ def assert_swiglu_cache(call: Call, u: Tensor, grad: Tensor, weights: Tensor | N
         assert grad_weights is grad_weights_ref is None
         return
     products = fp8.swiglu_from_cache(cache_ref, dtype=torch.float32).mul_(grad.float()).abs_()
+    assert grad_weights_ref is not None
     finite = grad_weights_ref.isfinite()
     assert torch.equal(grad_weights.isfinite(), finite) and grad_weights.dtype == torch.float32
     bound = 1e-5 * products.sum(1, keepdim=True)
