@@ -1,6 +1,7 @@
 """What a forward pass leaves alive for its backward, tensor by tensor, each with the module that made it."""
 
 import gc
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,9 +88,11 @@ def assert_table(
 ) -> None:
     """Each row of the policy that says what is kept, against what each of its modules kept of `tokens` tokens.
 
-    A Linear keeps as many bytes of 8-bit numbers as the row says, and no copy of its input in a wider format.
+    A Linear keeps as many bytes of 8-bit numbers as the row says, and no copy of its input in a wider format; the
+    Linears of all experts together those of the tokens that were routed.
     """
     checked = set()
+    routed: dict[str, float] = defaultdict(float)
     for name, module in model.named_modules():
         row = policy.row_of(name)
         owns = next(module.parameters(recurse=False), None) is not None or name.endswith("core_attention")
@@ -104,7 +107,10 @@ def assert_table(
         elif row.what == "norms":
             assert says == "input in BF16" and not _eight_bits(kept), (name, kept)
         else:
-            _assert_linear(name, module, says, kept, tokens)
+            rows = _assert_linear(name, module, says, kept, tokens)
+            if ".experts." in name:
+                routed[re.sub(r"\.local_experts\.\d+", "", name)] += rows
+    assert min(routed.values()) >= tokens * model.config.moe_router_topk, routed
     assert checked == {row.what for row in policy.POLICY if row.kept(transformer_impl)}
 
 
@@ -116,22 +122,25 @@ BYTES = {  # per element of the input
 }
 
 
-def _assert_linear(name: str, module: Any, says: str, kept: list[Kept], tokens: int) -> None:
+def _assert_linear(name: str, module: Any, says: str, kept: list[Kept], tokens: int) -> float:
+    """Returns the rows that it keeps in 8-bit numbers."""
     weight = module.weight if getattr(module, "weight", None) is not None else module.weight0
     outputs, inputs = weight.shape
     (per_element,) = (size for what, size in BYTES.items() if says.startswith(what))
-    expected = tokens * inputs * per_element
+    rows = _eight_bits(kept) / (inputs * per_element or 1)
     if ".experts." in name:  # of the tokens that were routed there
-        assert _eight_bits(kept) > 0 or ".local_experts." in name, (name, kept)
+        assert rows == int(rows), (name, kept)
     else:
-        assert _eight_bits(kept) == expected, (name, says, kept)
+        assert rows == (tokens if per_element else 0), (name, says, kept)
+    scales = 4 * inputs * -(-tokens // 128)  # of a matrix by 128×1
     if inputs != outputs:
         wide = [
             k
             for k in kept
-            if k.dtype.itemsize > 1 and k.shape[-1] == inputs and len(k.shape) > 1 and k.bytes > 2 * inputs
+            if k.dtype.itemsize > 1 and k.shape[-1] == inputs and len(k.shape) > 1 and k.bytes > scales
         ]
         assert not wide, (name, says, wide)
+    return rows
 
 
 def _eight_bits(kept: list[Kept]) -> int:
