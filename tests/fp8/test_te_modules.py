@@ -144,7 +144,7 @@ def kept(overrides: dict[str, Any]) -> tuple[Any, dict[str, list[Kept]]]:
     model = model_of(TE | overrides)
     model.rows = []  # of the experts of each decoder layer, filled up to what FP8 products need
     for name, module in model.named_modules():
-        if name.startswith("decoder.") and name.endswith("experts.linear_fc1"):
+        if name.startswith("decoder.") and name.endswith(".experts.linear_fc1"):
             module.register_forward_hook(lambda m, args, output: model.rows.append(output[0].size(0)))
     batch = random_batch(batch=1, seq=TOKENS)
     model(**batch, attention_mask=None).mean().backward()  # weights in E4M3 and the like are made once
