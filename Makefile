@@ -72,7 +72,7 @@ bench-convert: setup  ## throughput and memory of checkpoint conversion beside c
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
 	$(PY) -m dsv3_megatron.studies.throughput --rounds 3
 
-kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, spills, shared memory
+kernels: setup  ## compile the FP8 kernels for sm_90 without a GPU; registers, spills, shared memory, rooflines
 	$(PY) -m dsv3_megatron.fp8.kernels.compile
 
 bench-planner: setup  ## the planner's error table: predicted against published runs, costs, schedules

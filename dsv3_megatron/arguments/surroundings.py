@@ -24,6 +24,7 @@ class Surroundings:
         on_cpu: the CPU runtime is active.
         has_te: Transformer Engine is installed.
         te_lacks: what the installed Transformer Engine lacks for `--fp8-recipe dsv3`.
+        te_fp32_scales: NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 is set.
         has_deepep: DeepEP is installed.
         megatron_version: of megatron-core.
         lacks: keys of `requirements.USES` that the installed packages do not have.
@@ -39,6 +40,7 @@ class Surroundings:
     on_cpu: bool = False
     has_te: bool = True
     te_lacks: str = ""
+    te_fp32_scales: bool = False
     has_deepep: bool = True
     megatron_version: str = SUPPORTED_MEGATRON[0]
     lacks: frozenset[str] = frozenset()
@@ -72,6 +74,7 @@ def detect() -> Surroundings:
         on_cpu=on_cpu,
         has_te=has_te,
         te_lacks=te_recipe.lacking() if has_te and not on_cpu else "",
+        te_fp32_scales=te_recipe.has_fp32_scales(os.environ),
         has_deepep=is_installed("deep_ep"),
         megatron_version=importlib.metadata.version("megatron-core"),
         lacks=lacking(TE) if has_te and not on_cpu else frozenset(),

@@ -24,6 +24,9 @@ from dsv3_megatron.cpu import CPU_FLAGS
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.errors import told
 
+# The same job with the modules that exist everywhere, whose parameters have the same shapes; the last word wins.
+MODULES_EVERYWHERE = (*CPU_FLAGS, "--moe-token-dispatcher-type", "alltoall")
+
 
 class FakeWorld:
     """One rank of a job; a context manager that makes and destroys the fake groups.
@@ -45,8 +48,7 @@ class FakeWorld:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank}: the job has {world_size} ranks, 0 to {world_size - 1}")
         self.rank, self.world_size, self.ranks_per_node = rank, world_size, ranks_per_node
-        # Else the same job with the modules that exist everywhere; the last word wins.
-        self.words = list(words) if own_modules else [*without_kernels(words), *CPU_FLAGS]
+        self.words = list(words) if own_modules else [*without_kernels(words), *MODULES_EVERYWHERE]
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
