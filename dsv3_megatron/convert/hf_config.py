@@ -92,6 +92,11 @@ _OTHERS = (
     "rms_norm_eps",
     *ROPE_KEYS,
 )
+# Sums that transformers writes beside the fields: head_dim is its rotary dimension.
+_DERIVED = {
+    "head_dim": ("qk_rope_head_dim",),
+    "qk_head_dim": ("qk_nope_head_dim", "qk_rope_head_dim"),
+}
 # transformers' other names of the same things.
 _ALIASES = {
     "num_local_experts": "n_routed_experts",
@@ -104,7 +109,7 @@ INERT = frozenset(
     """
     architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
     _attn_implementation _attn_implementation_autoset _experts_implementation torchscript quantization_config
-    num_nextn_predict_layers head_dim qk_head_dim
+    num_nextn_predict_layers
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
     use_cache return_dict output_attentions output_hidden_states output_router_logits output_scores
     return_dict_in_generate
@@ -162,6 +167,10 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ConversionError(
                 f"config.json: n_routed_experts, num_experts_per_tok, n_group, topk_group: {error}"
             ) from error
+    for key, parts in _DERIVED.items():
+        wanted = sum(config[part] for part in parts)
+        if config.get(key, wanted) != wanted:
+            raise ConversionError(f"config.json: {key}={config[key]!r} must be {' + '.join(parts)} = {wanted}")
     if sizes["qk_pos_emb_head_dim"] % 2:
         raise ConversionError(f"config.json: qk_rope_head_dim={sizes['qk_pos_emb_head_dim']} must be even")
     theta, yarn = rope_from_hf(config)
@@ -239,7 +248,7 @@ def _check_fixed(config: Mapping[str, Any], family: Family) -> None:
 
 
 def _check_known(config: Mapping[str, Any], family: Family) -> None:
-    unknown = config.keys() - family.fixed.keys() - _SIZES.keys() - set(_OTHERS) - INERT
+    unknown = config.keys() - family.fixed.keys() - _SIZES.keys() - set(_OTHERS) - _DERIVED.keys() - INERT
     if unknown:
         shown = ", ".join(f"{key}={config[key]!r}" for key in sorted(unknown))
         raise ConversionError(

@@ -1,5 +1,6 @@
 """Converted checkpoints in the trainer: any layout and schedule loads them, and what it trains converts back."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.convert.__main__ import command_line
 from dsv3_megatron.convert.hf_directory import HFDirectory
 from dsv3_megatron.convert.hf_names import to_hf
 from dsv3_megatron.convert.logits import of_transformers
@@ -58,7 +60,7 @@ def train_and_evaluate(rank: int, world_size: int, words: list[str]) -> float | 
 
 
 def evaluated(layout: Layout, checkpoint: Path, *words: str, timeout: float = 400) -> float:
-    model = [word for name, value in arguments(checkpoint).items() for word in (name, str(value))]
+    model = shlex.split(command_line(MegatronWeights(checkpoint).architecture.arguments()))
     given = [*RUN, *model, *layout.words(), "--load", str(checkpoint), *words]
     losses = run_distributed(
         train_and_evaluate, world_size=layout.world_size, timeout=timeout, init=False, words=given
@@ -66,11 +68,6 @@ def evaluated(layout: Layout, checkpoint: Path, *words: str, timeout: float = 40
     found = {loss for loss in losses if loss is not None}
     assert len(found) == 1
     return found.pop()
-
-
-def arguments(checkpoint: Path) -> dict[str, Any]:
-    arch = MegatronWeights(checkpoint).architecture
-    return {f"--{name.replace('_', '-')}": value for name, value in arch.arguments().items()}
 
 
 def loss_of(logits: Tensor) -> float:
