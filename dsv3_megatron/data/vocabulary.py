@@ -139,7 +139,7 @@ _OTHER_NAMES = {
     FIM_HOLE: ("<｜fim▁hole｜>",),
     FIM_END: ("<｜fim▁end｜>",),
 }
-_LOOKS_SPECIAL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+LOOKS_SPECIAL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 
 
 class DocumentEncoder:
@@ -162,7 +162,7 @@ class DocumentEncoder:
         # theirs as special.
         ordinary = {*named.values(), *SPECIAL_TOKENS, *(name for names in _OTHER_NAMES.values() for name in names)}
         for token in content.get("added_tokens") or []:
-            if token["content"] in ordinary or _LOOKS_SPECIAL.fullmatch(token["content"]):
+            if token["content"] in ordinary or LOOKS_SPECIAL.fullmatch(token["content"]):
                 token["special"] = True
         self._tokenizer = Tokenizer.from_str(json.dumps(content))
         self._tokenizer.encode_special_tokens = True
