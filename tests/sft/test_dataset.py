@@ -11,6 +11,7 @@ from dsv3_megatron.data.vocabulary import DocumentEncoder
 from dsv3_megatron.sft.chat import BadConversation, conversation_tokens
 from dsv3_megatron.sft.dataset import PackedRows
 from dsv3_megatron.sft.prepare import main, prepare, read_conversations, read_report
+from dsv3_megatron.training.batch import PADDING
 
 SEQ_LENGTH = 48
 
@@ -53,6 +54,7 @@ def test_rows_hold_the_conversations_and_targets_are_their_answers(prepared: Pat
                 ids = row["tokens"][start:end].tolist()
                 if not ids or ids[0] == encoder.special_ids["<|pad_token|>"]:
                     assert row["loss_mask"][start:end].sum() == 0
+                    assert set(row["position_ids"][start:end].tolist()) <= {PADDING}
                     continue
                 assert row["position_ids"][start:end].tolist() == list(range(end - start))
                 # What is learnt at a position is the next token of the same conversation, if it is the assistant's.
