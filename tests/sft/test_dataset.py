@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,21 @@ def test_too_long_conversations_are_counted(tokenizer_dir: Path, tmp_path: Path)
     chats[3][0]["content"] = "no " * 100
     report = prepare({"train": chats, "valid": []}, tokenizer_dir, tmp_path, SEQ_LENGTH)
     assert report["too_long"] == 1 and report["train"]["conversations"] == 9
+
+
+def test_padding_is_told_by_its_place_and_not_by_its_token(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A released tokenizer pads with its end token, which also ends answers of weight 0; a full row has no padding."""
+    shutil.copytree(tokenizer_dir, tmp_path / "released")
+    config = json.loads((tmp_path / "released" / "tokenizer_config.json").read_text())
+    (tmp_path / "released" / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eos_token|>"}))
+    chat = conversations(1)[0]
+    chats = [[*chat[:1], chat[1] | {"weight": 0}, *chat]]
+    length = prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / "one", 200)["train"]["tokens"]
+    for name, room in (("full", 0), ("one left", 1), ("more left", 5)):
+        prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / name, length + room)
+        row = PackedRows(tmp_path / name, "train", 1, seed=0)[0]
+        padded = row["position_ids"] == PADDING
+        assert padded.tolist() == [False] * length + [True] * room
+        end = DocumentEncoder(tmp_path / "released").special_ids["<|eos_token|>"]
+        assert (row["tokens"][:length] == end).sum() == 2 and (row["tokens"][length:] == end).all()
+        assert row["loss_mask"][length - 1 :].sum() == 0 and row["loss_mask"].sum() > 0
