@@ -107,8 +107,10 @@ def _tokenizer_type(args: Namespace) -> Any:
 
 
 def _under_yarn(dest: str, default: float) -> Callable[[Namespace], float]:
-    """Free under YaRN (the family's models differ); MLA multiplies its softmax scale by mscale² whatever the rope type, so
-    1.0 before the long context."""
+    """Free under YaRN, where the family's models differ.
+
+    MLA multiplies its softmax scale by mscale² whatever the rope type, so 1.0 before the long context.
+    """
 
     def value(args: Namespace) -> float:
         return getattr(args, dest, default) if getattr(args, "rope_type", "rope") == "yarn" else 1.0
@@ -117,7 +119,7 @@ def _under_yarn(dest: str, default: float) -> Callable[[Namespace], float]:
 
 
 def _is_softmax(args: Namespace) -> bool:
-    """`--moe-router-pre-softmax` asks for the gate of DeepSeek-V2-Lite: softmax over all experts, no groups, no bias."""
+    """`--moe-router-pre-softmax` asks for V2-Lite's gate: softmax over all experts, no groups, no bias."""
     return bool(getattr(args, "moe_router_pre_softmax", False))
 
 

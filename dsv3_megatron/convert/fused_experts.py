@@ -37,14 +37,14 @@ def unfused(entries: Iterable[Entry]) -> Iterator[Entry]:
         if len(entry.shape) != 3 or entry.shape[1] % len(parts):
             raise ConversionError(
                 f"{entry.name}: shape {entry.shape}, but fused experts are [experts, rows, columns] with the rows of "
-                f"{' and '.join(parts)}; save the model with separate experts (save_original_format=True of transformers)"
+                f"{' and '.join(parts)}; save the model with separate experts (transformers: save_original_format=True)"
             )
         experts, rows, columns = entry.shape
         rows //= len(parts)
         if entry.dtype == torch.float8_e4m3fn and len(parts) > 1 and rows % TILE:
             raise ConversionError(
-                f"{entry.name}: FP8 with {rows} rows of {parts[0]}: a block of {TILE} rows, which has one scale, reaches "
-                f"into {parts[1]}; convert the files to bf16 first"
+                f"{entry.name}: FP8 with {rows} rows of {parts[0]}: a block of {TILE} rows, which has one scale, "
+                f"reaches into {parts[1]}; convert the files to bf16 first"
             )
         size = rows * columns * entry.dtype.itemsize
         for expert in range(experts):

@@ -1,4 +1,4 @@
-"""config.json of the family of models ↔ the fields of an `Architecture`. Every key has one of four fates, or is refused:
+"""config.json of the family ↔ the fields of an `Architecture`. Every key has one of four fates, or is refused:
 
 read      it becomes a field, and so part of Megatron's model and of the printed and recorded arguments
 fixed     another value is another model, which is refused by name
@@ -55,11 +55,16 @@ _V2 = Family(
 FAMILIES = {"deepseek_v3": _V3, "kimi_k2": _V3, "deepseek_v2": _V2}
 # Why another value is refused, where that is not plain.
 _REASONS = {
-    ("topk_method", "group_limited_greedy"): "it scores a group by its best expert, and Megatron's router by the sum of "
-    "its best ones",
+    (
+        "topk_method",
+        "group_limited_greedy",
+    ): "it scores a group by its best expert, and Megatron's router by the sum of its best ones",
     ("attention_bias", True): "the projections of DeepSeek's attention have no bias",
     ("norm_topk_prob", False): "Megatron's router always normalises sigmoid scores",
-    ("norm_topk_prob", True): "with softmax the released code then leaves out routed_scaling_factor, and transformers "
+    (
+        "norm_topk_prob",
+        True,
+    ): "with softmax the released code then leaves out routed_scaling_factor, and transformers "
     "does not normalise",
     ("rope_interleave", False): "Megatron's MLA has the rotary dimensions in pairs, as released",
 }
@@ -106,23 +111,24 @@ _ALIASES = {
 
 # What no model of the family computes with. Training has options of its own for what is about training.
 INERT = frozenset(
-    """
-    architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash
-    _attn_implementation _attn_implementation_autoset _experts_implementation torchscript quantization_config
-    num_nextn_predict_layers
-    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
-    use_cache return_dict output_attentions output_hidden_states output_router_logits output_scores
-    return_dict_in_generate
-    initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef seq_aux ep_size pretraining_tp
-    id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_dropout
-    tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
-    cross_attention_hidden_size tie_encoder_decoder pruned_heads tf_legacy_loss use_bfloat16 gradient_checkpointing
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values begin_suppress_tokens
-    suppress_tokens exponential_decay_length_penalty
-    unsloth_version unsloth_fixed model_max_length
-    """.split()
+    name
+    for line in (
+        "architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash",
+        "_attn_implementation _attn_implementation_autoset _experts_implementation torchscript quantization_config",
+        "num_nextn_predict_layers",  # the tensors say it
+        "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id",
+        "use_cache return_dict output_attentions output_hidden_states output_router_logits output_scores",
+        "return_dict_in_generate initializer_range attention_dropout aux_loss_alpha router_aux_loss_coef seq_aux",
+        "ep_size pretraining_tp id2label label2id num_labels problem_type finetuning_task task_specific_params",
+        "classifier_dropout tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder",
+        "add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads tf_legacy_loss use_bfloat16",
+        "gradient_checkpointing max_length min_length do_sample early_stopping num_beams num_beam_groups",
+        "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id",
+        "remove_invalid_values begin_suppress_tokens suppress_tokens exponential_decay_length_penalty",
+        "unsloth_version unsloth_fixed model_max_length",
+    )
+    for name in line.split()
 )
 
 
@@ -170,7 +176,9 @@ def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, parts in _DERIVED.items():
         wanted = sum(config[part] for part in parts)
         if config.get(key, wanted) != wanted:
-            raise ConversionError(f"config.json: {key}={config[key]!r} must be {' + '.join(parts)} = {wanted}")
+            raise ConversionError(
+                f"config.json: {key}={config[key]!r} must be {' + '.join(parts)} = {wanted}"
+            )
     if sizes["qk_pos_emb_head_dim"] % 2:
         raise ConversionError(f"config.json: qk_rope_head_dim={sizes['qk_pos_emb_head_dim']} must be even")
     theta, yarn = rope_from_hf(config)
@@ -201,11 +209,13 @@ def fields_to_hf(fields: Mapping[str, Any], model_type: str | None = None) -> di
     """
     score_function = fields["moe_router_score_function"]
     if model_type not in FAMILIES or FAMILIES[model_type].score_function != score_function:
-        model_type = next(kind for kind, family in FAMILIES.items() if family.score_function == score_function)
+        model_type = next(
+            kind for kind, family in FAMILIES.items() if family.score_function == score_function
+        )
     family = FAMILIES[model_type]
     if family is _V2 and fields["mtp_num_layers"]:
         raise ConversionError(
-            f"mtp_num_layers={fields['mtp_num_layers']}: {model_type} has no MTP layer; train it with --mtp-num-layers 0"
+            f"mtp_num_layers={fields['mtp_num_layers']}: {model_type} has no MTP layer; train with --mtp-num-layers 0"
         )
     return {
         "architectures": [family.architecture],
@@ -273,7 +283,9 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
 def _whole(config: Mapping[str, Any], key: str, at_least: int = 1) -> int:
     value = _get(config, key)
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConversionError(f"config.json: {key}={value!r}: a whole number of at least {at_least} is needed")
+        raise ConversionError(
+            f"config.json: {key}={value!r}: a whole number of at least {at_least} is needed"
+        )
     return value
 
 

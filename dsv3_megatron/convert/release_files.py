@@ -22,7 +22,7 @@ from dsv3_megatron.data.tokenizer_files import (
     tokenizer_files,
 )
 
-__all__ = ["GENERATION_CONFIG", "carry_over", "carried_files", "generation_config", "with_token_ids"]
+__all__ = ["GENERATION_CONFIG", "carried_files", "carry_over", "generation_config", "with_token_ids"]
 
 GENERATION_CONFIG = "generation_config.json"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -77,13 +77,13 @@ def with_token_ids(config: Mapping[str, Any], folder: Path | None, vocab_size: i
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not 0 <= number < vocab_size:
                 raise ConversionError(
-                    f"--hf-files {folder}: {name} is {number}, and the model has {vocab_size} tokens: give the folder of "
-                    "the tokenizer that it was trained with"
+                    f"--hf-files {folder}: {name} is {number}, and the model has {vocab_size} tokens: give the folder "
+                    "of the tokenizer that it was trained with"
                 )
     if not ends:
         print(
-            "megatron-to-hf: no end-of-sequence token is known, so nothing will end a generation: give the tokenizer with "
-            "--hf-files",
+            "megatron-to-hf: no end-of-sequence token is known, so nothing will end a generation: give the tokenizer "
+            "with --hf-files",
             file=sys.stderr,
         )
     return {**config, **ids}

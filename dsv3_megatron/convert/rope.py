@@ -50,7 +50,9 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[int, Yarn | None]:
     kind = rope.pop("rope_type")
     for key, value in _FIXED.items():
         if rope.pop(key, value) != value:
-            raise ConversionError(f"config.json: rope: {key} must be {value}: Megatron's MLA knows nothing else")
+            raise ConversionError(
+                f"config.json: rope: {key} must be {value}: Megatron's MLA knows nothing else"
+            )
     if kind not in ("default", "yarn"):
         raise ConversionError(f"config.json: rope type {kind!r} is not DeepSeek-V3's: yarn, or none")
     known = () if kind == "default" else (*_YARN, *_YARN_DEFAULTS, *_MSCALES)
@@ -102,13 +104,24 @@ def _yarn(rope: dict[str, Any]) -> Yarn:
     values = {name: _number(name, value) for name, value in (_YARN_DEFAULTS | rope).items()}
     attention_factor = values.pop("attention_factor", None)
     length = values["original_max_position_embeddings"]
-    if values["factor"] < 1 or length < 1 or length != int(length) or min(values[b] for b in _YARN_DEFAULTS) <= 0:
+    if (
+        values["factor"] < 1
+        or length < 1
+        or length != int(length)
+        or min(values[b] for b in _YARN_DEFAULTS) <= 0
+    ):
         raise ConversionError(
             f"config.json: yarn with factor={values['factor']}, original_max_position_embeddings={length}, "
             f"beta_fast={values['beta_fast']}, beta_slow={values['beta_slow']}: factor is at least 1, the others are "
             "positive, the length is whole"
         )
-    yarn = Yarn(**({"mscale": 1.0, "mscale_all_dim": 0.0} | values | {"original_max_position_embeddings": int(length)}))
+    yarn = Yarn(
+        **(
+            {"mscale": 1.0, "mscale_all_dim": 0.0}
+            | values
+            | {"original_max_position_embeddings": int(length)}
+        )
+    )
     if attention_factor is None:
         if not _agree(yarn):
             raise ConversionError(

@@ -56,8 +56,8 @@ def megatron_to_hf(
         source: what `--save` or `hf_to_megatron` wrote; the newest iteration is taken.
         output: folder to be made; it must not exist.
         dtype: of the weights: "keep", "bf16", "fp32", or "fp8" with `weight_scale_inv`. Routers' biases are fp32.
-        hf_files: folder whose config.json, tokenizer and chat template are carried over, nothing else; by default those that
-            `hf_to_megatron` left in `source`, else those of `--tokenizer-model` of the training.
+        hf_files: folder whose config.json, tokenizer and chat template are carried over, nothing else; by default
+            those that `hf_to_megatron` left in `source`, else those of `--tokenizer-model` of the training.
         workers: shards written at the same time.
         shard_size: bytes of tensors in a shard.
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from dsv3_megatron.data.errors import InputError
 
@@ -16,16 +16,16 @@ __all__ = ["HEAD", "is_compressed", "opened"]
 
 HEAD = 1 << 16  # bytes read at a time, and that tell what a file is
 
-_OPENERS: dict[bytes, Callable[[Path], BinaryIO]] = {
-    b"\x1f\x8b": lambda path: cast(BinaryIO, gzip.open(path, "rb")),
-    b"BZh": lambda path: cast(BinaryIO, bz2.open(path, "rb")),
-    b"\xfd7zXZ\x00": lambda path: cast(BinaryIO, lzma.open(path, "rb")),
+_OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
 }
 # What people have and this cannot read: how to make text of it.
 _REFUSED = {
     b"\x28\xb5\x2f\xfd": "zstandard: decompress it first (zstd -d)",
     b"PK\x03\x04": "a zip archive: unpack it first",
-    b"PAR1": "parquet: write it as JSON Lines first (pandas.read_parquet(...).to_json(..., orient='records', lines=True))",
+    b"PAR1": "parquet: write it as JSON Lines first (pandas: read_parquet, to_json(orient='records', lines=True))",
     b"ARROW1": "an Arrow file: write it as JSON Lines first (datasets: Dataset.to_json)",
     b"\xff\xfe\x00\x00": "UTF-32: convert it first (iconv -f UTF-32 -t UTF-8)",
     b"\x00\x00\xfe\xff": "UTF-32: convert it first (iconv -f UTF-32 -t UTF-8)",
@@ -49,7 +49,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     opener = _opener(path)
     try:
-        with io.BufferedReader(cast(io.RawIOBase, (opener or _plain)(path)), HEAD) as file:
+        with io.BufferedReader((opener or _plain)(path, "rb"), HEAD) as file:
             _refuse(path, file.peek(8))
             if file.peek(3).startswith(b"\xef\xbb\xbf"):
                 file.read(3)
@@ -62,11 +62,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}:1: compressed data is damaged ({error})") from None
 
 
-def _plain(path: Path) -> BinaryIO:
-    return path.open("rb", buffering=0)
+def _plain(path: Path, mode: str) -> Any:
+    return open(path, mode, buffering=0)
 
 
-def _opener(path: Path) -> Callable[[Path], BinaryIO] | None:
+def _opener(path: Path) -> Callable[..., Any] | None:
     with path.open("rb") as file:
         start = file.read(8)
     return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)

@@ -196,9 +196,7 @@ def _text(record: Record, json_key: str) -> str:
         )
     text = record.value[json_key]
     if not isinstance(text, str):
-        raise InputError(
-            f"{record.where}: the value of {json_key!r} is {type(text).__name__}, not a string"
-        )
+        raise InputError(f"{record.where}: the value of {json_key!r} is {type(text).__name__}, not a string")
     return text
 
 

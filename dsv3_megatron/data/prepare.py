@@ -5,8 +5,8 @@
 
 The folder then serves a Megatron run as it is: `--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR
 --train-data-path DIR/train --valid-data-path DIR/valid`. Steps: find the files, train the tokenizer on
-training documents (or take the given one), encode shards of documents in worker processes, merge the shards. Each step ends with a
-rename, so the same command goes on where an interrupted one stopped, and the result does not depend on
+training documents (or take the given one), encode shards of documents in worker processes, merge the shards. Each
+step ends with a rename, so the same command goes on where an interrupted one stopped, and the result does not depend on
 interruptions or on --workers.
 """
 
@@ -101,7 +101,9 @@ class PrepareSettings:
                 raise InputError(f"--tokenizer {self.tokenizer}: no such folder")
             encoder = DocumentEncoder(Path(self.tokenizer))
             if self.encode.fim_rate:
-                encoder.require((FIM_BEGIN, FIM_HOLE, FIM_END), f"--fim-rate {self.encode.fim_rate} (0: no FIM)")
+                encoder.require(
+                    (FIM_BEGIN, FIM_HOLE, FIM_END), f"--fim-rate {self.encode.fim_rate} (0: no FIM)"
+                )
 
 
 class Progress:
@@ -337,7 +339,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", type=Path, nargs="+", required=True, help="files (text or JSON, also .gz) and folders")
     add("--output-dir", type=Path, required=True)
     add("--vocab-size", type=int, help="train a tokenizer of this size, special tokens included")
-    add("--tokenizer", type=Path, help="take this folder's tokenizer (tokenizer.json) instead of training one")
+    add(
+        "--tokenizer", type=Path, help="take this folder's tokenizer (tokenizer.json) instead of training one"
+    )
     add(
         "--format",
         choices=FORMATS,

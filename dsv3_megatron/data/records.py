@@ -135,7 +135,9 @@ def _records_of_values(path: Path) -> Iterator[Record]:
             after_value = False
             at += 1
         elif in_array and after_value:
-            raise InputError(f"{place()}: not valid JSON: a comma is missing between two objects of the array")
+            raise InputError(
+                f"{place()}: not valid JSON: a comma is missing between two objects of the array"
+            )
         else:
             begun = place()
             value, end = _decode(_DECODER.raw_decode, text, at, begun, line)
@@ -205,7 +207,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _check_text(value: Any, where: str) -> None:
-    """All strings are text: JSON can write half of a surrogate pair, which is none. Nor is anything nested too deeply."""
+    """All strings are text (JSON can write half of a surrogate pair, which is none); nothing is nested too deeply."""
     waiting: list[tuple[str | None, Any, int]] = [(None, value, 0)]
     while waiting:
         key, item, depth = waiting.pop()

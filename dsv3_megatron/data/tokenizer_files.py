@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer folder without transformers: its files, the special tokens that it names, its chat template."""
+"""A Hugging Face tokenizer folder without transformers: its files, the special tokens it names, its chat template."""
 
 import json
 import re
@@ -52,7 +52,9 @@ def tokenizer_files(folder: Path) -> list[str]:
     """Names, relative to the folder, of the files that make its tokenizer; nothing else of it."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     names += sorted(
-        f"{MORE_TEMPLATES}/{path.name}" for path in (folder / MORE_TEMPLATES).glob("*.jinja") if path.is_file()
+        f"{MORE_TEMPLATES}/{path.name}"
+        for path in (folder / MORE_TEMPLATES).glob("*.jinja")
+        if path.is_file()
     )
     return names + remote_code(folder, TOKENIZER_CONFIG)
 

@@ -1,8 +1,8 @@
 """Byte-level BPE vocabulary with the sentinel tokens of DeepSeek-V3, in the folder format of Hugging Face.
 
 The folder is what Megatron reads with `--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR`, without
-a network. A folder that somebody else made (the released tokenizer) is read as well: its special tokens are those that it
-names, whatever they are called.
+a network. A folder that somebody else made (the released tokenizer) is read as well: its special tokens are those that
+it names, whatever they are called.
 """
 
 import functools
@@ -39,7 +39,7 @@ SPECIAL_TOKENS = (FIM_BEGIN, FIM_HOLE, FIM_END, EOS, PAD, BOS, USER, ASSISTANT)
 # What a conversation with tools begins with; calls and results are text.
 TOOLS_HELP = "Functions that may be called, one JSON schema per line:\n"
 CALLS_HELP = (
-    "A call is written as\n<tool_call>\n{\"name\": FUNCTION, \"arguments\": OBJECT}\n</tool_call>\n"
+    'A call is written as\n<tool_call>\n{"name": FUNCTION, "arguments": OBJECT}\n</tool_call>\n'
     "and its result follows between <tool_response> and </tool_response>."
 )
 
@@ -160,7 +160,11 @@ class DocumentEncoder:
         named = special_tokens(folder)
         # Else a document *about* `<|eos_token|>` (this file, say) would end there. Released tokenizers mark few of
         # theirs as special.
-        ordinary = {*named.values(), *SPECIAL_TOKENS, *(name for names in _OTHER_NAMES.values() for name in names)}
+        ordinary = {
+            *named.values(),
+            *SPECIAL_TOKENS,
+            *(name for names in _OTHER_NAMES.values() for name in names),
+        }
         for token in content.get("added_tokens") or []:
             if token["content"] in ordinary or LOOKS_SPECIAL.fullmatch(token["content"]):
                 token["special"] = True
@@ -175,12 +179,12 @@ class DocumentEncoder:
                 self.special_ids[token] = found
         if EOS not in self.special_ids:
             raise TokenizerError(
-                f"{folder / TOKENIZER_CONFIG}: names no eos_token that {TOKENIZER_FILE} has: give the token that ends a text"
+                f"{folder / TOKENIZER_CONFIG}: names no eos_token that {TOKENIZER_FILE} has: name what ends a text"
             )
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
 
     def require(self, tokens: Iterable[str], option: str) -> None:
-        """Raise TokenizerError, which names the option that needs them, unless the tokenizer has these special tokens."""
+        """Raise TokenizerError, which names the option that needs them, unless the tokenizer has these tokens."""
         missing = [token for token in tokens if token not in self.special_ids]
         if missing:
             raise TokenizerError(
@@ -209,7 +213,13 @@ class DocumentEncoder:
 def _content(folder: Path) -> dict[str, Any]:
     content = read_json(folder / TOKENIZER_FILE)
     if content is None:
-        there = [name for name in ("tiktoken.model", "tokenizer.model", "vocab.json") if (folder / name).is_file()]
-        hint = f" ({', '.join(there)} is there: save it as a fast tokenizer with transformers first)" if there else ""
+        there = [
+            name for name in ("tiktoken.model", "tokenizer.model", "vocab.json") if (folder / name).is_file()
+        ]
+        hint = (
+            f" ({', '.join(there)} is there: save it as a fast tokenizer with transformers first)"
+            if there
+            else ""
+        )
         raise TokenizerError(f"{folder / TOKENIZER_FILE} is not there{hint}")
     return content

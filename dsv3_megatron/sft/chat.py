@@ -2,10 +2,10 @@
 
     <｜begin▁of▁sentence｜>system<｜User｜>question<｜Assistant｜>answer<end>…
 
-`<end>` is the end-of-sequence token, after each answer. Reasoning, calls of tools and their results are ordinary text in
-the place of an answer and of a question. Text is encoded piece by piece between the special tokens, and
-special tokens written out in it are ordinary text, so no message can imitate another role. The same as a jinja template,
-for whoever serves the model, is `data.vocabulary.CHAT_TEMPLATE`.
+`<end>` is the end-of-sequence token, after each answer. Reasoning, calls of tools and their results are ordinary text
+in the place of an answer and of a question. Text is encoded piece by piece between the special tokens, and special
+tokens written out in it are ordinary text, so no message can imitate another role. The same as a jinja template, for
+whoever serves the model, is `data.vocabulary.CHAT_TEMPLATE`.
 """
 
 import json

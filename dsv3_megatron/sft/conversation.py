@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["REASONING", "BadConversation", "Conversation", "Message", "message", "text_of", "tool_list", "weight_of"]
+__all__ = [
+    "REASONING",
+    "BadConversation",
+    "Conversation",
+    "Message",
+    "message",
+    "text_of",
+    "tool_list",
+    "weight_of",
+]
 
 Message = dict[str, Any]
 
@@ -56,7 +65,9 @@ def message(given: Any) -> Message:
     found = {key: value for key, value in given.items() if value is not None}
     role = found.get("role")
     if not isinstance(role, str):
-        raise BadConversation(f"{_shown(given)}: a message needs a role, one of system, user, assistant, tool")
+        raise BadConversation(
+            f"{_shown(given)}: a message needs a role, one of system, user, assistant, tool"
+        )
     if role == "function":  # OpenAI's earlier name
         found["role"] = role = "tool"
     if "content" in found:
@@ -147,13 +158,17 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
             function = {key: call.pop(key) for key in ("name", "arguments") if key in call}
         extra = sorted(call.keys() - {"id", "type", "index"})
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadConversation(f"tool_calls: {_shown(call | {'function': function})} has no name of a function")
+            raise BadConversation(
+                f"tool_calls: {_shown(call | {'function': function})} has no name of a function"
+            )
         extra += sorted(function.keys() - {"name", "arguments"})
         if extra:
             raise BadConversation(f"tool_calls: {extra} of {function['name']!r} are not known")
         arguments = function.get("arguments")
         if arguments is not None and not isinstance(arguments, str | Mapping):
-            raise BadConversation(f"tool_calls: arguments of {function['name']!r} are {type(arguments).__name__}")
+            raise BadConversation(
+                f"tool_calls: arguments of {function['name']!r} are {type(arguments).__name__}"
+            )
         call["type"] = "function"
         call["function"] = {"name": function["name"], "arguments": {} if arguments is None else arguments}
         calls.append(call)
@@ -165,7 +180,9 @@ def _weight(found: Message, role: str) -> int | None:
     given = {key: found.pop(key) for key in _WEIGHTS if key in found}
     for key, value in given.items():
         if isinstance(value, str) or value not in (0, 1):
-            raise BadConversation(f"{key}={value!r} of the {role}: 0 (not learnt) or 1; a loss has no other weights here")
+            raise BadConversation(
+                f"{key}={value!r} of the {role}: 0 (not learnt) or 1; a loss has no other weights here"
+            )
     if len(set(map(int, given.values()))) > 1:
         raise BadConversation(f"{' and '.join(given)} of the {role} disagree")
     if not given:
@@ -173,7 +190,9 @@ def _weight(found: Message, role: str) -> int | None:
     weight = int(next(iter(given.values())))
     if role != "assistant":
         if weight:
-            raise BadConversation(f"{next(iter(given))}=1 of the {role}: only an assistant's messages are learnt")
+            raise BadConversation(
+                f"{next(iter(given))}=1 of the {role}: only an assistant's messages are learnt"
+            )
         return None
     return weight
 

@@ -18,8 +18,12 @@ FORMATS = ("messages", "sharegpt", "alpaca")
 
 # Keys of a record that say where it is from. Anything else that is not understood is refused, as it may be text.
 INERT = frozenset(
-    "id idx index uuid uid conversation_id conversation_hash prompt_id session_id source sources dataset dataset_name "
-    "origin url license lang language timestamp created_at parallel_tool_calls num_turns n_turns".split()
+    name
+    for line in (
+        "id idx index uuid uid conversation_id conversation_hash prompt_id session_id source sources dataset",
+        "dataset_name origin url license lang language timestamp created_at parallel_tool_calls num_turns n_turns",
+    )
+    for name in line.split()
 )
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -59,8 +63,8 @@ def _refuse_unknown(value: Mapping[str, Any], known: Collection[str]) -> None:
     unknown = [key for key in value if key not in known and key not in INERT]
     if unknown:
         raise BadConversation(
-            f"key {', '.join(map(repr, unknown))}: not known, and may be text; --ignore-key {' '.join(unknown)} leaves it "
-            "out"
+            f"key {', '.join(map(repr, unknown))}: not known, and may be text; --ignore-key {' '.join(unknown)} leaves "
+            "it out"
         )
 
 

@@ -1,7 +1,7 @@
 """Whether a rendered conversation still says everything: no text is left out, and every further key changes it.
 
-A chat template may ignore what it does not know (tools, a name, reasoning). What it ignores would be missing in training
-without a word, so it is an error that names message and key.
+A chat template may ignore what it does not know (tools, a name, reasoning). What it ignores would be missing in
+training without a word, so it is an error that names message and key.
 """
 
 import json
@@ -47,7 +47,7 @@ class Kept:
             self._check_changes(conversation, _with(conversation, tools=None), None, "tools", ("tools",))
 
     def _check_text(self, conversation: Conversation, number: int, key: str, cached: bool) -> None:
-        """A text that is not found as it is (short, or escaped) is whole if what is put before and after it is there."""
+        """A text that is not found as it is (short, escaped) is whole if what is put before and after it is there."""
         where = (key, *_circumstances(conversation, number))
         if cached and where in self._known:
             return
@@ -57,7 +57,8 @@ class Kept:
             messages[number][key] = _MARK + text if place == "before" else text + _MARK
             if _MARK not in self._render(_with(conversation, messages=messages), _end(messages, number)):
                 raise BadConversation(
-                    f"message {number + 1}, of the {messages[number]['role']}: the chat template leaves out a part of {key!r}"
+                    f"message {number + 1}, of the {messages[number]['role']}: the chat template leaves out a part of "
+                    f"{key!r}"
                 )
         if cached:
             self._known.add(where)
@@ -83,11 +84,20 @@ class Kept:
                 )
                 where = ("tool_calls", part, index, len(calls), *_circumstances(conversation, number))
                 self._check_changes(
-                    conversation, _with(conversation, messages=changed), number, f"{part} of a tool call", where
+                    conversation,
+                    _with(conversation, messages=changed),
+                    number,
+                    f"{part} of a tool call",
+                    where,
                 )
 
     def _check_changes(
-        self, conversation: Conversation, other: Conversation, number: int | None, key: str, where: tuple[Any, ...]
+        self,
+        conversation: Conversation,
+        other: Conversation,
+        number: int | None,
+        key: str,
+        where: tuple[Any, ...],
     ) -> None:
         """Raise unless the other conversation, which differs by the key, has another rendering."""
         if where in self._known:
@@ -98,7 +108,11 @@ class Kept:
         except BadConversation:  # the template cannot do without, so it looks at it
             same = False
         if same:
-            message = "" if number is None else f"message {number + 1}, of the {conversation.messages[number]['role']}: "
+            message = (
+                ""
+                if number is None
+                else f"message {number + 1}, of the {conversation.messages[number]['role']}: "
+            )
             name = key.split()[-1] if " " not in key else "tool_calls"
             raise BadConversation(
                 f"{message}the chat template leaves out {key!r}: --ignore-key {name} if that is meant, or another "
@@ -123,7 +137,7 @@ def _end(messages: Sequence[Message], number: int) -> int:
 
 
 def _circumstances(conversation: Conversation, number: int) -> tuple[Any, ...]:
-    """What a template may decide by: the message and its neighbours by role and keys, and whether it is first or last."""
+    """What a template may decide by: the message and its neighbours by role and keys, whether it is first or last."""
     messages = conversation.messages
     near = tuple((item["role"], tuple(sorted(item))) for item in messages[max(0, number - 1) : number + 2])
     return near, number == 0, number == len(messages) - 1, conversation.tools is None

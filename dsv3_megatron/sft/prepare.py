@@ -3,8 +3,8 @@
     python -m dsv3_megatron.sft.prepare --input chats.jsonl --tokenizer DIR --output-dir DIR --seq-length 4096
 
 Each record is `{"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": text}, …], "tools": […]}`, or
-ShareGPT's or Alpaca's with `--format`. The chat template is the tokenizer's own where it has one. The last line on stdout
-is one JSON object, the report.
+ShareGPT's or Alpaca's with `--format`. The chat template is the tokenizer's own where it has one. The last line on
+stdout is one JSON object, the report.
 """
 
 import argparse
@@ -230,6 +230,13 @@ def _write_rows(
         np.save(folder / f"{split}_{name}.npy", array)
 
 
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text}: a JSON object is needed")
+    return value
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """What `prepare` reported.
 
@@ -244,7 +251,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dsv3_megatron.sft.prepare", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, help="files of conversations (JSON Lines, JSON; also .gz), or folders"
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="files of conversations (JSON Lines, JSON; also .gz), or folders",
     )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder with tokenizer.json: ours, or a released one"
@@ -267,14 +278,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--template-arguments",
-        type=json.loads,
+        type=_object,
         metavar="JSON",
-        help='variables of a jinja template for all conversations, such as \'{"thinking": true}\'',
+        help="variables of a jinja template for all conversations, such as '{\"thinking\": true}'",
     )
     parser.add_argument(
         "--allow-special-tokens",
         action="store_true",
-        help="special tokens that are written out in messages are special tokens (with a jinja template; else an error)",
+        help="special tokens written out in messages are special tokens (with a jinja template; else an error)",
     )
     parser.add_argument(
         "--valid-fraction", type=float, default=0.05, help="share held out (default: %(default)s)"
@@ -283,14 +294,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if not 0 <= args.valid_fraction < 1:
-            raise BadConversation(f"--valid-fraction {args.valid_fraction}: must be at least 0 and less than 1")
+            raise BadConversation(
+                f"--valid-fraction {args.valid_fraction}: must be at least 0 and less than 1"
+            )
         if args.chat_template not in (None, OURS) and not Path(args.chat_template).is_file():
-            raise BadConversation(f"--chat-template {args.chat_template}: no such file (ours is called {OURS})")
+            raise BadConversation(
+                f"--chat-template {args.chat_template}: no such file (ours is called {OURS})"
+            )
         rendering = renderer(
             args.tokenizer, args.chat_template, args.template_arguments, args.allow_special_tokens
         )
         files = find_files(args.input, GLOBS)
-        conversations = split(read_conversations(files, args.format, set(args.ignore_key)), args.valid_fraction)
+        conversations = split(
+            read_conversations(files, args.format, set(args.ignore_key)), args.valid_fraction
+        )
         report = prepare(
             conversations, args.tokenizer, args.output_dir, args.seq_length, args.seed, rendering
         )

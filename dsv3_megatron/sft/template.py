@@ -14,7 +14,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.data.tokenizer_files import TOKENIZER_FILE, TokenizerError, chat_template, read_json, special_tokens
+from dsv3_megatron.data.tokenizer_files import (
+    TOKENIZER_FILE,
+    TokenizerError,
+    chat_template,
+    read_json,
+    special_tokens,
+)
 from dsv3_megatron.data.vocabulary import LOOKS_SPECIAL
 from dsv3_megatron.sft.conversation import REASONING, BadConversation, Conversation, Message, weight_of
 from dsv3_megatron.sft.kept import Kept
@@ -92,10 +98,14 @@ class JinjaTemplate:
         else:
             texts = [until[number] for number in answers]
             samples = [self._sample(until[n], self._spans(conversation, n, until[n])) for n in learnt]
-            self.notes["conversations with one sample per answer, as the chat template changes earlier turns"] += 1
+            self.notes[
+                "conversations with one sample per answer, as the chat template changes earlier turns"
+            ] += 1
         self._kept.check(conversation, texts)
         if any(_quotes_arguments(conversation, text) for text in texts):
-            self.notes["conversations whose calls have JSON text as arguments, which the chat template quotes"] += 1
+            self.notes[
+                "conversations whose calls have JSON text as arguments, which the chat template quotes"
+            ] += 1
         return [sample for sample in samples if any(sample[1])]
 
     def _check(self, conversation: Conversation) -> None:
@@ -118,8 +128,8 @@ class JinjaTemplate:
                 match = self._special.search(text) if self._special and text else None
                 if match:
                     raise BadConversation(
-                        f"message {number}, of the {item['role']}, holds the special token {match[0]!r}, which would be one "
-                        "and not text: --allow-special-tokens if it is meant"
+                        f"message {number}, of the {item['role']}, holds the special token {match[0]!r}, which would "
+                        "be one and not text: --allow-special-tokens if it is meant"
                     )
         for key in {**self._arguments, **conversation.template_arguments}:
             if not any(re.search(rf"\b{re.escape(key)}\b", text) for text in self._texts):
@@ -143,8 +153,8 @@ class JinjaTemplate:
     def _sample(self, text: str, spans: Sequence[Span]) -> Sample:
         """Tokens as `apply_chat_template` makes them; learnt is a token that reaches into a span.
 
-        Where the template does not mark answers, they end with their last end token: the line break that some write after
-        it the model need not say.
+        Where the template does not mark answers, they end with their last end token: the line break that some write
+        after it the model need not say.
         """
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
@@ -222,7 +232,9 @@ def _for_older_templates(messages: Sequence[Message]) -> list[Message]:
 def _quotes_arguments(conversation: Conversation, text: str) -> bool:
     """Whether the arguments of a call are text, and in the rendering a quoted string."""
     calls = (call for item in conversation.messages for call in item.get("tool_calls") or [])
-    texts = (call["function"]["arguments"] for call in calls if isinstance(call["function"]["arguments"], str))
+    texts = (
+        call["function"]["arguments"] for call in calls if isinstance(call["function"]["arguments"], str)
+    )
     return any('"' in arguments and json.dumps(arguments, ensure_ascii=False) in text for arguments in texts)
 
 

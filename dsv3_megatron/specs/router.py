@@ -60,15 +60,19 @@ def _check_softmax(config: TransformerConfig) -> None:
     """DeepSeek-V2-Lite's gate, the only one of the family with softmax: over all experts, without groups and bias."""
     for option, values, advice in (
         ("moe_router_pre_softmax", (True,), "--moe-router-pre-softmax: V2's scores are over all experts"),
-        ("moe_router_num_groups", (None, 1), "--moe-router-num-groups 1: V2 scores a group by its best expert"),
+        (
+            "moe_router_num_groups",
+            (None, 1),
+            "--moe-router-num-groups 1: V2 scores a group by its best expert",
+        ),
         ("moe_router_group_topk", (None, 1), "--moe-router-group-topk 1"),
         ("moe_router_enable_expert_bias", (False,), "no --moe-router-enable-expert-bias"),
     ):
         value = getattr(config, option)
         if value not in values:
             raise ValueError(
-                f"{option}={value!r} with moe_router_score_function='softmax' is no gate of DeepSeek's: use {advice}, or "
-                "--moe-router-score-function sigmoid"
+                f"{option}={value!r} with moe_router_score_function='softmax' is no gate of DeepSeek's: use {advice}, "
+                "or --moe-router-score-function sigmoid"
             )
 
 

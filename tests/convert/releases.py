@@ -70,7 +70,9 @@ def moonlight() -> DeepseekV3Config:
 
 def v2_lite(**overrides: Any) -> DeepseekV2Config:
     """DeepSeek-V2-Lite in small: softmax gate, no groups, queries not compressed, YaRN with mscale 0.707."""
-    of_v3 = micro(q_lora_rank=None, n_shared_experts=2, num_nextn_predict_layers=0, n_group=1, topk_group=1).to_dict()
+    of_v3 = micro(
+        q_lora_rank=None, n_shared_experts=2, num_nextn_predict_layers=0, n_group=1, topk_group=1
+    ).to_dict()
     names = set(DeepseekV2Config().to_dict()) - {"model_type", "head_dim", "qk_head_dim"}
     settings = {name: value for name, value in of_v3.items() if name in names}
     rope = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}

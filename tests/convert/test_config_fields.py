@@ -30,7 +30,9 @@ def yarn(**changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {name: v for name, v in (MSCALES | changes).items() if v is not None}}
 
 
-LONGER = yarn(original_max_position_embeddings=4096)  # where the two betas are not at the edge of 8 dimensions
+LONGER = yarn(
+    original_max_position_embeddings=4096
+)  # where the two betas are not at the edge of 8 dimensions
 LONGER_FAST = yarn(original_max_position_embeddings=4096, beta_fast=4)
 LONGER_SLOW = yarn(original_max_position_embeddings=4096, beta_slow=0.2)
 # Field → (what the model has before, what is changed). Fields that shape tensors come with other weights.
@@ -53,7 +55,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rope_scaling.mscale_all_dim": (yarn(), yarn(mscale_all_dim=1.0)),
     "rope_scaling without mscales": (yarn(), yarn(mscale=None, mscale_all_dim=None)),
     "rope_scaling.attention_factor": (yarn(), yarn(attention_factor=1.3)),
-    "rope_scaling.attention_factor alone": (yarn(), yarn(attention_factor=0.7, mscale=None, mscale_all_dim=None)),
+    "rope_scaling.attention_factor alone": (
+        yarn(),
+        yarn(attention_factor=0.7, mscale=None, mscale_all_dim=None),
+    ),
     "rope_scaling.attention_factor 1": (yarn(), yarn(attention_factor=1.0)),
     "rope_scaling.rope_theta": (yarn(), yarn(rope_theta=50000.0)),
     "hidden_size": (PLAIN, {"hidden_size": 40}),
@@ -90,7 +95,9 @@ def both_logits(folder: Path, target: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def before_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
+def before_logits(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
     """Both sides' logits of a model before its change; each model once."""
     known: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -169,21 +176,32 @@ def test_a_wrong_rope_base_would_be_noticed(tmp_path: Path, monkeypatch: pytest.
 
 
 # Keys of the released config.json of DeepSeek-V3 and of Kimi K2.
-RELEASED_KEYS = """architectures attention_bias attention_dropout auto_map aux_loss_alpha bos_token_id eos_token_id ep_size
-first_k_dense_replace hidden_act hidden_size initializer_range intermediate_size kv_lora_rank max_position_embeddings
-model_type moe_intermediate_size moe_layer_freq n_group n_routed_experts n_shared_experts norm_topk_prob
-num_attention_heads num_experts_per_tok num_hidden_layers num_key_value_heads num_nextn_predict_layers pretraining_tp
-q_lora_rank qk_nope_head_dim qk_rope_head_dim quantization_config rms_norm_eps rope_scaling rope_theta
-routed_scaling_factor scoring_func seq_aux tie_word_embeddings topk_group topk_method torch_dtype transformers_version
-use_cache v_head_dim vocab_size""".split()
+RELEASED_KEYS = {
+    name
+    for line in (
+        "architectures attention_bias attention_dropout auto_map aux_loss_alpha bos_token_id eos_token_id ep_size",
+        "first_k_dense_replace hidden_act hidden_size initializer_range intermediate_size kv_lora_rank",
+        "max_position_embeddings model_type moe_intermediate_size moe_layer_freq n_group n_routed_experts",
+        "n_shared_experts norm_topk_prob num_attention_heads num_experts_per_tok num_hidden_layers",
+        "num_key_value_heads num_nextn_predict_layers pretraining_tp q_lora_rank qk_nope_head_dim qk_rope_head_dim",
+        "quantization_config rms_norm_eps rope_scaling rope_theta routed_scaling_factor scoring_func seq_aux",
+        "tie_word_embeddings topk_group topk_method torch_dtype transformers_version use_cache v_head_dim vocab_size",
+    )
+    for name in line.split()
+}
 
 
 def test_every_key_has_a_fate() -> None:
     """Keys of the releases and of transformers' class: changed above, of one possible value, or without effect."""
     moved = {name.split()[0].split(".")[0] for name in CHANGES} | {"rope_parameters"}
-    fixed = set(FAMILIES["deepseek_v3"].fixed) | {"model_type", "num_key_value_heads", "head_dim", "qk_head_dim"}
+    fixed = set(FAMILIES["deepseek_v3"].fixed) | {
+        "model_type",
+        "num_key_value_heads",
+        "head_dim",
+        "qk_head_dim",
+    }
     known = moved | fixed | INERT | NO_LOGITS
-    assert set(RELEASED_KEYS) - known == set()
+    assert RELEASED_KEYS - known == set()
     assert json.loads(DeepseekV3Config().to_json_string(use_diff=False)).keys() - known == set()
     assert not moved & INERT and not fixed & INERT
 
@@ -220,7 +238,9 @@ def test_another_value_is_refused_by_name(key: str) -> None:
     fields_from_hf(config)
     with pytest.raises(ConversionError) as error:
         fields_from_hf(config | {key: REFUSED[key]})
-    assert key in str(error.value).replace("n_routed_experts", key if key == "num_local_experts" else "n_routed_experts")
+    assert key in str(error.value).replace(
+        "n_routed_experts", key if key == "num_local_experts" else "n_routed_experts"
+    )
     assert "\n" not in str(error.value)
 
 
@@ -230,7 +250,10 @@ def test_another_value_is_refused_by_name(key: str) -> None:
         ({"type": "dynamic", "factor": 2}, "rope type 'dynamic'"),
         (YARN | {"truncate": False}, "truncate must be True"),
         (YARN | {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
-        (YARN | {"mscale": 0.5, "mscale_all_dim": None}, "mscale=0.5 and mscale_all_dim=None .* attention_factor"),
+        (
+            YARN | {"mscale": 0.5, "mscale_all_dim": None},
+            "mscale=0.5 and mscale_all_dim=None .* attention_factor",
+        ),
         (YARN | {"mscale": 0, "mscale_all_dim": 1}, "mscale=0 and mscale_all_dim=1"),
         (YARN | {"factor": None}, r"yarn without \['factor'\]"),
         (YARN | {"original_max_position_embeddings": None}, "yarn without"),

@@ -1,4 +1,4 @@
-"""Kimi K2, Moonlight and DeepSeek-V2-Lite: convert, verify, train, export; what Megatron's router has not is refused."""
+"""Kimi K2, Moonlight, DeepSeek-V2-Lite: convert, verify, train, export; what Megatron's router has not is refused."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,9 @@ FAMILY: dict[str, Callable[[], Any]] = {"kimi_k2": kimi_k2, "moonlight": moonlig
 def make(name: str, folder: Path) -> dict[str, torch.Tensor]:
     tensors = release(folder, FAMILY[name](), dtype=torch.float32)
     if name == "kimi_k2":
-        named(folder, model_type="kimi_k2", auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"})
+        named(
+            folder, model_type="kimi_k2", auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+        )
     return tensors
 
 
@@ -48,7 +50,9 @@ def test_verify_finds_the_same_model(converted: Path) -> None:
 def test_round_trip_is_byte_identical_and_keeps_its_name(converted: Path, tmp_path: Path) -> None:
     megatron_to_hf(converted / "megatron", tmp_path / "back")
     assert_identical(tensors_of(tmp_path / "back"), tensors_of(converted / "hf"))
-    before, after = (json.loads((f / "config.json").read_text()) for f in (converted / "hf", tmp_path / "back"))
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (converted / "hf", tmp_path / "back")
+    )
     assert {key for key in before | after if before.get(key) != after.get(key)} <= {"dtype", "torch_dtype"}
     # And from the training's arguments alone, under the name that transformers knows.
     arch = HFDirectory(converted / "hf").architecture
@@ -61,13 +65,17 @@ def test_round_trip_is_byte_identical_and_keeps_its_name(converted: Path, tmp_pa
 def test_printed_arguments_train_it(converted: Path, tmp_path: Path) -> None:
     """The trainer's loss of the converted weights is transformers'; after steps and export, again."""
     tokens = [torch.from_numpy(WINDOWS.tokens)]
-    start = evaluated(Layout("1f1b", world_size=1), converted / "megatron", "--train-iters", "1", "--skip-train")
+    start = evaluated(
+        Layout("1f1b", world_size=1), converted / "megatron", "--train-iters", "1", "--skip-train"
+    )
     before = loss_of(of_transformers(HFDirectory(converted / "hf"), tokens)[0])
     assert start == pytest.approx(before, abs=1e-5)
     save = ["--train-iters", "5", "--save", str(tmp_path / "trained"), "--save-interval", "5"]
     trained = evaluated(Layout("1f1b", ep=2), converted / "megatron", *save)
     megatron_to_hf(tmp_path / "trained", tmp_path / "back", hf_files=converted / "megatron" / "hf")
-    assert loss_of(of_transformers(HFDirectory(tmp_path / "back"), tokens)[0]) == pytest.approx(trained, abs=1e-5)
+    assert loss_of(of_transformers(HFDirectory(tmp_path / "back"), tokens)[0]) == pytest.approx(
+        trained, abs=1e-5
+    )
     assert abs(trained - before) > 0.02
 
 
@@ -123,7 +131,9 @@ def fuse(folder: Path) -> None:
         for suffix in (".weight", ".weight_scale_inv"):
             if f"{prefix}0.gate_proj{suffix}" not in tensors:
                 continue
-            count = len([name for name in tensors if name.startswith(prefix) and name.endswith(f"gate_proj{suffix}")])
+            count = len(
+                [name for name in tensors if name.startswith(prefix) and name.endswith(f"gate_proj{suffix}")]
+            )
             parts = {
                 kind: [tensors.pop(f"{prefix}{e}.{kind}{suffix}") for e in range(count)]
                 for kind in ("gate_proj", "up_proj", "down_proj")
@@ -195,7 +205,9 @@ def test_ue8m0_survives(trained: bool, tmp_path: Path) -> None:
             if stored.is_fp8(name):
                 scale = stored.stored(name + "_scale_inv").max()
                 error = (stored.tensor(name, torch.float32) - meant[name].float()).abs()
-                assert bool((error <= torch.maximum(meant[name].float().abs() * 2**-4, scale * 2**-10) * 1.001).all())
+                assert bool(
+                    (error <= torch.maximum(meant[name].float().abs() * 2**-4, scale * 2**-10) * 1.001).all()
+                )
 
 
 def test_other_quantizations_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an export carries beside the weights: the files of a list and nothing else, and ids at which a generation ends."""
+"""What an export carries beside the weights: the files of a list, nothing else, and ids at which a generation ends."""
 
 import json
 from pathlib import Path
@@ -26,11 +26,16 @@ FOLDERS = ["wandb", ".git", ".cache", "checkpoints", "original", "additional_cha
 
 
 def tokenizer(folder: Path) -> None:
-    words = {f"w{number}": number for number in range(96)} | {"<end>": END, "<stop>": STOP}
-    made = Tokenizer(models.WordLevel({word: number for word, number in words.items() if number not in ()}, "w0"))
+    words = {f"w{number}": number for number in range(96) if number not in (END, STOP)}
+    made = Tokenizer(models.WordLevel(words | {"<end>": END, "<stop>": STOP}, "w0"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="w1", eos_token="<end>", pad_token="w2", unk_token="w0", chat_template="{{ 1 }}"
+        tokenizer_object=made,
+        bos_token="w1",
+        eos_token="<end>",
+        pad_token="w2",
+        unk_token="w0",
+        chat_template="{{ 1 }}",
     ).save_pretrained(folder)
 
 
@@ -81,7 +86,9 @@ def test_paths_of_this_machine_stay(folder: Path) -> None:
     path = str(folder / "hf")
     named(folder / "hf", _name_or_path=path)
     config = folder / "hf" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"name_or_path": path, "tokenizer_file": path}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"name_or_path": path, "tokenizer_file": path})
+    )
     hf_to_megatron(folder / "hf", folder / "megatron")
     megatron_to_hf(folder / "megatron", folder / "back")
     for name in files(folder / "back"):
@@ -91,7 +98,10 @@ def test_paths_of_this_machine_stay(folder: Path) -> None:
 
 def test_code_goes_along_where_auto_map_names_it(folder: Path) -> None:
     hf = folder / "hf"
-    named(hf, auto_map={"AutoConfig": "configuration_kimi.Config", "AutoModel": "other/repo--modeling_far.Model"})
+    named(
+        hf,
+        auto_map={"AutoConfig": "configuration_kimi.Config", "AutoModel": "other/repo--modeling_far.Model"},
+    )
     config = hf / "tokenizer_config.json"
     auto_map = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": auto_map}))
@@ -107,7 +117,7 @@ def test_code_goes_along_where_auto_map_names_it(folder: Path) -> None:
 
 
 def forced(folder: Path, token: int) -> None:
-    """After any token the model says this one: the last hidden state is a constant, which only that row of the head sees."""
+    """After any token the model says this one: its last hidden state is a constant that one row sees."""
     tensors = tensors_of(folder)
     for name, tensor in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -130,7 +140,9 @@ def test_generation_ends_where_it_should(folder: Path, token: int, stops: bool) 
     """At the tokenizer's end and at what generation_config.json adds; config.json of the release says neither."""
     forced(folder / "hf", token)
     named(folder / "hf", eos_token_id=None, bos_token_id=None)
-    (folder / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP, "temperature": 0.6}))
+    (folder / "hf" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": STOP, "temperature": 0.6})
+    )
     hf_to_megatron(folder / "hf", folder / "megatron")
     megatron_to_hf(folder / "megatron", folder / "back")
     assert generated(folder / "back") == ([token] if stops else [token] * 9)
@@ -174,7 +186,7 @@ def test_config_made_of_the_training_alone_has_the_tokenizers_ids(folder: Path, 
     megatron_to_hf(folder / "megatron", folder / "back")
     assert files(folder / "back") == WEIGHTS | CONFIGS | OF_TOKENIZER
     assert generated(folder / "back") == [END]
-    with pytest.raises(ConversionError, match="--hf-files .*corpus: config.json: model_type='gpt2'"):
+    with pytest.raises(ConversionError, match=r"--hf-files .*corpus: config.json: model_type='gpt2'"):
         megatron_to_hf(folder / "megatron", folder / "other", hf_files=corpus)
 
 

@@ -22,7 +22,16 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def words(corpus: Path, tokenizer: Path, output: Path, *more: str) -> list[str]:
-    given = ["--input", str(corpus), "--output-dir", str(output), "--tokenizer", str(tokenizer), "--workers", "1"]
+    given = [
+        "--input",
+        str(corpus),
+        "--output-dir",
+        str(output),
+        "--tokenizer",
+        str(tokenizer),
+        "--workers",
+        "1",
+    ]
     return [*given, "--valid-fraction", "0.2", "--split-rate", "0", *more]
 
 
@@ -35,7 +44,10 @@ def test_documents_end_with_its_own_end_and_text_stays_text(corpus: Path, tmp_pa
     assert sorted(encoder.decode(ids) for ids in documents) == sorted(text + RELEASED_EOS for text in TEXTS)
     end, user = encoder.special_ids[EOS], encoder._tokenizer.token_to_id("<｜User｜>")
     assert all(ids.count(end) == 1 and user not in ids for ids in documents)
-    assert encoder.special_ids[PAD] == end and encoder.vocab_size == max(encoder._tokenizer.get_vocab().values()) + 1
+    assert (
+        encoder.special_ids[PAD] == end
+        and encoder.vocab_size == max(encoder._tokenizer.get_vocab().values()) + 1
+    )
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
         "tokenizer.json", "tokenizer_config.json", "train.bin", "train.idx", "valid.bin", "valid.idx", "prepared.json",
@@ -50,7 +62,9 @@ def test_documents_end_with_its_own_end_and_text_stays_text(corpus: Path, tmp_pa
     assert main(words(corpus, tokenizer, tmp_path / "out", "--fim-rate", "0")) == 1
 
 
-def test_fim_tokens_are_wanted_for_fim_only(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fim_tokens_are_wanted_for_fim_only(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = released(tmp_path / "released", None)
     assert main(words(corpus, tokenizer, tmp_path / "out")) == 1
     said = capsys.readouterr().err
@@ -87,7 +101,9 @@ def test_the_end_is_found_where_it_is_said(place: str, tmp_path: Path) -> None:
         (("--tokenizer", "nowhere"), "--tokenizer nowhere: no such folder"),
     ],
 )
-def test_refusals(more: tuple[str, ...], message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    more: tuple[str, ...], message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = released(tmp_path / "released", None)
     assert main(words(corpus, tokenizer, tmp_path / "out", "--fim-rate", "0", *more)) == 1
     assert message in capsys.readouterr().err
@@ -100,6 +116,6 @@ def test_refusals(more: tuple[str, ...], message: str, corpus: Path, tmp_path: P
 
 
 def test_half_characters_are_not_split() -> None:
-    """A token of a released vocabulary may hold the last bytes of a mark and a line break: its parts would be other text."""
+    """A released token may hold the last bytes of a mark and a line break: its parts would be other text."""
     texts = {0: "\ufffd\n", 1: ":\n", 2: "。\n"}
     assert merged_tokens(texts, lambda text: [len(text)]).keys() == {1, 2}

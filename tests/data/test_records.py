@@ -39,7 +39,9 @@ FORMS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
     "array over lines": ("a.json", lambda items: b"\n" + json.dumps(items, indent=2).encode() + b"\n"),
     "array named jsonl": ("a.jsonl", lambda items: json.dumps(items).encode()),
     "objects over lines": ("a.json", lambda items: b"\n".join(json.dumps(i, indent=1).encode() for i in items)),
-    "objects over lines named jsonl": ("a.jsonl", lambda items: b"\n".join(json.dumps(i, indent=1).encode() for i in items)),
+    "objects over lines named jsonl": (
+        "a.jsonl", lambda items: b"\n".join(json.dumps(i, indent=1).encode() for i in items),
+    ),
     "gzip": ("a.jsonl.gz", lambda items: gzip.compress(lines(items))),
     "gzip by another name": ("a.jsonl", lambda items: gzip.compress(lines(items))),
     "gzip of an array": ("a.json.gz", lambda items: gzip.compress(json.dumps(items).encode())),
@@ -58,7 +60,9 @@ def test_every_form_holds_the_same_records(form: str, tmp_path: Path) -> None:
     # And as documents of a corpus.
     for shard_bytes in (20, 10_000):
         shards = plan_shards([path], shard_bytes)
-        assert [t for shard in shards for piece in shard for t in read_piece(piece)] == [i["text"] for i in THREE]
+        assert [t for shard in shards for piece in shard for t in read_piece(piece)] == [
+            i["text"] for i in THREE
+        ]
 
 
 ODD_BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r"
@@ -162,7 +166,9 @@ def test_long_first_lines_do_not_hide_what_a_file_is(tmp_path: Path) -> None:
 def test_a_missing_key_says_how_to_take_the_file_as_text(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text(json.dumps({"name": "x", "version": "1"}, indent=2))
     ((piece,),) = plan_shards([tmp_path / "package.json"], 1000)
-    with pytest.raises(InputError, match=r"package.json:1: no key 'text' \(see --json-key\).*'name'.*--format text"):
+    with pytest.raises(
+        InputError, match=r"package.json:1: no key 'text' \(see --json-key\).*'name'.*--format text"
+    ):
         list(read_piece(piece))
     ((piece,),) = plan_shards([tmp_path / "package.json"], 1000, format="text")
     assert list(read_piece(piece)) == [(tmp_path / "package.json").read_text()]

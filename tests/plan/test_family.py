@@ -1,4 +1,4 @@
-"""The family's configurations: published parameter counts, the release's own config.json, and that they train as given."""
+"""The family's configurations: published parameter counts, the release's own config.json, and that they are planned."""
 
 from typing import Any
 
@@ -52,7 +52,10 @@ LAYOUTS = {"kimi_k2": "pp16_ep64", "moonlight_16b": "pp8_ep8", "deepseek_v2_lite
 # Parameters, routers' biases included: all that the safetensors of the release hold, and what the reports round to.
 TOTALS = {"kimi_k2": 1_026_408_232_448, "moonlight_16b": 15_960_110_208, "deepseek_v2_lite": 15_706_484_224}
 REPORTED = {"kimi_k2": 1.03e12, "moonlight_16b": 15.96e9, "deepseek_v2_lite": 15.7e9}
-ACTIVE = {"kimi_k2": (32.6e9, 0.02), "deepseek_v2_lite": (2.4e9, 0.12)}  # with how far reports' own rounding goes
+ACTIVE = {
+    "kimi_k2": (32.6e9, 0.02),
+    "deepseek_v2_lite": (2.4e9, 0.12),
+}  # with how far reports' own rounding goes
 
 
 @pytest.mark.parametrize("name", CONFIGS)

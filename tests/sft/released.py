@@ -1,7 +1,7 @@
 """A tokenizer as releases have them, and chat templates with their habits; all of it made here.
 
-Beginning and end are named in tokenizer_config.json, padding is the end, role and tool tokens are not marked special, and
-there are no tokens for fill-in-the-middle.
+Beginning and end are named in tokenizer_config.json, padding is the end, role and tool tokens are not marked special,
+and there are no tokens for fill-in-the-middle.
 """
 
 import json
@@ -16,12 +16,17 @@ ORDINARY = [
     "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>",
     "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>", "<think>", "</think>",
 ]  # fmt: skip
-TEXT = ["What is the weather in Paris? It is sunny, 21 degrees.\n\nI think so; you write Python. {\"city\": \"Paris\"}"] * 30
+TEXT = [
+    'What is the weather in Paris? It is sunny, 21 degrees.\n\nI think so; you write Python. {"city": "Paris"}'
+] * 30
 
 # The habits of V3's: system text first, calls asked for by an answer whose content is none, arguments joined as text.
-TOOLS_IN_TOKENS = """{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
+TOOLS_IN_TOKENS = """
+{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
 {%- set ns = namespace(tool=false, first=true, system='') -%}
-{%- for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] %}{% endif %}{% endfor -%}
+{%- for m in messages -%}
+{%- if m['role'] == 'system' %}{% set ns.system = ns.system + m['content'] %}{% endif -%}
+{%- endfor -%}
 {{- bos_token }}{{ ns.system }}
 {%- if tools %}{{ '\\n## Tools\\n' }}{% for t in tools %}{{ t | tojson }}{{ '\\n' }}{% endfor %}{% endif -%}
 {%- for m in messages -%}
@@ -31,7 +36,8 @@ TOOLS_IN_TOKENS = """{%- if not add_generation_prompt is defined %}{% set add_ge
 {%- for call in m['tool_calls'] -%}
 {%- if ns.first %}{{ '<｜Assistant｜><｜tool▁calls▁begin｜>' }}{% else %}{{ '\\n' }}{% endif -%}
 {%- set ns.first = false -%}
-{{- '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' + call['function']['arguments'] + '<｜tool▁call▁end｜>' }}
+{%- set f = call['function'] -%}
+{{- '<｜tool▁call▁begin｜>' + f['name'] + '<｜tool▁sep｜>' + f['arguments'] + '<｜tool▁call▁end｜>' }}
 {%- endfor %}{{ '<｜tool▁calls▁end｜>' + eos_token }}
 {%- endif -%}
 {%- if m['role'] == 'assistant' and m['content'] is not none -%}
@@ -95,7 +101,13 @@ def released(folder: Path, template: str | None, **config: object) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS)])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (*ORDINARY, TURN)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    as_released = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    as_released = {
+        "__type": "AddedToken",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+    }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": {**as_released, "content": BOS},

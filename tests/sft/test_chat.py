@@ -19,7 +19,10 @@ TWO_TURNS = messages(
     ("user", "no"),
     ("assistant", "Yes"),
 )
-TOOL = {"type": "function", "function": {"name": "add", "description": "über 漢字 <b>", "parameters": {"type": "object"}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "über 漢字 <b>", "parameters": {"type": "object"}},
+}
 
 
 def call(name: str, arguments: object) -> dict:
@@ -70,7 +73,9 @@ def test_tokens_are_those_of_the_tokenizers_own_chat_template(conversation, toke
 
 
 @pytest.mark.parametrize("tools", [None, [TOOL, TOOL]], ids=["no schemas", "schemas"])
-@pytest.mark.parametrize("conversation", [WITH_TOOLS, WITH_TOOLS[1:], ONLY_CALLS], ids=["system", "no system", "calls"])
+@pytest.mark.parametrize(
+    "conversation", [WITH_TOOLS, WITH_TOOLS[1:], ONLY_CALLS], ids=["system", "no system", "calls"]
+)
 def test_tools_and_reasoning_are_those_of_the_template_too(conversation, tools, tokenizer_dir: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -84,14 +89,21 @@ def test_tools_and_reasoning_are_those_of_the_template_too(conversation, tools, 
     for number, item in enumerate(conversation):
         if item["role"] == "assistant":
             start, end = (
-                len(theirs.apply_chat_template(conversation[:to], tools=tools, tokenize=True, return_dict=False, **more))
+                len(
+                    theirs.apply_chat_template(
+                        conversation[:to], tools=tools, tokenize=True, return_dict=False, **more
+                    )
+                )
                 for to, more in ((number, {"add_generation_prompt": True}), (number + 1, {}))
             )
             expected[start:end] = [True] * (end - start)
     assert is_answer == expected
     text = encoder.decode(ids)
     said = ["Two numbers, <hm>.", '"second": "ü"', '{"first": 2}', "add: 3", "Done."]
-    assert all(part in text for part in (said if conversation is not ONLY_CALLS else ['{"name": "add", "arguments": {}}']))
+    assert all(
+        part in text
+        for part in (said if conversation is not ONLY_CALLS else ['{"name": "add", "arguments": {}}'])
+    )
     assert (text.count('"description": "über 漢字 <b>"') == 2) == (tools is not None)
 
 
@@ -132,7 +144,10 @@ def test_a_message_cannot_imitate_a_role(tokenizer_dir: Path) -> None:
         (messages(("user", ""), ("assistant", "b")), "user has no text"),
         ([{"role": "tool", "content": "x"}], "one of system, user, assistant"),
         ([{"role": "user"}, {"role": "assistant", "content": "x"}], "no text under 'content'"),
-        ([*ONE_TURN, {"role": "tool", "content": "x"}, *ONE_TURN[1:]], "tool, one of .* follows an assistant's tool_calls"),
+        (
+            [*ONE_TURN, {"role": "tool", "content": "x"}, *ONE_TURN[1:]],
+            "tool, one of .* follows an assistant's tool_calls",
+        ),
         ([*ONLY_CALLS[:3]], "must take turns"),
         ([ONE_TURN[0] | {"name": "Ann"}, ONE_TURN[1]], "key 'name' of the user: .*--ignore-key name"),
         ([ONE_TURN[0], ONE_TURN[1] | {"prefix": True}], "key 'prefix' of the assistant"),

@@ -107,10 +107,14 @@ def test_padding_is_told_by_its_place_and_not_by_its_token(tokenizer_dir: Path, 
     """A released tokenizer pads with its end token, which also ends answers of weight 0; a full row has no padding."""
     shutil.copytree(tokenizer_dir, tmp_path / "released")
     config = json.loads((tmp_path / "released" / "tokenizer_config.json").read_text())
-    (tmp_path / "released" / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eos_token|>"}))
+    (tmp_path / "released" / "tokenizer_config.json").write_text(
+        json.dumps(config | {"pad_token": "<|eos_token|>"})
+    )
     chat = conversations(1)[0]
     chats = [[*chat[:1], chat[1] | {"weight": 0}, *chat]]
-    length = prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / "one", 200)["train"]["tokens"]
+    length = prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / "one", 200)["train"][
+        "tokens"
+    ]
     for name, room in (("full", 0), ("one left", 1), ("more left", 5)):
         prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / name, length + room)
         row = PackedRows(tmp_path / name, "train", 1, seed=0)[0]

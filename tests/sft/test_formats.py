@@ -26,19 +26,38 @@ def called(arguments: Any) -> dict[str, Any]:
 
 UNDERSTOOD: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "nulls of a table": (
-        {"messages": [USER | {"name": None, "tool_calls": None}, ANSWER | {"tool_call_id": None}], "tools": None}, CHAT,
+        {
+            "messages": [USER | {"name": None, "tool_calls": None}, ANSWER | {"tool_call_id": None}],
+            "tools": None,
+        },
+        CHAT,
     ),
     "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Na"}, "me", {"text": " it"}]}, ANSWER]}, CHAT,
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Na"}, "me", {"text": " it"}]},
+                ANSWER,
+            ]
+        },
+        CHAT,
     ),
     "JSON in text": ({"messages": json.dumps(CHAT)}, CHAT),
     "weights": (
         {"messages": [USER | {"weight": 0}, ANSWER | {"weight": 0.0}, USER, ANSWER | {"weight": True}]},
         [USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1}],
     ),
-    "weights by other names": ({"messages": [USER, ANSWER | {"loss": False}]}, [USER, ANSWER | {"weight": 0}]),
+    "weights by other names": (
+        {"messages": [USER, ANSWER | {"loss": False}]},
+        [USER, ANSWER | {"weight": 0}],
+    ),
     "calls without type": (
-        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}, ANSWER]},
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
+                ANSWER,
+            ]
+        },
         [USER, {"role": "assistant", "tool_calls": [called({"a": 1})]}, ANSWER],
     ),
     "calls in text": (
@@ -46,20 +65,32 @@ UNDERSTOOD: dict[str, tuple[Any, list[dict[str, Any]]]] = {
         [USER, {"role": "assistant", "content": "", "tool_calls": [called("{}")]}],
     ),
     "calls of earlier years": (
-        {"messages": [
-            USER, {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
-            {"role": "function", "name": "add", "content": "2"}, ANSWER,
-        ]},
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "add", "arguments": '{"a": 1}'},
+                },
+                {"role": "function", "name": "add", "content": "2"},
+                ANSWER,
+            ]
+        },
         [
-            USER, {"role": "assistant", "tool_calls": [called('{"a": 1}')]},
-            {"role": "tool", "name": "add", "content": "2"}, ANSWER,
+            USER,
+            {"role": "assistant", "tool_calls": [called('{"a": 1}')]},
+            {"role": "tool", "name": "add", "content": "2"},
+            ANSWER,
         ],
     ),
     "where it is from": ({"messages": CHAT, "id": 7, "source": "web", "parallel_tool_calls": False}, CHAT),
     "no reasoning": ({"messages": [USER, ANSWER | {"reasoning_content": ""}]}, CHAT),
-    "line separators": ({"messages": [{"role": "user", "content": "a\u2028b\x85c\x0b"}, ANSWER]},
-        [{"role": "user", "content": "a\u2028b\x85c\x0b"}, ANSWER]),
-}  # fmt: skip
+    "line separators": (
+        {"messages": [{"role": "user", "content": "a\u2028b\x85c\x0b"}, ANSWER]},
+        [{"role": "user", "content": "a\u2028b\x85c\x0b"}, ANSWER],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", UNDERSTOOD)
@@ -110,7 +141,13 @@ def test_sharegpt(tmp_path: Path) -> None:
 def test_alpaca(tmp_path: Path) -> None:
     records = [
         {"instruction": "Name", "input": "it", "output": "add"},
-        {"instruction": "Name it", "input": "", "output": "add", "history": [["Hello", "Hi"]], "system": "You add."},
+        {
+            "instruction": "Name it",
+            "input": "",
+            "output": "add",
+            "history": [["Hello", "Hi"]],
+            "system": "You add.",
+        },
     ]
     first, second = read(tmp_path / "a.jsonl", *records, format="alpaca")
     assert list(first.messages) == [{"role": "user", "content": "Name\nit"}, ANSWER]
@@ -119,40 +156,121 @@ def test_alpaca(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str, str]] = {
-    "sharegpt by default": ({"conversations": []}, "messages", "no key 'messages'; it looks like ShareGPT: --format sharegpt"),
-    "alpaca by default": ({"instruction": "a", "output": "b"}, "messages", "looks like Alpaca: --format alpaca"),
-    "messages as sharegpt": ({"messages": CHAT}, "sharegpt", "no key 'conversations'; it has messages: --format messages"),
+    "sharegpt by default": (
+        {"conversations": []},
+        "messages",
+        "no key 'messages'; it looks like ShareGPT: --format sharegpt",
+    ),
+    "alpaca by default": (
+        {"instruction": "a", "output": "b"},
+        "messages",
+        "looks like Alpaca: --format alpaca",
+    ),
+    "messages as sharegpt": (
+        {"messages": CHAT},
+        "sharegpt",
+        "no key 'conversations'; it has messages: --format messages",
+    ),
     "messages as alpaca": ({"messages": CHAT}, "alpaca", "no text under 'instruction'; it has messages"),
     "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "messages", "looks like preferences"),
     "prompts": ({"prompt": "a", "completion": "b"}, "messages", "no key 'messages'; write it as"),
-    "a key that may be text": ({"messages": CHAT, "context": "read me"}, "messages", "key 'context': not known.*--ignore-key context"),
-    "text beside alpaca": ({"instruction": "a", "output": "b", "text": "c"}, "alpaca", "key 'text': not known"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "messages",
-        "content has a part of type 'image_url'; only text"),
-    "a part with more": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "note": "b"}]}, ANSWER]},
-        "messages", r"a part with \['note'\]"),
-    "content of numbers": ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "messages", "content is int, not text"),
-    "content of an object": ({"messages": [{"role": "user", "content": {"a": 1}}, ANSWER]}, "messages", "content is dict"),
-    "half a weight": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "messages", r"weight=0\.5 of the assistant: 0 \(not"),
-    "weight of a user": ({"messages": [USER | {"weight": 1}, ANSWER]}, "messages", "weight=1 of the user: only"),
-    "two weights": ({"messages": [USER, ANSWER | {"weight": 0, "train": True}]}, "messages", "weight and train .* disagree"),
-    "a call without name": ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages", "has no name of a"),
-    "a call of another type": ({"messages": [USER, {"role": "assistant", "tool_calls": [{"type": "code"}]}]}, "messages", "type 'code'"),
-    "a call with more": ({"messages": [USER, {"role": "assistant", "tool_calls": [called({}) | {"note": 1}]}]}, "messages",
-        r"\['note'\] of 'add' are not known"),
-    "arguments of numbers": ({"messages": [USER, {"role": "assistant", "tool_calls": [called(5)]}]}, "messages", "are int"),
-    "tools of text": ({"messages": CHAT, "tools": "add(a, b)"}, "messages", "tools is text, and not that of a JSON list"),
+    "a key that may be text": (
+        {"messages": CHAT, "context": "read me"},
+        "messages",
+        "key 'context': not known.*--ignore-key context",
+    ),
+    "text beside alpaca": (
+        {"instruction": "a", "output": "b", "text": "c"},
+        "alpaca",
+        "key 'text': not known",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
+        "messages",
+        "content has a part of type 'image_url'; only text",
+    ),
+    "a part with more": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "note": "b"}]}, ANSWER]},
+        "messages",
+        r"a part with \['note'\]",
+    ),
+    "content of numbers": (
+        {"messages": [{"role": "user", "content": 5}, ANSWER]},
+        "messages",
+        "content is int, not text",
+    ),
+    "content of an object": (
+        {"messages": [{"role": "user", "content": {"a": 1}}, ANSWER]},
+        "messages",
+        "content is dict",
+    ),
+    "half a weight": (
+        {"messages": [USER, ANSWER | {"weight": 0.5}]},
+        "messages",
+        r"weight=0\.5 of the assistant: 0 \(not",
+    ),
+    "weight of a user": (
+        {"messages": [USER | {"weight": 1}, ANSWER]},
+        "messages",
+        "weight=1 of the user: only",
+    ),
+    "two weights": (
+        {"messages": [USER, ANSWER | {"weight": 0, "train": True}]},
+        "messages",
+        "weight and train .* disagree",
+    ),
+    "a call without name": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        "messages",
+        "has no name of a",
+    ),
+    "a call of another type": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"type": "code"}]}]},
+        "messages",
+        "type 'code'",
+    ),
+    "a call with more": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [called({}) | {"note": 1}]}]},
+        "messages",
+        r"\['note'\] of 'add' are not known",
+    ),
+    "arguments of numbers": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [called(5)]}]},
+        "messages",
+        "are int",
+    ),
+    "tools of text": (
+        {"messages": CHAT, "tools": "add(a, b)"},
+        "messages",
+        "tools is text, and not that of a JSON list",
+    ),
     "tools of names": ({"messages": CHAT, "tools": ["add"]}, "messages", "tools must be a list of objects"),
-    "reasoning of a list": ({"messages": [USER, ANSWER | {"reasoning_content": ["a"]}]}, "messages", "reasoning_content of the assistant is list"),
+    "reasoning of a list": (
+        {"messages": [USER, ANSWER | {"reasoning_content": ["a"]}]},
+        "messages",
+        "reasoning_content of the assistant is list",
+    ),
     "no role": ({"messages": [{"content": "x"}]}, "messages", "a message needs a role"),
     "messages of text": ({"messages": "hello"}, "messages", "messages is text, and not that of a JSON list"),
     "messages of an object": ({"messages": {"role": "user"}}, "messages", "messages is dict, not a list"),
     "a string for a message": ({"messages": ["hello"]}, "messages", "'hello': a message is an object"),
-    "an unknown speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "sharegpt", "from='narrator': not one of 'human'"),
-    "a speaker with more": ({"conversations": [{"from": "human", "value": "x", "note": "y"}]}, "sharegpt", "'note' of a message from 'human'"),
-    "history of three": ({"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}, "alpaca", "no pair of question"),
+    "an unknown speaker": (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "sharegpt",
+        "from='narrator': not one of 'human'",
+    ),
+    "a speaker with more": (
+        {"conversations": [{"from": "human", "value": "x", "note": "y"}]},
+        "sharegpt",
+        "'note' of a message from 'human'",
+    ),
+    "history of three": (
+        {"instruction": "a", "output": "b", "history": [["a", "b", "c"]]},
+        "alpaca",
+        "no pair of question",
+    ),
     "nothing": ({"messages": []}, "messages", "no messages"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -182,7 +300,9 @@ def test_what_is_not_understood_names_file_line_and_key(case: str, tmp_path: Pat
         ('{"messages": []}\n'.encode("utf-16"), 1, "UTF-16"),
     ],
 )
-def test_files_that_cannot_be_read(content: bytes, line: int, message: str, tokenizer_dir: Path, tmp_path: Path, capsys: Any) -> None:
+def test_files_that_cannot_be_read(
+    content: bytes, line: int, message: str, tokenizer_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
     """Through the command: one line, no traceback, exit status 1, nothing written."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
@@ -236,7 +356,9 @@ def test_forms_of_files_through_the_command(tokenizer_dir: Path, tmp_path: Path)
         (("--input", "nowhere.jsonl"), "--input nowhere.jsonl: no such file"),
     ],
 )
-def test_options_that_do_not_fit(more: tuple[str, ...], message: str, tokenizer_dir: Path, tmp_path: Path, capsys: Any) -> None:
+def test_options_that_do_not_fit(
+    more: tuple[str, ...], message: str, tokenizer_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
     import re
 
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")

@@ -16,12 +16,21 @@ from tests.sft.released import BOS, EOS, FORGETFUL, LAST_REASONING, MARKED, TOOL
 
 TOOL = {
     "type": "function",
-    "function": {"name": "weather", "description": "of a city", "parameters": {"type": "object", "properties": {}}},
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {"type": "object", "properties": {}},
+    },
 }
 
 
 def call(arguments: Any = '{"city": "Paris"}', **more: Any) -> dict[str, Any]:
-    return {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
+    return {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": arguments},
+        **more,
+    }
 
 
 SIMPLE = [
@@ -49,11 +58,15 @@ def rendered(folder: Path, messages: list[dict[str, Any]], **more: Any) -> list[
     """Tokens by transformers itself."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=True, return_dict=False, **more)
+    return AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, tokenize=True, return_dict=False, **more
+    )
 
 
 def learnt_text(folder: Path, sample: tuple[list[int], list[bool]]) -> str:
-    return DocumentEncoder(folder).decode([token for token, is_learnt in zip(*sample, strict=True) if is_learnt])
+    return DocumentEncoder(folder).decode(
+        [token for token, is_learnt in zip(*sample, strict=True) if is_learnt]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +74,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("released")
 
 
-@pytest.mark.parametrize("template", [TOOLS_IN_TOKENS, LAST_REASONING, MARKED], ids=["tokens", "chatml", "marked"])
+@pytest.mark.parametrize(
+    "template", [TOOLS_IN_TOKENS, LAST_REASONING, MARKED], ids=["tokens", "chatml", "marked"]
+)
 def test_tokens_are_those_of_apply_chat_template(template: str, folder: Path) -> None:
     released(folder, template)
     (sample,) = JinjaTemplate(folder).samples(Conversation.of(SIMPLE))
@@ -82,7 +97,10 @@ def test_learnt_is_what_follows_the_prompt_of_a_server(template: str, folder: Pa
         answer = rendered(folder, SIMPLE[: end + 1])
         assert sample[0][: len(answer)] == answer and answer[: len(prompt)] == prompt
         assert sample[1][len(prompt) - 1 : len(answer)] == [False, *[True] * (len(answer) - len(prompt))]
-    assert sum(sample[1]) == sum(len(rendered(folder, SIMPLE[: e + 1])) - len(rendered(folder, SIMPLE[:e], add_generation_prompt=True)) for e in (2, 4))
+    assert sum(sample[1]) == sum(
+        len(rendered(folder, SIMPLE[: e + 1])) - len(rendered(folder, SIMPLE[:e], add_generation_prompt=True))
+        for e in (2, 4)
+    )
 
 
 def test_marks_are_transformers_own(folder: Path) -> None:
@@ -101,7 +119,9 @@ def test_the_end_of_a_turn(folder: Path) -> None:
     released(folder, LAST_REASONING)
     encoder = DocumentEncoder(folder)
     end = encoder._tokenizer.token_to_id(TURN)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [encoder.special_ids["<|eos_token|>"], end]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [encoder.special_ids["<|eos_token|>"], end]})
+    )
     try:
         (sample,) = JinjaTemplate(folder).samples(Conversation.of(SIMPLE))
         assert learnt_text(folder, sample) == f"It is sunny, 21 degrees.{TURN}I think so.{TURN}"
@@ -119,8 +139,8 @@ def test_tools_of_the_released_shape(folder: Path) -> None:
     text = environment.from_string(TOOLS_IN_TOKENS).render(messages=WITH_TOOLS, bos_token=BOS, eos_token=EOS)
     assert DocumentEncoder(folder).decode(sample[0]) == text
     assert learnt_text(folder, sample) == (
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
-        f"{EOS}It is sunny, 21 degrees.{EOS}"
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>'
+        f"<｜tool▁calls▁end｜>{EOS}It is sunny, 21 degrees.{EOS}"
     )
     objects = [dict(m) for m in WITH_TOOLS]
     objects[1] = objects[1] | {"tool_calls": [call({"city": "Paris"})]}
@@ -139,9 +159,16 @@ def test_tools_as_objects_are_transformers_tokens(folder: Path) -> None:
     assert sample[0] == rendered(folder, messages, tools=[TOOL])
     assert learnt_text(folder, sample).count("weather") == 2
     assert "[tool weather]" in DocumentEncoder(folder).decode(sample[0])
-    assert not template.notes["conversations whose calls have JSON text as arguments, which the chat template quotes"]
+    assert not template.notes[
+        "conversations whose calls have JSON text as arguments, which the chat template quotes"
+    ]
     template.samples(Conversation.of(WITH_TOOLS))
-    assert template.notes["conversations whose calls have JSON text as arguments, which the chat template quotes"] == 1
+    assert (
+        template.notes[
+            "conversations whose calls have JSON text as arguments, which the chat template quotes"
+        ]
+        == 1
+    )
 
 
 def test_earlier_reasoning_is_learnt_in_a_sample_of_its_own(folder: Path) -> None:
@@ -152,13 +179,23 @@ def test_earlier_reasoning_is_learnt_in_a_sample_of_its_own(folder: Path) -> Non
     assert first[0] == rendered(folder, REASONED[:2]) and second[0] == rendered(folder, REASONED)
     assert learnt_text(folder, first) == f"<think>I think of a city.</think>It is sunny.{TURN}\n"
     assert learnt_text(folder, second) == f"<think>I think of another city.</think>It is not sunny.{TURN}\n"
-    assert sum(template.notes.values()) >= 1 and any("one sample per answer" in note for note in template.notes)
+    assert sum(template.notes.values()) >= 1 and any(
+        "one sample per answer" in note for note in template.notes
+    )
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_by_every_name(key: str, folder: Path) -> None:
     released(folder, MARKED)
-    messages = [{"reasoning_content" and key: m["reasoning_content"], **{k: v for k, v in m.items() if k != "reasoning_content"}} if "reasoning_content" in m else m for m in REASONED]
+    messages = [
+        {
+            "reasoning_content" and key: m["reasoning_content"],
+            **{k: v for k, v in m.items() if k != "reasoning_content"},
+        }
+        if "reasoning_content" in m
+        else m
+        for m in REASONED
+    ]
     conversation = Conversation(Conversation.of(messages).messages, None, {"thinking": True})
     (sample,) = JinjaTemplate(folder).samples(conversation)
     assert sample[0] == rendered(folder, REASONED, thinking=True)
@@ -206,7 +243,11 @@ def test_what_a_template_leaves_out_is_an_error(case: str, folder: Path) -> None
 
 
 def test_a_text_that_is_escaped_is_not_left_out(folder: Path) -> None:
-    released(folder, "{% for m in messages %}{{ '[' + m.role + ']' + (m.content | tojson) }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    released(
+        folder,
+        "{% for m in messages %}{{ '[' + m.role + ']' + (m.content | tojson) }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )
     messages = without(SIMPLE, 1, content='He said "no",\nand left for a long walk.')
     (sample,) = JinjaTemplate(folder).samples(Conversation.of(messages))
     assert sample[0] == rendered(folder, messages)
@@ -219,7 +260,10 @@ def test_a_text_that_is_escaped_is_not_left_out(folder: Path) -> None:
         (SIMPLE[:2], "the last must be"),
         (SIMPLE[2:], "the first message must not be the assistant's"),
         (without(SIMPLE, 1, content=""), "message 2, of the user, has no text"),
-        (without(SIMPLE, 1, content=f"hello<｜Assistant｜>I agree{EOS}"), "special token '<｜Assistant｜>'.*--allow-special"),
+        (
+            without(SIMPLE, 1, content=f"hello<｜Assistant｜>I agree{EOS}"),
+            "special token '<｜Assistant｜>'.*--allow-special",
+        ),
         (without(without(SIMPLE, 2, weight=0), 4, weight=0), "every answer has weight 0"),
     ],
 )
@@ -237,13 +281,19 @@ def test_special_tokens_that_are_meant(folder: Path) -> None:
 
 
 def test_a_template_that_asks_otherwise_than_it_answers(folder: Path) -> None:
-    released(folder, FORGETFUL.replace("{{ '<｜Assistant｜>' }}{% endif", "{{ '<｜Assistant｜><think>' }}{% endif"))
+    released(
+        folder, FORGETFUL.replace("{{ '<｜Assistant｜>' }}{% endif", "{{ '<｜Assistant｜><think>' }}{% endif")
+    )
     with pytest.raises(BadConversation, match=r"message 2: .*goes on with '<think>'.*\{% generation %\}"):
         JinjaTemplate(folder).samples(Conversation.of(SIMPLE[1:]))
 
 
 def test_a_template_that_refuses(folder: Path) -> None:
-    released(folder, "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}")
+    released(
+        folder,
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{% endfor %}",
+    )
     with pytest.raises(BadConversation, match="the chat template refuses it: no system here"):
         JinjaTemplate(folder).samples(Conversation.of(SIMPLE))
 
@@ -254,14 +304,21 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "list", "file", "ours"])
-def test_the_command_with_a_released_tokenizer(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_with_a_released_tokenizer(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rows of transformers' tokens, wherever the template is; padding, which is the end token here, is not learnt."""
-    tokenizer = released(tmp_path / "tokenizer", TOOLS_IN_TOKENS if place == "tokenizer_config.json" else None)
+    tokenizer = released(
+        tmp_path / "tokenizer", TOOLS_IN_TOKENS if place == "tokenizer_config.json" else None
+    )
     more: list[str] = []
     if place == "chat_template.jinja":
         (tokenizer / "chat_template.jinja").write_text(TOOLS_IN_TOKENS)
     elif place == "list":
-        named = [{"name": "default", "template": TOOLS_IN_TOKENS}, {"name": "tool_use", "template": LAST_REASONING}]
+        named = [
+            {"name": "default", "template": TOOLS_IN_TOKENS},
+            {"name": "tool_use", "template": LAST_REASONING},
+        ]
         config = json.loads((tokenizer / "tokenizer_config.json").read_text())
         (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
     elif place == "file":
@@ -271,20 +328,27 @@ def test_the_command_with_a_released_tokenizer(place: str, tmp_path: Path, capsy
     words = ["--input", str(data), "--tokenizer", str(tokenizer), "--output-dir", str(tmp_path / "out")]
     assert main([*words, "--seq-length", "300", "--valid-fraction", "0", *more]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["chat_template"] == {"ours": "dsv3", "file": str(tmp_path / "own.jinja")}.get(place, "of the tokenizer")
+    assert report["chat_template"] == {"ours": "dsv3", "file": str(tmp_path / "own.jinja")}.get(
+        place, "of the tokenizer"
+    )
     tokens, answers = (np.load(tmp_path / "out" / f"train_{name}.npy") for name in ("tokens", "answers"))
     ends = np.load(tmp_path / "out" / "train_ends.npy")
     encoder = DocumentEncoder(tokenizer)
     first = tokens[0, : ends[0, 0]].tolist()
     if place != "ours":
-        expected = rendered(tokenizer, SIMPLE, **({"chat_template": TOOLS_IN_TOKENS} if place == "file" else {}))
+        expected = rendered(
+            tokenizer, SIMPLE, **({"chat_template": TOOLS_IN_TOKENS} if place == "file" else {})
+        )
         assert first == expected
     assert encoder.decode(first) == (
         f"{BOS}You write Python.<｜User｜>What is the weather in Paris?<｜Assistant｜>It is sunny, 21 degrees.{EOS}"
         f"<｜User｜>And in Oslo? ünïcödé 漢字<｜Assistant｜>I think so.{EOS}"
     )
     last = int(ends[0][ends[0] < 300].max(initial=0))
-    assert set(tokens[0, last:].tolist()) == {encoder.special_ids["<|eos_token|>"]} and not answers[0, last:].any()
+    assert (
+        set(tokens[0, last:].tolist()) == {encoder.special_ids["<|eos_token|>"]}
+        and not answers[0, last:].any()
+    )
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 
 
@@ -294,7 +358,9 @@ def test_arguments_of_the_template_from_the_record_and_the_command(tmp_path: Pat
     words = ["--tokenizer", str(tokenizer), "--seq-length", "300", "--valid-fraction", "0"]
     assert main(["--input", str(data), *words, "--output-dir", str(tmp_path / "record")]) == 0
     data = write(tmp_path / "b.jsonl", [{"messages": REASONED}])
-    assert main(["--input", str(data), *words, "--output-dir", str(tmp_path / "none")]) == 1  # reasoning is left out
+    assert (
+        main(["--input", str(data), *words, "--output-dir", str(tmp_path / "none")]) == 1
+    )  # reasoning is left out
     more = ["--template-arguments", '{"thinking": true}']
     assert main(["--input", str(data), *words, "--output-dir", str(tmp_path / "command"), *more]) == 0
     a, b = (np.load(tmp_path / name / "train_tokens.npy") for name in ("record", "command"))
@@ -306,9 +372,9 @@ def test_ours_needs_its_tokens_and_a_tokenizer_its_end(tmp_path: Path) -> None:
     content = json.loads((tokenizer / "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<｜User｜>"]
     (tokenizer / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="--chat-template dsv3: .*lacks the special tokens <｜User｜>"):
+    with pytest.raises(ValueError, match=r"--chat-template dsv3: .*lacks the special tokens <｜User｜>"):
         renderer(tokenizer)
     config = json.loads((tokenizer / "tokenizer_config.json").read_text())
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<nowhere>"}))
-    with pytest.raises(ValueError, match="names no eos_token that tokenizer.json has"):
+    with pytest.raises(ValueError, match=r"names no eos_token that tokenizer\.json has"):
         DocumentEncoder(tokenizer)
