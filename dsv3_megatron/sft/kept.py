@@ -41,7 +41,7 @@ class Kept:
             for key in sorted(item.keys() - _NOT_ASKED):
                 if key == "tool_calls":
                     self._check_calls(conversation, number)
-                elif item[key] not in (False, 0, "", [], {}):
+                elif item[key] not in (False, 0, "", [], {}) and not _names_a_call(conversation, item, key):
                     self._check_key(conversation, number, key)
         if conversation.tools:
             self._check_changes(conversation, _with(conversation, tools=None), None, "tools", ("tools",))
@@ -119,6 +119,12 @@ class Kept:
                 "--chat-template"
             )
         self._known.add(where)
+
+
+def _names_a_call(conversation: Conversation, item: Message, key: str) -> bool:
+    """Whether a result only says which call it is of, like `tool_call_id`: the name stands in the call."""
+    calls = (call for other in conversation.messages for call in other.get("tool_calls") or [])
+    return item["role"] == "tool" and key == "name" and any(c["function"]["name"] == item[key] for c in calls)
 
 
 def _with(conversation: Conversation, **changes: Any) -> Conversation:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,15 @@ import numpy as np
 from dsv3_megatron.data.documents import InputError, find_files, is_validation
 from dsv3_megatron.data.encode import token_dtype
 from dsv3_megatron.data.records import records
-from dsv3_megatron.data.tokenizer_files import chat_template, copy_files, tokenizer_files
-from dsv3_megatron.data.vocabulary import ASSISTANT, BOS, CHAT_TEMPLATE, USER, DocumentEncoder
-from dsv3_megatron.sft.chat import BadConversation, check, conversation_tokens
-from dsv3_megatron.sft.conversation import Conversation
+from dsv3_megatron.data.tokenizer_files import copy_files, tokenizer_files
+from dsv3_megatron.data.vocabulary import DocumentEncoder
+from dsv3_megatron.sft.conversation import BadConversation, Conversation
 from dsv3_megatron.sft.formats import FORMATS, conversation
 from dsv3_megatron.sft.pack import pack
-from dsv3_megatron.sft.template import JinjaTemplate, Sample
+from dsv3_megatron.sft.rendering import OURS, Rendering, Rows, rendered
 
 REPORT_FILE = "sft.json"
 SPLITS = ("train", "valid")
-OURS = "dsv3"  # --chat-template
 GLOBS = ("*.jsonl", "*.ndjson", "*.json", "*.jsonl.gz", "*.json.gz")  # taken from folders
 
 __all__ = [
@@ -43,11 +41,8 @@ __all__ = [
     "prepare",
     "read_conversations",
     "read_report",
-    "renderer",
     "split",
 ]
-
-Render = Callable[[Conversation], list[Sample]]
 
 
 def read_conversations(
@@ -79,39 +74,6 @@ def read_conversations(
     return found
 
 
-def renderer(
-    tokenizer: Path,
-    template: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    allow_special: bool = False,
-) -> tuple[Render, str, Counter[str]]:
-    """What makes samples of a conversation, what its template is called, and the notes that it takes.
-
-    Args:
-        template: "dsv3" for ours, a file of jinja, or None: the tokenizer's own, or ours where it has none.
-    """
-    own = chat_template(tokenizer)
-    if template not in (None, OURS) or (template is None and own not in (None, CHAT_TEMPLATE)):
-        text = None if template is None else Path(template).read_text(encoding="utf-8")
-        jinja = JinjaTemplate(tokenizer, text, arguments, allow_special)
-        return jinja.samples, template or "of the tokenizer", jinja.notes
-    if arguments or allow_special:
-        raise BadConversation(
-            "--template-arguments and --allow-special-tokens are for a jinja template, and this is ours: name one with "
-            "--chat-template FILE"
-        )
-    encoder = DocumentEncoder(tokenizer)
-    encoder.require((BOS, USER, ASSISTANT), f"--chat-template {OURS}")
-
-    def ours(item: Conversation) -> list[Sample]:
-        check(item.messages)
-        if item.template_arguments:
-            raise BadConversation("key 'chat_template_kwargs': our template has no variables")
-        return [conversation_tokens(item.messages, encoder.encode, encoder.special_ids, item.tools)]
-
-    return ours, OURS, Counter()
-
-
 def split(
     conversations: Sequence[Conversation | Sequence[Mapping[str, Any]]], valid_fraction: float
 ) -> dict[str, list[Conversation]]:
@@ -131,7 +93,8 @@ def prepare(
     output_dir: Path,
     seq_length: int,
     seed: int = 1234,
-    rendering: tuple[Render, str, Counter[str]] | None = None,
+    rendering: Rendering | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Write `{train,valid}_{tokens,answers,ends}.npy`, the tokenizer's files and, last, the report `sft.json`.
 
@@ -140,7 +103,8 @@ def prepare(
 
     Args:
         conversations: by "train" and "valid"; valid may be empty.
-        rendering: of `renderer`; by default that of the tokenizer.
+        rendering: by default with the tokenizer's own chat template, or ours.
+        workers: processes that render and tokenise.
 
     Raises:
         BadConversation: all of a split are too long, or there is none to train on.
@@ -148,13 +112,13 @@ def prepare(
     if seq_length < 2:
         raise BadConversation(f"--seq-length {seq_length}: must be at least 2")
     encoder = DocumentEncoder(tokenizer)
-    render, template, notes = rendering or renderer(tokenizer)
-    samples: dict[str, list[Sample]] = {}
+    rendering, notes = rendering or Rendering(tokenizer), Counter[str]()
+    samples: dict[str, list[Rows]] = {}
     counts: dict[str, int] = {}
     too_long = 0
     for name in SPLITS:
         given = [Conversation.of(item) for item in conversations[name]]
-        found = [sample for item in _with_progress(name, given) for sample in _rendered(render, item)]
+        found = list(rendered(given, rendering, workers, notes, name))
         samples[name] = [sample for sample in found if len(sample[0]) <= seq_length]
         counts[name] = len(given)
         too_long += len(found) - len(samples[name])
@@ -169,7 +133,7 @@ def prepare(
         "seq_length": seq_length,
         "too_long": too_long,
         "vocab_size": encoder.vocab_size,
-        "chat_template": template,
+        "chat_template": rendering.name,
         "notes": dict(notes),
     }
     for name in SPLITS:
@@ -181,7 +145,7 @@ def prepare(
             "given": counts[name],
             "rows": len(rows),
             "tokens": tokens,
-            "answer_tokens": sum(sum(answer) for _, answer in samples[name]),
+            "answer_tokens": sum(int(answer.sum()) for _, answer in samples[name]),
             "filled": round(tokens / max(len(rows) * seq_length, 1), 4),
         }
     if tokenizer.resolve() != output_dir.resolve():
@@ -192,24 +156,10 @@ def prepare(
     return report
 
 
-def _rendered(render: Render, item: Conversation) -> list[Sample]:
-    try:
-        return render(item)
-    except BadConversation as error:
-        raise BadConversation(f"{item.where}: {error}" if item.where else str(error)) from error
-
-
-def _with_progress(name: str, items: Sequence[Conversation], every: int = 10_000) -> Iterator[Conversation]:
-    for number, item in enumerate(items):
-        if number and number % every == 0:
-            print(f"[sft] {name}: {number} of {len(items)} conversations", file=sys.stderr, flush=True)
-        yield item
-
-
 def _write_rows(
     folder: Path,
     split: str,
-    samples: Sequence[Sample],
+    samples: Sequence[Rows],
     rows: Sequence[Sequence[int]],
     seq_length: int,
     encoder: DocumentEncoder,
@@ -290,6 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--valid-fraction", type=float, default=0.05, help="share held out (default: %(default)s)"
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that render and tokenise (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the packing (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
@@ -301,15 +254,24 @@ def main(argv: list[str] | None = None) -> int:
             raise BadConversation(
                 f"--chat-template {args.chat_template}: no such file (ours is called {OURS})"
             )
-        rendering = renderer(
+        if args.workers < 1:
+            raise BadConversation(f"--workers {args.workers}: must be at least 1")
+        rendering = Rendering(
             args.tokenizer, args.chat_template, args.template_arguments, args.allow_special_tokens
         )
+        rendering.build()  # what does not fit together is said before the files are read
         files = find_files(args.input, GLOBS)
         conversations = split(
             read_conversations(files, args.format, set(args.ignore_key)), args.valid_fraction
         )
         report = prepare(
-            conversations, args.tokenizer, args.output_dir, args.seq_length, args.seed, rendering
+            conversations,
+            args.tokenizer,
+            args.output_dir,
+            args.seq_length,
+            args.seed,
+            rendering,
+            args.workers,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

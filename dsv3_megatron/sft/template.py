@@ -122,7 +122,7 @@ class JinjaTemplate:
             raise BadConversation("every answer has weight 0: there is nothing to learn")
         for number, item in enumerate(messages, 1):
             texts = [item.get(key) for key in ("content", *REASONING)]
-            if not any(texts) and not item.get("tool_calls") and item["role"] != "tool":
+            if not any(texts) and not item.get("tool_calls") and item["role"] not in ("tool", "system"):
                 raise BadConversation(f"message {number}, of the {item['role']}, has no text under 'content'")
             for text in texts:
                 match = self._special.search(text) if self._special and text else None

@@ -10,7 +10,8 @@ import pytest
 
 from dsv3_megatron.data.vocabulary import DocumentEncoder
 from dsv3_megatron.sft.conversation import BadConversation, Conversation
-from dsv3_megatron.sft.prepare import main, renderer
+from dsv3_megatron.sft.prepare import main
+from dsv3_megatron.sft.rendering import Rendering
 from dsv3_megatron.sft.template import JinjaTemplate
 from tests.sft.released import BOS, EOS, FORGETFUL, LAST_REASONING, MARKED, TOOLS_IN_TOKENS, TURN, released
 
@@ -373,7 +374,7 @@ def test_ours_needs_its_tokens_and_a_tokenizer_its_end(tmp_path: Path) -> None:
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<｜User｜>"]
     (tokenizer / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"--chat-template dsv3: .*lacks the special tokens <｜User｜>"):
-        renderer(tokenizer)
+        Rendering(tokenizer).build()
     config = json.loads((tokenizer / "tokenizer_config.json").read_text())
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<nowhere>"}))
     with pytest.raises(ValueError, match=r"names no eos_token that tokenizer\.json has"):
