@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,6 +18,14 @@ class RefusedArgument(ValueError):
 
 class ConfigError(RefusedArgument):
     """A configuration that cannot run; the message names the option, its value and what to use."""
+
+
+def told(error: BaseException) -> str:
+    """What an error says; of an assertion without a text, its line."""
+    if str(error):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line if frames else "") or repr(error)
 
 
 def exits_cleanly(main: Callable[..., Any]) -> Callable[..., Any]:

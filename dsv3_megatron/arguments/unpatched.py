@@ -26,7 +26,9 @@ def when_specs_are_imported() -> None:
         return
     check_command_line(words)
     from dsv3_megatron import metrics, optimizer
+    from dsv3_megatron.patching import repairs
 
+    repairs.install()
     optimizer.install()
     metrics.install()
 

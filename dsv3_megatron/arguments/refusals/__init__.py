@@ -11,6 +11,7 @@ from dsv3_megatron.arguments.refusals import (
     backend,
     ema,
     layout,
+    machine,
     model,
     overlap,
     recipe,
@@ -35,6 +36,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *sft.ROWS,
     *resilience.ROWS,
     *backend.ROWS,
+    *machine.ROWS,
 )
 
 
