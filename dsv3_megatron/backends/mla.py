@@ -26,7 +26,7 @@ class DSV3SelfAttention(MLASelfAttention):
         # Transformer Engine has them inside the up projections.
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             module = getattr(self, name, None)
-            if hasattr(module, "eps"):
+            if module is not None and hasattr(module, "eps"):
                 module.eps = LATENT_EPSILON
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:

@@ -101,8 +101,11 @@ def records_of_lines(
             return
         offset, position, number = position, position + len(line), number + 1
         if line.strip():
-            place = where(offset, number)
-            yield Record(_object(parsed(decoded(line, lambda _, place=place: place), place), place), place)
+            yield _record(line, where(offset, number))
+
+
+def _record(line: bytes, place: str) -> Record:
+    return Record(_object(parsed(decoded(line, lambda _: place), place), place), place)
 
 
 def _records_of_values(path: Path) -> Iterator[Record]:

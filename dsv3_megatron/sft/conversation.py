@@ -4,16 +4,19 @@ A message is `{"role", "content"}` and, where it has them, `reasoning_content`, 
 `weight` (0: an answer that is read and not learnt). Other keys stay, for a chat template that knows them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from dsv3_megatron.data.errors import InputError
+from dsv3_megatron.data.records import parsed
 
 __all__ = [
     "REASONING",
     "BadConversation",
     "Conversation",
     "Message",
+    "json_text",
     "message",
     "text_of",
     "tool_list",
@@ -74,7 +77,11 @@ def message(given: Any) -> Message:
         found["content"] = text_of(found["content"], "content")
     call = found.pop("function_call", None)  # likewise
     if call is not None:
-        found["tool_calls"] = [call, *found.get("tool_calls", [])]
+        if "tool_calls" in found:
+            raise BadConversation(
+                f"function_call and tool_calls of the {role}: one of the two says the calls"
+            )
+        found["tool_calls"] = [call]
     if "tool_calls" in found:
         found["tool_calls"] = _tool_calls(found["tool_calls"])
         if not found["tool_calls"]:
@@ -114,6 +121,14 @@ def text_of(value: Any, key: str) -> str:
     return "".join(texts)
 
 
+def json_text(text: str, key: str) -> Any:
+    """The value of a key that people write as JSON text, read as strictly as the file around it."""
+    try:
+        return parsed(text, key)
+    except InputError as error:
+        raise BadConversation(f"{error}: the text of {key} must be JSON") from None
+
+
 def weight_of(item: Mapping[str, Any]) -> int:
     """Whether an assistant's message is learnt: 1 or 0."""
     return int(item.get("weight", 1))
@@ -124,10 +139,7 @@ def tool_list(value: Any, key: str) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
         if not value.strip():
             return None
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadConversation(f"{key} is text, and not that of a JSON list ({error})") from None
+        value = json_text(value, key)
     if not value:
         return None
     if isinstance(value, dict):
@@ -142,12 +154,13 @@ def tool_list(value: Any, key: str) -> list[dict[str, Any]] | None:
 def _tool_calls(value: Any) -> list[dict[str, Any]]:
     """Calls as `{"type": "function", "function": {"name", "arguments"}}`, with their `id` where they have one."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadConversation(f"tool_calls is text, and not that of a JSON list ({error})") from None
+        value = json_text(value, "tool_calls")
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadConversation(f"tool_calls is {type(value).__name__}, not a list")
     calls = []
-    for call in [value] if isinstance(value, Mapping) else value:
+    for call in value:
         if not isinstance(call, Mapping):
             raise BadConversation(f"tool_calls: {call!r} is no object")
         call = {key: item for key, item in call.items() if item is not None}

@@ -5,12 +5,19 @@ sharegpt   {"conversations": [{"from": "human"|"gpt"|…, "value"}, …], "syste
 alpaca     {"instruction", "input", "output", "system", "history": [[question, answer], …]}
 """
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dsv3_megatron.data.records import Record
-from dsv3_megatron.sft.conversation import BadConversation, Conversation, Message, message, text_of, tool_list
+from dsv3_megatron.sft.conversation import (
+    BadConversation,
+    Conversation,
+    Message,
+    json_text,
+    message,
+    text_of,
+    tool_list,
+)
 
 __all__ = ["FORMATS", "INERT", "conversation"]
 
@@ -95,6 +102,8 @@ def _sharegpt(value: dict[str, Any], ignored: Collection[str]) -> tuple[list[Mes
         unknown = sorted(rest.keys() - {"weight", "loss", "train", "name"})
         if unknown:
             raise BadConversation(f"key {', '.join(map(repr, unknown))} of a message from {who!r}: not known")
+        if not isinstance(who, str):
+            raise BadConversation(f"from is {type(who).__name__}, not text")
         if who in _SHAREGPT_CALLS:
             found.append(message({**rest, "role": "assistant", "tool_calls": said}))
         elif who in _SHAREGPT_ROLES:
@@ -134,10 +143,7 @@ def _system(value: Mapping[str, Any]) -> list[Message]:
 
 def _listed(value: Any, key: str) -> list[Any]:
     if isinstance(value, str):  # a column of JSON text
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadConversation(f"{key} is text, and not that of a JSON list") from None
+        value = json_text(value, key)
     if not isinstance(value, list):
         raise BadConversation(f"{key} is {type(value).__name__}, not a list")
     return value

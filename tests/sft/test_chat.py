@@ -1,6 +1,7 @@
 """Conversations in tokens: the released template's shape, answers marked, nothing that a message can imitate."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_tools_and_reasoning_are_those_of_the_template_too(conversation, tools, 
 
 def test_weight_0_is_read_and_not_learnt(tokenizer_dir: Path) -> None:
     encoder = DocumentEncoder(tokenizer_dir)
-    weighed = [dict(item) for item in TWO_TURNS]
+    weighed: list[dict[str, Any]] = [dict(item) for item in TWO_TURNS]
     weighed[2]["weight"] = 0
     ids, is_answer = conversation_tokens(weighed, encoder.encode, encoder.special_ids)
     assert ids == conversation_tokens(TWO_TURNS, encoder.encode, encoder.special_ids)[0]

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_padding_is_told_by_its_place_and_not_by_its_token(tokenizer_dir: Path, 
         json.dumps(config | {"pad_token": "<|eos_token|>"})
     )
     chat = conversations(1)[0]
-    chats = [[*chat[:1], chat[1] | {"weight": 0}, *chat]]
+    chats: list[list[dict[str, Any]]] = [[*chat[:1], chat[1] | {"weight": 0}, *chat]]
     length = prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / "one", 200)["train"][
         "tokens"
     ]

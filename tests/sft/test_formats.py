@@ -2,13 +2,19 @@
 
 import gzip
 import json
+from collections import Counter
+from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsv3_megatron.data.records import Record
 from dsv3_megatron.sft.conversation import BadConversation, Conversation
-from dsv3_megatron.sft.prepare import main, read_conversations
+from dsv3_megatron.sft.formats import conversation
+from dsv3_megatron.sft.prepare import main, read_conversations, split
+from dsv3_megatron.sft.rendering import Rendering
 
 USER, ANSWER = {"role": "user", "content": "Name it"}, {"role": "assistant", "content": "add"}
 CHAT = [USER, ANSWER]
@@ -106,6 +112,7 @@ def test_tools(given: Any, tmp_path: Path) -> None:
     assert found.tools == [SCHEMA]
     (found,) = read(tmp_path / "a.jsonl", {"messages": CHAT, "functions": [SCHEMA["function"]]})
     assert found.tools == [SCHEMA]
+    nothing: Any
     for nothing in ([], "", None):
         (found,) = read(tmp_path / "a.jsonl", {"messages": CHAT, "tools": nothing})
         assert found.tools is None
@@ -242,7 +249,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "tools of text": (
         {"messages": CHAT, "tools": "add(a, b)"},
         "messages",
-        "tools is text, and not that of a JSON list",
+        "tools: not valid JSON: .*the text of tools must be JSON",
     ),
     "tools of names": ({"messages": CHAT, "tools": ["add"]}, "messages", "tools must be a list of objects"),
     "reasoning of a list": (
@@ -251,7 +258,11 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "reasoning_content of the assistant is list",
     ),
     "no role": ({"messages": [{"content": "x"}]}, "messages", "a message needs a role"),
-    "messages of text": ({"messages": "hello"}, "messages", "messages is text, and not that of a JSON list"),
+    "messages of text": (
+        {"messages": "hello"},
+        "messages",
+        "messages: not valid JSON: .*the text of messages must be JSON",
+    ),
     "messages of an object": ({"messages": {"role": "user"}}, "messages", "messages is dict, not a list"),
     "a string for a message": ({"messages": ["hello"]}, "messages", "'hello': a message is an object"),
     "an unknown speaker": (
@@ -269,6 +280,16 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "alpaca",
         "no pair of question",
     ),
+    "half a pair in text in text": (
+        {"messages": CHAT, "tools": '[{"name": "\\ud800"}]'},
+        "messages",
+        "tools: 'name' holds .* half of a surrogate pair",
+    ),
+    "calls twice": (
+        {"messages": [USER, ANSWER | {"tool_calls": [called({})], "function_call": called({})["function"]}]},
+        "messages",
+        "function_call and tool_calls of the assistant",
+    ),
     "nothing": ({"messages": []}, "messages", "no messages"),
 }
 
@@ -284,6 +305,64 @@ def test_what_is_not_understood_names_file_line_and_key(case: str, tmp_path: Pat
     with pytest.raises(BadConversation, match=rf"^{tmp_path}/a\.jsonl:2: .*{message}") as error:
         read(tmp_path / "a.jsonl", good, record, format=format)
     assert "\n" not in str(error.value)
+
+
+ANYTHING: list[Any] = [
+    None, 5, 0, -1, 0.5, True, "", "x", [], {}, [[]], [None], [5], ["a"], {"a": 1}, [["a", "b"]], [{"from": [1]}],
+    '[{"a": 1}]', "null", "5", "{", "[" * 5000, '[{"role": "user", "content": "\\ud800"}]', {"name": 5},
+    [{"function": 5}], [{"type": []}], [{"name": "f", "arguments": 5}], [{"type": "text", "text": 5}],
+]  # fmt: skip
+WHOLE: dict[str, Any] = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "Ann"},
+            {"role": "assistant", "reasoning": "r", "tool_calls": [called({"a": 1}) | {"id": "1"}], "weight": 1},
+            {"role": "tool", "content": "3", "tool_call_id": "1"},
+            {"role": "assistant", "content": "b", "function_call": {"name": "f", "arguments": "{}"}},
+        ],
+        "tools": [SCHEMA],
+        "functions": [SCHEMA["function"]],
+        "chat_template_kwargs": {"thinking": True},
+    },
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "b", "weight": 0},
+        ],
+        "system": "s",
+        "tools": "[]",
+    },
+    "alpaca": {"instruction": "i", "input": "j", "output": "o", "system": "s", "history": [["a", "b"]]},
+}  # fmt: skip
+
+
+def with_each_part_replaced(value: Any) -> Iterator[Any]:
+    """The value with anything else in the place of each of its parts, one at a time."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for new in (*ANYTHING, *with_each_part_replaced(value[key])):
+            changed = copy(value)
+            changed[key] = new
+            yield changed
+
+
+@pytest.mark.parametrize("format", WHOLE)
+def test_anything_in_any_place_is_understood_or_named(format: str, tokenizer_dir: Path) -> None:
+    """No other exception anywhere between a record and its tokens."""
+    template, counts = Rendering(tokenizer_dir).build(), Counter[str]()
+    for record in with_each_part_replaced(WHOLE[format]):
+        try:
+            found = conversation(Record(record, "a.jsonl:1"), format)
+            counts["read"] += 1
+            split([found], 0.5)
+            template.samples(found)
+            counts["tokens"] += 1
+        except BadConversation as error:
+            counts["refused"] += 1
+            assert "\n" not in str(error)
+    assert counts["refused"] > 100 and counts["read"] > 20, counts
 
 
 @pytest.mark.parametrize(

@@ -34,20 +34,20 @@ def call(arguments: Any = '{"city": "Paris"}', **more: Any) -> dict[str, Any]:
     }
 
 
-SIMPLE = [
+SIMPLE: list[dict[str, Any]] = [
     {"role": "system", "content": "You write Python."},
     {"role": "user", "content": "What is the weather in Paris?"},
     {"role": "assistant", "content": "It is sunny, 21 degrees."},
     {"role": "user", "content": "And in Oslo? ünïcödé 漢字"},
     {"role": "assistant", "content": "I think so."},
 ]
-WITH_TOOLS = [
+WITH_TOOLS: list[dict[str, Any]] = [
     {"role": "user", "content": "What is the weather in Paris?"},
     {"role": "assistant", "content": None, "tool_calls": [call()]},
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny, 21 degrees"},
     {"role": "assistant", "content": "It is sunny, 21 degrees."},
 ]
-REASONED = [
+REASONED: list[dict[str, Any]] = [
     {"role": "user", "content": "What is the weather in Paris?"},
     {"role": "assistant", "reasoning_content": "I think of a city.", "content": "It is sunny."},
     {"role": "user", "content": "And in Oslo, is it?"},
