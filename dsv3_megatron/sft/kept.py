@@ -56,9 +56,12 @@ class Kept:
             text = messages[number][key]
             messages[number][key] = _MARK + text if place == "before" else text + _MARK
             if _MARK not in self._render(_with(conversation, messages=messages), _end(messages, number)):
+                left_out = (
+                    f"--ignore-key {key} if that is meant, or another" if key in REASONING else "use another"
+                )
                 raise BadConversation(
                     f"message {number + 1}, of the {messages[number]['role']}: the chat template leaves out a part of "
-                    f"{key!r}"
+                    f"{key!r}: {left_out} --chat-template"
                 )
         if cached:
             self._known.add(where)

@@ -112,7 +112,18 @@ def before_logits(
     return logits
 
 
-@pytest.mark.parametrize("field", CHANGES)
+# Whether a field reaches the models is seen in the default run where a default of Megatron or a reader's own way may
+# stand in its place; the others, and sizes, which tensors would contradict, are long.
+QUICK = {
+    "rope_theta", "rms_norm_eps of Moonlight", "routed_scaling_factor", "n_group 1", "topk_group",
+    "rope_scaling.factor", "rope_scaling.mscale", "rope_scaling without mscales", "rope_scaling.attention_factor",
+    "q_lora_rank null",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "field", [pytest.param(f, marks=[] if f in QUICK else [pytest.mark.slow]) for f in CHANGES]
+)
 def test_field_moves_the_logits_of_both_sides_alike(field: str, before_logits: Any, tmp_path: Path) -> None:
     before, change = CHANGES[field]
     release(tmp_path / "changed", micro(**before | change))
@@ -154,7 +165,7 @@ def test_released_spelling_of_rope_is_the_same_model(field: str, tmp_path: Path)
     config = json.loads(micro(**before | change).to_json_string())
     spelled = released_spelling(dict(config))
     assert Architecture.from_hf(spelled, 0) == Architecture.from_hf(config, 0)
-    if "." in field:
+    if field != "rope_scaling":
         return
     release(tmp_path / "hf", micro(**before | change))
     (tmp_path / "hf" / "config.json").write_text(json.dumps(spelled))

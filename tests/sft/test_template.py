@@ -218,7 +218,7 @@ def without(messages: list[dict[str, Any]], number: int, **changes: Any) -> list
 
 
 LEFT_OUT: dict[str, tuple[str, list[dict[str, Any]], Any, str]] = {
-    "reasoning": (TOOLS_IN_TOKENS, REASONED, None, "message 2, of the assistant: .* a part of 'reasoning_content'"),
+    "reasoning": (TOOLS_IN_TOKENS, REASONED, None, "'reasoning_content': --ignore-key reasoning_content"),
     "reasoning in the text": (
         FORGETFUL, without(SIMPLE[1:3], 1, content="<think>I think of a long walk.</think>Sunny, yes it is."), None,
         "message 2, of the assistant: the chat template leaves out a part of 'content'",
