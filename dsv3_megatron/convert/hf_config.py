@@ -55,19 +55,12 @@ _V2 = Family(
 FAMILIES = {"deepseek_v3": _V3, "kimi_k2": _V3, "deepseek_v2": _V2}
 # Why another value is refused, where that is not plain.
 _REASONS = {
-    (
-        "topk_method",
-        "group_limited_greedy",
-    ): "it scores a group by its best expert, and Megatron's router by the sum of its best ones",
+    ("topk_method", "group_limited_greedy"): "it scores a group by its best expert, Megatron by the sum of its best",
     ("attention_bias", True): "the projections of DeepSeek's attention have no bias",
     ("norm_topk_prob", False): "Megatron's router always normalises sigmoid scores",
-    (
-        "norm_topk_prob",
-        True,
-    ): "with softmax the released code then leaves out routed_scaling_factor, and transformers "
-    "does not normalise",
+    ("norm_topk_prob", True): "the released softmax gate then leaves out routed_scaling_factor, transformers does not",
     ("rope_interleave", False): "Megatron's MLA has the rotary dimensions in pairs, as released",
-}
+}  # fmt: skip
 
 # config.json → field of Architecture, whole numbers of at least 1.
 _SIZES = {

@@ -168,7 +168,10 @@ class DocumentEncoder:
         for token in content.get("added_tokens") or []:
             if token["content"] in ordinary or LOOKS_SPECIAL.fullmatch(token["content"]):
                 token["special"] = True
-        self._tokenizer = Tokenizer.from_str(json.dumps(content))
+        try:
+            self._tokenizer = Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library has no class of its own for it
+            raise TokenizerError(f"{folder / TOKENIZER_FILE}: no tokenizer ({error})") from None
         self._tokenizer.encode_special_tokens = True
         self.special_ids: dict[str, int] = {}
         for token in SPECIAL_TOKENS:

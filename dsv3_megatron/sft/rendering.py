@@ -76,7 +76,8 @@ class Rendering:
             TokenizerError, BadConversation: tokenizer, template and options do not fit together.
         """
         if self._is_jinja:
-            text = None if self.template is None else Path(self.template).read_text(encoding="utf-8")
+            text = None if self.template is None else _read(self.template)
+            DocumentEncoder(self.tokenizer)  # which says what is wrong with a folder
             return JinjaTemplate(self.tokenizer, text, self.arguments, self.allow_special)
         if self.arguments or self.allow_special:
             raise BadConversation(
@@ -84,6 +85,13 @@ class Rendering:
                 "with --chat-template FILE"
             )
         return Ours(self.tokenizer)
+
+
+def _read(template: str) -> str:
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BadConversation(f"--chat-template {template}: not UTF-8: convert it first (iconv)") from None
 
 
 def rendered(

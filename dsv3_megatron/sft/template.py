@@ -46,7 +46,7 @@ class JinjaTemplate:
         notes: what is worth a word and no error, with how often it was seen.
 
     Raises:
-        TokenizerError: the folder has no template, or names a token that it has not.
+        TokenizerError: the folder has no template or a wrong one, or names a token that it has not.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class JinjaTemplate:
         self._tokenizer.add_special_tokens(named)
         self._ends = _ends(folder, known.get(named.get("eos_token", "")))
         self._special = None if allow_special else _special_pattern(folder, named.values())
+        self._check_syntax(folder)
         self._kept = Kept(lambda conversation, end: self._text(conversation, end))
 
     def samples(self, conversation: Conversation) -> list[Sample]:
@@ -107,6 +108,21 @@ class JinjaTemplate:
                 "conversations whose calls have JSON text as arguments, which the chat template quotes"
             ] += 1
         return [sample for sample in samples if any(sample[1])]
+
+    def _check_syntax(self, folder: Path) -> None:
+        """A template that cannot be read is no fault of the first conversation."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        for text in self._texts:
+            try:
+                render_jinja_template([[]], chat_template=text)
+            except jinja2.TemplateSyntaxError as error:
+                raise TokenizerError(
+                    f"the chat template for {folder}, line {error.lineno}: {error.message}"
+                ) from None
+            except Exception:  # without messages it need not render
+                continue
 
     def _check(self, conversation: Conversation) -> None:
         """What no template would notice."""
@@ -182,7 +198,7 @@ class JinjaTemplate:
             except (jinja2.UndefinedError, TypeError):
                 return self._rendered(_for_older_templates(messages), tools, prompt, arguments)[0]
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise BadConversation(f"the chat template refuses it: {error}") from error
+            raise BadConversation(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
     def _marked(self, conversation: Conversation, end: int) -> list[Span]:
         """The spans that the template marks as the assistant's."""

@@ -15,9 +15,8 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args
 
-PADDING = (
-    -1
-)  # as a position: the token is padding (rotary embeddings count by themselves, and nothing else looks)
+# As a position: the token is padding (rotary embeddings count by themselves, and nothing else looks).
+PADDING = -1
 
 KEYS = (
     "tokens",

@@ -299,6 +299,18 @@ def test_a_template_that_refuses(folder: Path) -> None:
         JinjaTemplate(folder).samples(Conversation.of(SIMPLE))
 
 
+def test_wrong_files_are_named_before_the_first_conversation(folder: Path, tmp_path: Path) -> None:
+    released(folder, "{% for m in messages %}\n{{ m.content }}")
+    with pytest.raises(ValueError, match=r"^the chat template for .*, line 2: Unexpected end of template"):
+        Rendering(folder).build()
+    (tmp_path / "latin.jinja").write_bytes("é{{ messages }}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^--chat-template .*latin\.jinja: not UTF-8"):
+        Rendering(folder, str(tmp_path / "latin.jinja")).build()
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "X"}}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer \(data did not match"):
+        Rendering(folder).build()
+
+
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
