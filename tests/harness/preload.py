@@ -16,11 +16,11 @@ torch.set_num_threads(1)
 
 import megatron.core
 import megatron.core.parallel_state
-import megatron.training  # noqa: F401
+import megatron.training
 
 try:
     # Megatron's tokenizers bring `transformers`, seconds in every rank that trains.
-    import megatron.core.tokenizers.text
+    import megatron.core.tokenizers.text  # noqa: F401
     from megatron.training import argument_utils
 
     import dsv3_megatron.resilience
@@ -30,7 +30,8 @@ try:
 
     # Megatron parses its own sources again for the help texts of every parser that it builds.
     factory = argument_utils.ArgumentGroupFactory
-    read, kept = factory._get_field_docstrings, {}
+    read = factory._get_field_docstrings
+    kept: dict[type, dict[str, str]] = {}
 
     def docstrings(self: object, config: type) -> dict[str, str]:
         if config not in kept:
