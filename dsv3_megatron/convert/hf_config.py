@@ -132,7 +132,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ConversionError: its `model_type` is none of the family.
     """
     kind = config.get("model_type", "deepseek_v3")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConversionError(f"config.json: model_type={kind!r} is not one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 

@@ -101,6 +101,10 @@ class HFDirectory:
     def _check_quantization(self) -> None:
         """What `weight_scale_inv` means follows from the values of these."""
         found = self.config.get("quantization_config") or {}
+        if not isinstance(found, dict):
+            raise ConversionError(
+                f"{self.folder / CONFIG}: quantization_config={found!r}: an object is needed"
+            )
         for key, values in _QUANTIZATION.items():
             value = found.get(key, values[0])
             if value not in values:

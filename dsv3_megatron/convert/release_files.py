@@ -64,15 +64,18 @@ def with_token_ids(config: Mapping[str, Any], folder: Path | None, vocab_size: i
     token for transformers, and a line on stderr says so for the end.
 
     Raises:
-        ConversionError: an id is not in the model's vocabulary.
+        ConversionError: an id is none, or not in the model's vocabulary.
     """
     kept = {} if folder is None else _json(folder / GENERATION_CONFIG)
     tokens = _tokenizer_ids(folder)
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        _check_ids(name, config.get(name), "config.json")
+        _check_ids(name, kept.get(name), GENERATION_CONFIG)
     ends = _unique(kept.get("eos_token_id"), config.get("eos_token_id"), tokens.get("eos_token"))
     ids: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     for role in ("bos_token", "pad_token"):
-        found = (tokens.get(role), kept.get(f"{role}_id"), config.get(f"{role}_id"))
-        ids[f"{role}_id"] = next((number for number in found if number is not None), None)
+        found = _unique(tokens.get(role), kept.get(f"{role}_id"), config.get(f"{role}_id"))
+        ids[f"{role}_id"] = found[0] if found else None
     for name, value in ids.items():
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not 0 <= number < vocab_size:
@@ -110,6 +113,12 @@ def _tokenizer_ids(folder: Path | None) -> dict[str, int | None]:
         return {role: token_id(folder, token) for role, token in special_tokens(folder).items()}
     except TokenizerError as error:
         raise ConversionError(str(error)) from error
+
+
+def _check_ids(name: str, value: Any, file: str) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise ConversionError(f"{file}: {name}={value!r}: a token id or a list of them is needed")
 
 
 def _unique(*values: Any) -> list[int]:

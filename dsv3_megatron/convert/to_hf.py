@@ -155,7 +155,8 @@ class _ToHF:
         self.hf_files = hf_files or self._files_of_source()
         kept = self._kept_config(asked=hf_files is not None)
         # V3.1's scales are powers of two, which its readers rely on.
-        scale_fmt = (kept.get("quantization_config") or {}).get("scale_fmt")
+        quantization = kept.get("quantization_config")
+        scale_fmt = quantization.get("scale_fmt") if isinstance(quantization, dict) else None
         self.powers_of_two = scale_fmt == "ue8m0" and self.dtype == torch.float8_e4m3fn
         self.config = self._config(kept)
         shards = _packed(self._tensors(), shard_size)

@@ -12,6 +12,7 @@ __all__ = [
     "TOKENIZER_FILE",
     "TOKENIZER_FILES",
     "TokenizerError",
+    "added_tokens",
     "chat_template",
     "copy_files",
     "read_json",
@@ -118,7 +119,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
             number = content.get(f"{role}_id")
             number = number[0] if isinstance(number, list) and number else number
             if role not in tokens and isinstance(number, int):
-                added = {entry["id"]: entry["content"] for entry in _added_tokens(folder)}
+                added = {entry["id"]: entry["content"] for entry in added_tokens(folder)}
                 if number in added:
                     tokens[role] = added[number]
     return tokens
@@ -126,19 +127,40 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 def token_id(folder: Path, token: str) -> int | None:
     """Id of a token, None where the folder's JSON files do not say it."""
-    content = read_json(folder / TOKENIZER_FILE) or {}
-    for entry in content.get("added_tokens") or []:
+    for entry in added_tokens(folder):
         if entry["content"] == token:
             return entry["id"]
-    vocabulary = (content.get("model") or {}).get("vocab")
+    model = (read_json(folder / TOKENIZER_FILE) or {}).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict) and token in vocabulary:
         return vocabulary[token]
     decoder = (read_json(folder / TOKENIZER_CONFIG) or {}).get("added_tokens_decoder") or {}
-    return next((int(number) for number, entry in decoder.items() if entry.get("content") == token), None)
+    try:
+        return next((int(number) for number, entry in decoder.items() if entry.get("content") == token), None)
+    except (AttributeError, ValueError):
+        raise TokenizerError(
+            f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder is not an object of tokens by id"
+        ) from None
 
 
-def _added_tokens(folder: Path) -> list[dict[str, Any]]:
-    return (read_json(folder / TOKENIZER_FILE) or {}).get("added_tokens") or []
+def added_tokens(folder: Path) -> list[dict[str, Any]]:
+    """The tokens of tokenizer.json beside its model's, each with `id` and `content`.
+
+    Raises:
+        TokenizerError: they are something else.
+    """
+    found = (read_json(folder / TOKENIZER_FILE) or {}).get("added_tokens") or []
+    if not isinstance(found, list) or not all(_is_token(entry) for entry in found):
+        raise TokenizerError(
+            f"{folder / TOKENIZER_FILE}: added_tokens is not a list of tokens with id and content"
+        )
+    return found
+
+
+def _is_token(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str)
+    )
 
 
 def chat_template(folder: Path) -> str | dict[str, str] | None:
@@ -150,7 +172,15 @@ def chat_template(folder: Path) -> str | dict[str, str] | None:
         default = (read_json(folder / "chat_template.json") or {}).get("chat_template")
         default = default or (read_json(folder / TOKENIZER_CONFIG) or {}).get("chat_template")
     if isinstance(default, list):
-        default = {entry["name"]: entry["template"] for entry in default}
+        try:
+            default = {entry["name"]: entry["template"] for entry in default}
+        except (KeyError, TypeError):
+            default = {"": None}  # refused below
+    texts = list(default.values()) if isinstance(default, dict) else [default or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise TokenizerError(
+            f"{folder}: chat_template is neither a text nor a list of objects with name and template"
+        )
     if isinstance(default, dict):
         return {**default, **named}
     if named:

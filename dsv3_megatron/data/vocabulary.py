@@ -19,6 +19,7 @@ from dsv3_megatron.data.tokenizer_files import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     TokenizerError,
+    added_tokens,
     read_json,
     special_tokens,
 )
@@ -165,7 +166,8 @@ class DocumentEncoder:
             *SPECIAL_TOKENS,
             *(name for names in _OTHER_NAMES.values() for name in names),
         }
-        for token in content.get("added_tokens") or []:
+        content["added_tokens"] = added_tokens(folder)
+        for token in content["added_tokens"]:
             if token["content"] in ordinary or LOOKS_SPECIAL.fullmatch(token["content"]):
                 token["special"] = True
         try:

@@ -17,6 +17,7 @@ from typing import Any
 from dsv3_megatron.data.tokenizer_files import (
     TOKENIZER_FILE,
     TokenizerError,
+    added_tokens,
     chat_template,
     read_json,
     special_tokens,
@@ -265,7 +266,7 @@ def _ends(folder: Path, eos: int | None) -> set[int]:
 
 def _special_pattern(folder: Path, named: Any) -> re.Pattern[str] | None:
     """Finds the tokenizer's special tokens in a text."""
-    added = (read_json(folder / TOKENIZER_FILE) or {}).get("added_tokens") or []
+    added = added_tokens(folder)
     special = {t["content"] for t in added if t.get("special") or LOOKS_SPECIAL.fullmatch(t["content"])}
     words = sorted({*special, *named}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words))) if words else None

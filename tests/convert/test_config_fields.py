@@ -1,6 +1,7 @@
 """Every field of config.json reaches both models of `verify`, is refused by name, or is listed as without effect."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +254,45 @@ def test_another_value_is_refused_by_name(key: str) -> None:
         "n_routed_experts", key if key == "num_local_experts" else "n_routed_experts"
     )
     assert "\n" not in str(error.value)
+
+
+ANYTHING: list[Any] = [
+    None,
+    5,
+    0,
+    -1,
+    0.5,
+    math.nan,
+    math.inf,
+    True,
+    "",
+    "x",
+    "1",
+    [],
+    {},
+    [5],
+    {"a": 1},
+    [[1]],
+]
+
+
+@pytest.mark.parametrize("spelling", [dict, released_spelling])
+def test_anything_in_any_place_is_read_or_named(spelling: Callable[[Any], Any]) -> None:
+    """No other exception, and no model that cannot be written again."""
+    config = spelling(json.loads(micro(**yarn()).to_json_string()))
+    refused = 0
+    for key, value in config.items():
+        changed = [{k: v for k, v in config.items() if k != key}, *(config | {key: new} for new in ANYTHING)]
+        if isinstance(value, dict):
+            changed += [config | {key: value | {inner: new}} for inner in value for new in ANYTHING]
+        for given in changed:
+            try:
+                arch = Architecture.from_hf(given, 0)
+                assert Architecture.from_hf(arch.to_hf(), 0) == arch
+            except ConversionError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 300
 
 
 @pytest.mark.parametrize(

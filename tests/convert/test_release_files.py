@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from dsv3_megatron.convert.errors import ConversionError
+from dsv3_megatron.convert.release_files import with_token_ids
 from dsv3_megatron.convert.to_hf import megatron_to_hf
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
+from dsv3_megatron.data.tokenizer_files import TokenizerError, chat_template, token_id
 from tests.convert.releases import micro, named, release, rewrite, tensors_of
 
 END, STOP = 7, 8  # the tokenizer's end of a text, and another that a chat model ends its turn with
@@ -56,6 +58,41 @@ def folder(tmp_path: Path) -> Path:
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("wrong", [True, 1.5, "", "7", {}, {"a": 1}, ["x"], [[7]]])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ids_that_are_none_are_named(file: str, wrong: Any, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [END]}))
+    config: dict[str, Any] = {}
+    if file == "config.json":
+        config = {"eos_token_id": wrong}
+    else:
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ConversionError, match=rf"^{file}: eos_token_id=.*a token id or a list of them"):
+        with_token_ids(config, tmp_path, 96)
+
+
+@pytest.mark.parametrize(
+    "file, key, message",
+    [
+        ("tokenizer.json", "added_tokens", "tokenizer.json: added_tokens is not a list of tokens"),
+        ("tokenizer_config.json", "chat_template", "chat_template is neither a text nor a list"),
+        (
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            "added_tokens_decoder is not an object of tokens by id",
+        ),
+    ],
+)
+def test_tokenizers_that_are_none_are_named(file: str, key: str, message: str, tmp_path: Path) -> None:
+    tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(content | {key: [5]}))
+    with pytest.raises(TokenizerError, match=message):
+        token_id(tmp_path, "nowhere")
+        chat_template(tmp_path)
 
 
 WEIGHTS = {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
