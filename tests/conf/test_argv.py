@@ -30,6 +30,8 @@ def test_every_setting_arrives(model: str) -> None:
         got = getattr(args, options()[name][1].dest)
         if name == "moe_layer_freq":
             assert got == eval(value)
+        elif name in ("q_lora_rank", "mtp_num_layers"):
+            assert (got or 0) == value, name  # Megatron's word for "none of that" is None
         elif isinstance(got, list):
             assert got == (list(value) if OmegaConf.is_list(value) else [value])
         else:

@@ -84,6 +84,27 @@ ROWS = (
         "--moe-router-topk 5",
     ),
     Refusal(
+        "softmax_groups",
+        ROUTING,
+        "--moe-router-num-groups",
+        "{moe_router_num_groups}",
+        lambda a, s: a.moe_router_score_function == "softmax" and (a.moe_router_num_groups or 1) > 1,
+        "DeepSeek-V2 scores a group by its best expert, which Megatron's router does not, and --moe-router-pre-softmax "
+        "asks for V2's gate",
+        "1 (as V2-Lite), or no --moe-router-pre-softmax for V3's gate",
+        "--moe-router-pre-softmax",
+    ),
+    Refusal(
+        "softmax_bias",
+        ROUTING,
+        "--moe-router-enable-expert-bias",
+        "",
+        lambda a, s: a.moe_router_score_function == "softmax" and a.moe_router_enable_expert_bias,
+        "the gate of --moe-router-pre-softmax, DeepSeek-V2's, has no bias",
+        "neither, or no --moe-router-pre-softmax for V3's gate",
+        "--moe-router-pre-softmax --moe-router-num-groups 1 --moe-router-group-topk 1 --moe-router-enable-expert-bias",
+    ),
+    Refusal(
         "yarn_options",
         ROPE,
         "--yarn-original-max-position-embeddings / --yarn-beta-fast / --yarn-beta-slow",
