@@ -26,6 +26,10 @@ def complete_command_line(parser: ArgumentParser) -> None:
         args = parser.parse_known_args()[0]
         _refuse_what_only_our_trainer_does(args)
         _use_schedule(args)
+        if args.load is not None or args.pretrained_checkpoint is not None:
+            from dsv3_megatron.checkpoint.install import install as begin_with_checkpoint
+
+            begin_with_checkpoint()
         if args.train_tokens is not None:
             from dsv3_megatron.recipe.install import install
 

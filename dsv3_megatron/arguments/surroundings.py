@@ -4,8 +4,10 @@ import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 SUPPORTED_MEGATRON = ("0.19.0", "0.20.0")
+OPTIONAL = ("wandb", "nvidia_resiliency_ext")  # packages that single options of Megatron need
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Surroundings:
         te_lacks: what the installed Transformer Engine lacks for `--fp8-recipe dsv3`.
         has_deepep: DeepEP is installed.
         megatron_version: of megatron-core.
+        files_here: the files and folders that options name are to be found on this machine.
+        missing: which of `OPTIONAL` are not installed.
+        checkpoint: a `checkpoint.start.Start` in place of the one that --load or --pretrained-checkpoint names.
     """
 
     world_size: int = 1
@@ -29,6 +34,9 @@ class Surroundings:
     te_lacks: str = ""
     has_deepep: bool = True
     megatron_version: str = SUPPORTED_MEGATRON[0]
+    files_here: bool = True
+    missing: frozenset[str] = frozenset()
+    checkpoint: Any = None
 
 
 def detect() -> Surroundings:
@@ -46,6 +54,7 @@ def detect() -> Surroundings:
         te_lacks=te_recipe.lacking() if has_te and not cpu.is_active() else "",
         has_deepep=_installed("deep_ep"),
         megatron_version=importlib.metadata.version("megatron-core"),
+        missing=frozenset(name for name in OPTIONAL if not _installed(name)),
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_given
-from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions
+from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions, words_from_checkpoint
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import check
 from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, same
@@ -40,8 +40,10 @@ def check_command_line(words: list[str]) -> None:
     """
     parser = megatron_parser()
     given = parse_given(parser, words, known_only=True)
+    from_checkpoint = words_from_checkpoint(given, parser)
+    given = parse_given(parser, [*words, *from_checkpoint], known_only=True)
     refuse_contradictions(given, parser)
-    missing = missing_words(given, parser)
+    missing = from_checkpoint + missing_words(given, parser)
     if missing:
         raise RefusedArgument(
             "--spec dsv3_megatron.specs dsv3 with an unpatched Megatron-LM: Megatron's defaults are not "

@@ -208,6 +208,10 @@ class Architecture:
         values["q_lora_rank"] = self.q_lora_rank
         values["layernorm_epsilon"] = values.pop("norm_epsilon")
         values["mtp_num_layers"] = self.mtp_num_layers or None
+        # Also what is as usual: a run that loads the weights is compared with it.
+        values.setdefault("rope_type", "rope")
+        if self.yarn is not None:
+            values |= {name: value for name, value in vars(self.yarn).items() if name != "factor"}
         return Namespace(**values)
 
     @classmethod
