@@ -63,7 +63,9 @@ def noop_layers(values: list[str], options: Options) -> Result:
     layers = _num_layers(options)
     words = ["--num-layers", str(layers)]
     stages, chunks = integer(options, "--pipeline-model-parallel-size", 1), _chunks(options)
-    if stages > 1 and "--schedules-method" not in options:
+    if "--schedules-method" in options:
+        chunks = 2  # a rank holds a stage of the way there and one of the way back
+    if stages > 1:
         counts = stages_without(integer(options, "--num-layers"), stages * chunks, _noop(options))
         words += [
             "--pipeline-model-parallel-layout",
@@ -111,13 +113,23 @@ def overlap(values: list[str], options: Options) -> Result:
     return [], "there is no expert parallelism, so nothing to overlap"
 
 
+def patch_tokenizer(values: list[str], options: Options) -> Result:
+    words = ["--tokenizer-type", "HuggingFaceTokenizer"]
+    folder = options.get("--load") or options.get("--pretrained-checkpoint")
+    if "--tokenizer-model" in options or not folder:
+        return words, "the released tokenizer"
+    return [*words, "--tokenizer-model", " ".join(folder)], "the released tokenizer, which it finds in --load"
+
+
 def extra_vocabulary(values: list[str], options: Options) -> Result:
     if "--padded-vocab-size" in options or "--vocab-size" in options:
         return [], "the embedding's rows are given"
-    return [
-        "--padded-vocab-size",
-        "129280",
-    ], "the released tokenizer with these rows more is the release's table"
+    if (integer(options, "--num-experts"), integer(options, "--hidden-size")) == (256, 7168):
+        return ["--padded-vocab-size", "129280"], "the release's table: its tokenizer and these rows"
+    return (
+        [],
+        "--padded-vocab-size is the number of rows of a release's table (vocab_size of its config.json)",
+    )
 
 
 def train_mode(values: list[str], options: Options) -> Result:
@@ -176,6 +188,7 @@ RULES = {
     function.__name__: function
     for function in (
         dense_layers, shared_experts, rope_type, noop_layers, layer_list, schedule, overlap, extra_vocabulary,
-        train_mode, attention_sink, recompute_activation, recompute_mla, recompute_norm, lora, another_model,
+        train_mode, patch_tokenizer, attention_sink, recompute_activation, recompute_mla, recompute_norm,
+        lora, another_model,
     )
 }  # fmt: skip

@@ -6,16 +6,21 @@ variable from outside, the output of a command) stays in the words as `${NAME}`;
 as false and is noted.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv3_megatron.adopt.arithmetic import evaluate
-from dsv3_megatron.adopt.syntax import Token, end_of_expansion, statements, tokens
+from dsv3_megatron.adopt.expand import Expander
+from dsv3_megatron.adopt.strings import as_list, compare, matches
+from dsv3_megatron.adopt.syntax import statements
+from dsv3_megatron.adopt.tokens import Token, tokens
 
 __all__ = ["Command", "Script", "read"]
 
+ROUNDS = 200  # of a loop
 DEPTH = 12  # of functions, sourced files and evals in each other
 
 
@@ -65,25 +70,24 @@ def read(path: Path, arguments: Sequence[str] = (), given: Mapping[str, str] | N
 _ASSIGNED = re.compile(r"(?:^|[\s;(])([A-Za-z_]\w*)\+?=")
 
 
-class _Reader:
+class _Break(Exception):
+    """A loop is left."""
+
+
+class _Reader(Expander):
     """Reads one file, or a text in it.
 
     Attributes:
-        assigned: names that the file sets somewhere; where it has not, they are empty.
-        aliases: what `declare -n` calls another name.
+        script: what has been found.
+        folder: where files are that it names.
+        functions: their texts.
+        depth: of files, functions and evals in each other.
     """
 
     def __init__(self, script: Script, file: Path, arguments: list[str], depth: int = 0) -> None:
-        self.script, self.file, self.folder, self.arguments, self.depth = (
-            script,
-            file,
-            file.parent,
-            arguments,
-            depth,
-        )
+        super().__init__(script.variables, file, arguments)
+        self.script, self.folder, self.depth = script, file.parent, depth
         self.functions: dict[str, str] = {}
-        self.assigned: set[str] = set()
-        self.aliases: dict[str, str] = {}
 
     def run(self, text: str, first_line: int) -> None:
         self.assigned |= set(_ASSIGNED.findall(text))
@@ -119,20 +123,29 @@ class _Reader:
         self._block(otherwise)
 
     def _for(self, name: str, words: list[Token], body: list) -> None:
-        for value in self._words(words):
-            self.script.variables[name] = value
-            self._block(body)
+        with contextlib.suppress(_Break):
+            for value in self.words(words):
+                self.variables[name] = value
+                self._block(body)
 
     def _while(self, condition: list, body: list) -> None:
-        """Loops that wait or read input are not gone through."""
+        """Loops that wait or read input, whose condition is not known, are not gone through."""
+        with contextlib.suppress(_Break):
+            for _ in range(ROUNDS):
+                if not self._decide(condition):
+                    return
+                self._block(body)
+
+    def _run_break(self, words: list[str], line: int) -> None:
+        raise _Break
 
     def _case(self, subject: list[Token], branches: list) -> None:
-        value = " ".join(self._words(subject))
+        value = " ".join(self.words(subject))
         if "${" in value:
             self._undecided(f"case {value}", subject)
             return
         for patterns, body in branches:
-            if any(_matches(value, self._text(pattern)) for pattern in patterns):
+            if any(matches(value, self.text(pattern)) for pattern in patterns):
                 self._block(body)
                 return
 
@@ -149,12 +162,15 @@ class _Reader:
             for name, sign, value in assigned:
                 self._assign(name, sign, value)
             return
+        if words[0].text == "((":
+            self._count(" ".join(word.text for word in words[1:-1]))
+            return
         line = words[0].line
-        expanded = self._words(words)
+        expanded = self.words(words)
         if not expanded:
             return
         name = expanded[0].rpartition("/")[2]
-        before = dict(self.script.variables)
+        before = dict(self.variables)
         for variable, sign, value in assigned:
             self._assign(variable, sign, value)
         handler: Callable | None = getattr(self, f"_run_{name}", None) if name.isidentifier() else None
@@ -172,9 +188,22 @@ class _Reader:
             self.script.commands.append(Command(tuple(expanded), line))
             self._nested(expanded, line)
             for document in documents:
-                self._inside(document, line)
-        if assigned and name not in self.functions:
-            self.script.variables = before  # they were this command's only
+                # What is only written somewhere counts where it is a script.
+                if name not in ("cat", "tee") or document.startswith("#!"):
+                    self._inside(document, line)
+        if assigned and name not in self.functions:  # they were this command's only
+            self.variables.clear()
+            self.variables.update(before)
+
+    def _count(self, text: str) -> None:
+        """`((X = Y + 1))`, `((X += 2))`, `((X++))` as a command."""
+        match = re.fullmatch(r"\s*(\w+)\s*(\+\+|--|[-+*/%]?=(?!=)\s*(.+))\s*", text, re.DOTALL)
+        if match is None:
+            return
+        name, how, right = match[1], match[2], match[3] or "1"
+        sign = how[0] if how[0] != "=" else ""
+        value = evaluate(self.expand_text(f"{name} {sign} ({right})" if sign else right), self.number)
+        self.variables[name] = "${" + name + "}" if value is None else str(value)
 
     def _nested(self, words: list[str], line: int) -> None:
         """`bash -c "…"` and scripts that are started by name."""
@@ -203,7 +232,7 @@ class _Reader:
 
     def _run_unset(self, words: list[str], line: int) -> None:
         for name in words[1:]:
-            self.script.variables.pop(name, None)
+            self.variables.pop(name, None)
 
     def _run_exit(self, words: list[str], line: int) -> None:
         """Scripts leave where an argument is wrong; what was not decided may have led there."""
@@ -224,29 +253,29 @@ class _Reader:
             found = word.assignment()
             if found and any(other.text == "-n" for other in words):
                 value = found[2]
-                self.aliases[found[0]] = self._text(value) if isinstance(value, Token) else ""
+                self.aliases[found[0]] = self.text(value) if isinstance(value, Token) else ""
             elif found:
                 self._assign(*found)
 
     def _assign(self, name: str, sign: str, value: "list[Token] | str | Token") -> None:
-        variables = self.script.variables
+        variables = self.variables
         base, _, index = name.partition("[")
         base = self.aliases.get(base, base)
         if isinstance(value, list):
             keyed = [found for word in value if (found := _KEYED.match(word.text))]
             if value and len(keyed) == len(value):
                 for word, found in zip(value, keyed, strict=True):
-                    variables[f"{base}[{found[1]}]"] = self._text(word)[len(found[0]) :]
+                    variables[f"{base}[{found[1]}]"] = self.text(word)[len(found[0]) :]
                 return
-            words: str | list[str] = self._words(value)
+            words: str | list[str] = self.words(value)
             if sign == "+=":
-                words = [*_as_list(variables.get(base, [])), *words]
+                words = [*as_list(variables.get(base, [])), *words]
         else:
             assert isinstance(value, Token)
-            words = self._text(value)
+            words = self.text(value)
             if index:
-                key = self._expand_text(index.rstrip("]"))
-                items = _as_list(variables.get(base, []))
+                key = self.expand_text(index.rstrip("]"))
+                items = as_list(variables.get(base, []))
                 if key.isdigit():
                     items += [""] * (int(key) + 1 - len(items))
                     items[int(key)] = words
@@ -261,7 +290,14 @@ class _Reader:
     # --- conditions
 
     def _condition(self, condition: list) -> bool | None:
-        """True, False, or None where it depends on something that is not known."""
+        """True, False, or None where it depends on something that is not known, which is noted."""
+        value = self._decide(condition)
+        if value is None:
+            flat = [word for part in condition if part not in ("&&", "||") for word in part[1]]
+            self._undecided(" ".join(word.text for word in flat), flat)
+        return value
+
+    def _decide(self, condition: list) -> bool | None:
         value: bool | None = True
         sign = "&&"
         for part in condition:
@@ -276,9 +312,6 @@ class _Reader:
                 value = False if value is False or this is False else None if None in (value, this) else True
             else:
                 value = True if value or this else None if None in (value, this) else False
-        if value is None:
-            flat = [word for part in condition if part not in ("&&", "||") for word in part[1]]
-            self._undecided(" ".join(word.text for word in flat), flat)
         return value
 
     def _undecided(self, text: str, words: list[Token]) -> None:
@@ -295,12 +328,12 @@ class _Reader:
             return self._arithmetic(" ".join(word.text for word in words[1:-1]))
         if first in ("[", "[[", "test"):
             inner = words[1:] if first == "test" else words[1:-1]
-            return self._bracket([self._text(word) for word in inner], [w.quoted for w in inner])
-        text = self._words(words)
+            return self._bracket([self.text(word) for word in inner], [w.quoted for w in inner])
+        text = self.words(words)
         return {"true": True, ":": True, "false": False}.get(text[0] if text else "")
 
     def _arithmetic(self, text: str) -> bool | None:
-        value = evaluate(self._expand_text(text), self._number)
+        value = evaluate(self.expand_text(text), self.number)
         return None if value is None else value != 0
 
     def _bracket(self, words: list[str], quoted: list[bool]) -> bool | None:
@@ -326,263 +359,12 @@ class _Reader:
             return empty if words[0] == "-z" else not empty
         if len(words) == 2 and words[0] == "-v":
             base, bracket, index = words[1].partition("[")
-            return self.aliases.get(base, base) + bracket + index in self.script.variables
+            return self.aliases.get(base, base) + bracket + index in self.variables
         if len(words) == 2:  # a question about files: those of another machine are not known
             return True if Path(words[1]).exists() else None
         if len(words) == 3 and not any("${" in word or "$(" in word for word in (words[0], words[2])):
-            return _compare(words[0], words[1], words[2])
+            return compare(words[0], words[1], words[2])
         return None
-
-    # --- words
-
-    def _words(self, words: Sequence[Token]) -> list[str]:
-        found: list[str] = []
-        for word in words:
-            found += self._fields(word)
-        return found
-
-    def _fields(self, word: Token) -> list[str]:
-        """One word expanded: split at white space where it is not quoted."""
-        fields: list[str] = []
-        pending: str | None = None
-        for text, mode in word.pieces:
-            if mode == "literal":
-                pending = (pending or "") + text
-                continue
-            array = re.fullmatch(r"\$\{(\w+)\[[@*]\]\}|\$[@*]", text)
-            if array and mode in ("quoted", "bare"):
-                items = (
-                    self.arguments if array[1] is None else _as_list(self.script.variables.get(array[1], []))
-                )
-                if mode == "bare":
-                    items = [part for item in items for part in item.split()]
-                for i, item in enumerate(items):
-                    if i and pending is not None:
-                        fields.append(pending)
-                        pending = None
-                    pending = (pending or "") + item
-                continue
-            value = self._expand_text(text)
-            if mode == "quoted":
-                pending = (pending or "") + value
-                continue
-            parts = value.split()
-            if not parts:
-                continue
-            if value[:1].isspace() and pending is not None:
-                fields.append(pending)
-                pending = None
-            pending = (pending or "") + parts[0]
-            for part in parts[1:]:
-                fields.append(pending)
-                pending = part
-            if value[-1:].isspace():
-                fields.append(pending)
-                pending = None
-        if pending is not None:
-            fields.append(pending)
-        return fields
-
-    def _text(self, word: Token) -> str:
-        """One word expanded without being split."""
-        return "".join(text if mode == "literal" else self._expand_text(text) for text, mode in word.pieces)
-
-    def _expand_text(self, text: str) -> str:
-        return "".join(self._expansions(text))
-
-    def _expansions(self, text: str) -> Iterator[str]:
-        """Replace what begins with `$` or a backquote in a text."""
-        position = 0
-        while position < len(text):
-            at = min((i for i in (text.find("$", position), text.find("`", position)) if i >= 0), default=-1)
-            if at < 0:
-                yield text[position:]
-                return
-            yield text[position:at]
-            end = end_of_expansion(text, at)
-            yield self._expansion(text[at:end])
-            position = end
-
-    def _expansion(self, text: str) -> str:
-        if text.startswith("$((") and text.endswith("))"):
-            value = evaluate(self._expand_text(text[3:-2]), self._number)
-            return text if value is None else str(value)
-        if text.startswith(("$(", "`")):
-            return self._output(text)
-        if text.startswith("${"):
-            return self._parameter(text[2:-1])
-        return self._value(text[1:], text) if len(text) > 1 else text
-
-    def _output(self, text: str) -> str:
-        """The output of a command, where it is plain: echo of known words."""
-        inner = text[2:-1] if text.startswith("$(") else text[1:-1]
-        if "dirname" in inner or "readlink" in inner or "realpath" in inner:
-            place = self._place(inner)
-            if place is not None:
-                return place
-        if inner.lstrip().startswith("yq") and "MODEL_ARGS" in inner:
-            words = self._model_arguments(inner)
-            if words is not None:
-                return words
-        match = re.fullmatch(r"\s*echo\s+(-n\s+)?(.*)", inner, re.DOTALL)
-        if match and "|" not in inner and ";" not in inner:
-            value = self._expand_text(match[2].strip().strip("\"'"))
-            if "${" not in value:
-                return value
-        return "${" + re.sub(r"\W+", "_", inner.strip())[:24].strip("_") + "}"
-
-    def _place(self, inner: str) -> str | None:
-        """The usual ways to find the script's own folder, and `dirname` of a known path."""
-        levels = len(re.findall(r"\bdirname\b", inner))
-        if re.search(r"\$0|\$\{?BASH_SOURCE", inner):
-            path = self.file
-        else:
-            words = self._expand_text(
-                re.sub(r"\$\(|\)|\b(dirname|readlink|realpath)\b|-f|[\"']", " ", inner)
-            ).split()
-            if len(words) != 1 or "$" in words[0]:
-                return None
-            path = Path(words[0])
-        for _ in range(levels):
-            path = path.parent
-        return str(path)
-
-    def _model_arguments(self, inner: str) -> str | None:
-        """`yq … MODEL_ARGS … FILE`, as Megatron-MoE-ModelZoo turns its YAML files into options."""
-        from dsv3_megatron.adopt import zoo
-
-        path = Path(self._expand_text(inner.split()[-1]))
-        if not path.is_file():
-            return None
-        single = re.search(r'MODEL_ARGS\."(--[\w-]+)"', inner)
-        table = {k: self._expand_text(v) for k, v in zoo.model_arguments(path).items()}
-        return table.get(single[1], "null") if single else " ".join(zoo.words(table))
-
-    def _parameter(self, text: str) -> str:
-        if text.startswith("#"):
-            items = (
-                self.arguments
-                if text[1:] in ("@", "*")
-                else self.script.variables.get(text[1:].partition("[")[0])
-            )
-            return "0" if items is None else str(len(items))
-        match = re.fullmatch(
-            r"(\w+|[@*#?])(\[[^\]]*\])?(:?[-=+?]|##?|%%?|//?|:|,,|\^\^)?(.*)", text, re.DOTALL
-        )
-        if match is None:
-            return "${" + text + "}"
-        name, index, sign, rest = match[1], match[2] or "", match[3] or "", match[4]
-        unknown = "${" + name + index + "}"
-        value = self._value(name + index, unknown)
-        known = value != unknown and (value != "" or self.aliases.get(name, name) in self.script.variables)
-        if not sign:
-            return value
-        if sign in (":-", "-", ":=", "="):
-            use_default = not known or (sign.startswith(":") and value == "")
-            result = self._expand_text(_unquoted(rest)) if use_default else value
-            if sign.endswith("=") and use_default:
-                self.script.variables[name] = result
-            return result
-        if sign in (":+", "+"):
-            return self._expand_text(_unquoted(rest)) if known and (value or sign == "+") else ""
-        if not known or sign in (":?", "?"):
-            return value
-        return _edited(value, sign, self._expand_text(_unquoted(rest)))
-
-    def _value(self, name: str, unknown: str) -> str:
-        base, _, index = name.partition("[")
-        base = self.aliases.get(base, base)
-        if base in ("@", "*"):
-            return " ".join(self.arguments)
-        if base == "#":
-            return str(len(self.arguments))
-        if base.isdigit():
-            number = int(base)
-            if 1 <= number <= len(self.arguments):
-                return self.arguments[number - 1]
-            return unknown if unknown.startswith("${") else "${" + base + "}"
-        variables = self.script.variables
-        if index:
-            key = self._expand_text(index.rstrip("]"))
-            if f"{base}[{key}]" in variables:
-                return str(variables[f"{base}[{key}]"])
-            items = variables.get(base)
-            if items is None:
-                return "" if base in self.assigned else unknown
-            if key in ("@", "*"):
-                return " ".join(_as_list(items))
-            position = evaluate(key, self._number)
-            listed = _as_list(items)
-            return listed[position] if position is not None and -len(listed) <= position < len(listed) else ""
-        value = variables.get(base)
-        if value is None:
-            if base in self.assigned:
-                return ""
-            return unknown if unknown.startswith("${") else "${" + base + "}"
-        return (value[0] if value else "") if isinstance(value, list) else value
-
-    def _number(self, name: str) -> int | None:
-        value = self._value(name, "")
-        return int(value) if re.fullmatch(r"-?\d+", value) else None
 
 
 _KEYED = re.compile(r"\[([^\]]*)\]=")
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return list(value) if isinstance(value, list) else [value] if value else []
-
-
-def _unquoted(text: str) -> str:
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'":
-        return text[1:-1]
-    return text
-
-
-def _compare(a: str, sign: str, b: str) -> bool | None:
-    if sign in ("=", "=="):
-        return _matches(a, b)
-    if sign == "!=":
-        return not _matches(a, b)
-    if sign == "=~":
-        try:
-            return re.search(b, a) is not None
-        except re.error:
-            return None
-    numbers = {"-eq": "==", "-ne": "!=", "-lt": "<", "-le": "<=", "-gt": ">", "-ge": ">="}
-    if sign in numbers and re.fullmatch(r"-?\d+", a) and re.fullmatch(r"-?\d+", b):
-        x, y = int(a), int(b)
-        return {"==": x == y, "!=": x != y, "<": x < y, "<=": x <= y, ">": x > y, ">=": x >= y}[numbers[sign]]
-    if sign in ("<", ">"):
-        return a < b if sign == "<" else a > b
-    return None
-
-
-def _matches(value: str, pattern: str) -> bool:
-    import fnmatch
-
-    return value == pattern or fnmatch.fnmatchcase(value, pattern)
-
-
-def _edited(value: str, sign: str, pattern: str) -> str:
-    """`${X%pattern}`, `${X#pattern}`, `${X/a/b}`, `${X:offset:length}`, `${X,,}`, `${X^^}`."""
-    if sign in (",,", "^^"):
-        return value.lower() if sign == ",," else value.upper()
-    if sign == ":":
-        offset, _, length = pattern.partition(":")
-        try:
-            begin = int(offset)
-            return value[begin : begin + int(length)] if length else value[begin:]
-        except ValueError:
-            return value
-    if sign in ("/", "//"):
-        old, _, new = pattern.partition("/")
-        return value.replace(old, new) if sign == "//" else value.replace(old, new, 1)
-    import fnmatch
-
-    cuts = range(len(value) + 1)
-    if sign in ("#", "##"):
-        order = cuts if sign == "#" else reversed(cuts)
-        return next((value[i:] for i in order if fnmatch.fnmatchcase(value[:i], pattern)), value)
-    order = reversed(cuts) if sign == "%" else cuts
-    return next((value[:i] for i in order if fnmatch.fnmatchcase(value[i:], pattern)), value)

@@ -1,7 +1,7 @@
 """From the options of a launch script to Megatron's, one by one: kept, renamed, left out, impossible, unknown."""
 
 import re
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +20,35 @@ _VALUES = {
         "--optimizer adam",
         "AdamW; --optimizer-cpu-offload keeps it in host memory",
     ),
+    ("--fp16", ""): ("--bf16", "the FP8 and BF16 of DeepSeek-V3; half precision is refused"),
+    ("--transformer-impl", "local"): (
+        "",
+        "local is the plain reference backend here; on GPUs it is Transformer Engine's",
+    ),
+    ("--moe-token-dispatcher-type", "alltoall_seq"): (
+        "--moe-token-dispatcher-type alltoall",
+        "MindSpeed: the same exchange",
+    ),
+    ("--moe-token-dispatcher-type", "deepep"): (
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep",
+        "its name in Megatron",
+    ),
+    ("--moe-router-load-balancing-type", "pai_megatron_aux_loss"): (
+        "--moe-router-load-balancing-type aux_loss",
+        "MindSpeed: its name in Megatron",
+    ),
+    ("--moe-router-load-balancing-type", "group_limited_greedy"): (
+        "--moe-router-load-balancing-type aux_loss",
+        "MindSpeed: --moe-router-num-groups limits the groups",
+    ),
+    ("--moe-router-load-balancing-type", "softmax_topk"): (
+        "--moe-router-load-balancing-type none",
+        "MindSpeed: its name in Megatron",
+    ),
+    ("--moe-router-load-balancing-type", "noaux_tc"): (
+        "--moe-router-load-balancing-type none",
+        "MindSpeed: the bias alone balances",
+    ),
     ("--eval-iters", "-1"): ("--eval-iters 0", "no evaluation"),
     ("--fp8-recipe", "mxfp8"): (
         "--fp8-recipe dsv3",
@@ -32,6 +61,10 @@ _VALUES = {
         "DeepSeek-V3's quantisation: E4M3 throughout, tiles (R§3.3.2)",
     ),
 }
+
+
+# One of these is among a trainer's options; tools for checkpoints and data have none.
+OF_TRAINERS = ("--micro-batch-size", "--global-batch-size", "--train-iters", "--train-samples", "--lr")
 
 
 @dataclass(frozen=True)
@@ -58,7 +91,7 @@ class Step:
 
     Attributes:
         option: as it stands in the script, with its value.
-        kind: "kept", "becomes", "left out", "impossible", "unknown", "added".
+        kind: "kept", "becomes", "left out", "impossible", "unknown", "unknown value", "added".
         words: Megatron's.
         why: for people.
     """
@@ -75,7 +108,7 @@ def launch_of(words: Sequence[str]) -> Launch | None:
     if at is None and "-m" in words:
         modules = [i for i, word in enumerate(words[:-1]) if word == "-m"]
         at = modules[-1] + 1
-    if at is None or sum(word.startswith("--") for word in words[at:]) < 2:
+    if at is None or not any(word.split("=")[0] in OF_TRAINERS for word in words[at:]):
         return None
     before = _options(words[:at])[0]
     nodes = _number(before, "--nnodes", "--num-nodes", "-N")
@@ -118,28 +151,43 @@ def translate(launch: Launch, parser: ArgumentParser) -> list[Step]:
     known = {option: action for action in parser._actions for option in action.option_strings}
     steps = []
     for option, values in launch.options.items():
-        shown = " ".join([option, *values])
         name = option if option in known else option.replace("_", "-")
-        if any("${" in value for value in values):
-            steps.append(
-                Step(shown, "unknown value", (), "not known from the script: give it with --set NAME=VALUE")
-            )
+        if getattr(known.get(name), "nargs", None) == 0 and all("${" in value for value in values):
+            why = "a variable with options that the script does not set: give it with --set NAME=VALUE"
+            steps += [Step(value, "unknown value", (), why) for value in values]
+            values = []
+        shown = " ".join([option, *values])
+        if any("${" in value for value in values) and not _takes_text(known.get(name)):
+            steps.append(Step(shown, "unknown value", (), _how_to_give(values)))
         elif (option, " ".join(values)) in _VALUES:
             words, why = _VALUES[option, " ".join(values)]
-            steps.append(Step(shown, "becomes", tuple(words.split()), why))
+            steps.append(Step(shown, "becomes" if words else "left out", tuple(words.split()), why))
         elif option == "--rope-scaling-factor" and "--rope-scaling-type" in launch.options:
-            steps.append(Step(shown, "left out", (), "part of --rotary-scaling-factor"))
+            steps.append(Step(shown, "left out", (), "part of --rope-scaling-type"))
         elif option == "--num-layers" and "--noop-layers" in launch.options:
             steps.append(Step(shown, "left out", (), "counts empty layers, see --noop-layers"))
         elif option == "--moe-layer-freq" and "--first-k-dense-replace" in launch.options:
             steps.append(Step(shown, "left out", (), "see --first-k-dense-replace"))
         elif option == "--spec":
-            steps.append(Step(shown, "becomes", (), "--spec dsv3"))
+            steps.append(Step(shown, "becomes", ("--spec", "dsv3"), "the layers' specification"))
         elif name in known:
             steps.append(Step(shown, "kept", tuple(_words(name, values, known[name])), ""))
         else:
             steps.append(_foreign(option, values, launch))
     return steps
+
+
+def _how_to_give(values: Sequence[str]) -> str:
+    names = re.findall(r"\$\{(\w+)", " ".join(values))
+    numbers = [name for name in names if name.isdigit()]
+    if numbers:
+        return f"argument {numbers[0]} of the script: give its arguments after its name"
+    return f"its value is not in the script: give it with --set {names[0] if names else 'NAME'}=VALUE"
+
+
+def _takes_text(action: Action | None) -> bool:
+    """Whether any text will do, so that a variable can stay in the line."""
+    return action is not None and action.type in (None, str) and action.choices is None and action.nargs != 0
 
 
 def _words(option: str, values: list[str], action: object) -> list[str]:
@@ -169,10 +217,11 @@ def _foreign(option: str, values: list[str], launch: Launch) -> Step:
             return Step(shown, "unknown", (), f"{found.of}: its value is not what it takes")
         return Step(shown, "becomes" if words else "left out", tuple(words), f"{found.of}: {why}")
     if found.becomes:
-        words = (
-            found.becomes.replace("{}", " ".join(values)).split()
-            if len(values) < 2
-            else [*found.becomes.split()[:-1], " ".join(values)]
-        )
-        return Step(shown, "becomes", tuple(words), f"{found.of}: {found.use}")
-    return Step(shown, "left out", (), f"{found.of}: {found.use}")
+        words = [word.replace("{}", " ".join(values)) for word in found.becomes.split()]
+        return Step(shown, "becomes", tuple(words), found.of)
+    return Step(
+        shown,
+        "left out",
+        (),
+        f"{found.of}: {found.use.removeprefix('leave it out').lstrip(':;, ') or 'not needed'}",
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv3_megatron.arguments.surroundings import Surroundings
 
-__all__ = ["OPTIONS", "Group", "Options", "fate_of", "notes", "refusals", "wrong_numbers"]
+__all__ = ["OPTIONS", "Group", "Options", "fate_of", "notes", "refusals", "without_meaning", "wrong_numbers"]
 
 FATES = ("honoured", "idle", "refused")
 
@@ -144,25 +144,31 @@ def _violated(action: Action, number: float) -> str:
     return "" if number >= 0 else f"{'a whole number' if whole else 'a number'} from 0"
 
 
-def notes(given: Namespace, args: Namespace, parser: ArgumentParser, around: Surroundings) -> list[str]:
-    """A line for each given option that has no meaning here."""
-    lines = []
+def without_meaning(
+    given: Namespace, args: Namespace, parser: ArgumentParser, around: Surroundings
+) -> dict[str, str]:
+    """Given arguments that have no meaning here, and why."""
+    reasons = {}
     silent = _of_runtime(parser) if around.on_cpu else set()
-    for dest, value in vars(given).items():
+    for dest in vars(given):
         group = OPTIONS.by_name.get(dest)
         if group is None or dest in silent:
             continue
         if group.fate == "idle":
-            lines.append(f"> {_typed(dest, value, parser)} has no meaning here: it {group.why}")
+            reasons[dest] = f"no meaning here: it {group.why}"
         elif group.needs and not _is_met(group.needs, args):
-            lines.append(
-                f"> {_typed(dest, value, parser)} has no meaning here without {_needed(group.needs, parser)}"
-            )
+            reasons[dest] = f"no meaning here without {_needed(group.needs, parser)}"
     tokenizer = getattr(args, "tokenizer_type", None)
     if hasattr(given, "vocab_size") and tokenizer not in (None, "NullTokenizer", "TikTokenizer"):
         text = f"{tokenizer} brings its own vocabulary; --padded-vocab-size gives the embedding's rows"
-        lines.append(f"> --vocab-size {given.vocab_size} has no meaning here: {text}")
-    return lines
+        reasons["vocab_size"] = f"no meaning here: {text}"
+    return reasons
+
+
+def notes(given: Namespace, args: Namespace, parser: ArgumentParser, around: Surroundings) -> list[str]:
+    """A line for each given option that has no meaning here."""
+    reasons = without_meaning(given, args, parser, around)
+    return [f"> {_typed(dest, getattr(given, dest), parser)} has {why}" for dest, why in reasons.items()]
 
 
 def _of_runtime(parser: ArgumentParser) -> set[str]:

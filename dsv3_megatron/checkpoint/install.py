@@ -1,5 +1,8 @@
 """What a run does to begin with a checkpoint, beside Megatron's own loading."""
 
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dsv3_megatron.checkpoint.schedule import planned, reads_schedule
@@ -16,14 +19,44 @@ def install() -> None:
     """
     from dsv3_megatron.training import hooks
 
-    hooks.after_validation(_without_mtp)
+    hooks.while_loading(_without_new_mtp_layers)
     hooks.after_load(_load_schedule)
 
 
-def _without_mtp(args: Any) -> None:
-    """Weights of MTP that the checkpoint does not have keep their initial values, and Megatron says which these are."""
-    if "mtp_num_layers" in args.checkpoint_changes and args.dist_ckpt_strictness == "assume_ok_unexpected":
-        args.dist_ckpt_strictness = "log_unexpected"
+@contextmanager
+def _without_new_mtp_layers(call: dict[str, Any]) -> Iterator[None]:
+    """MTP layers that the checkpoint does not have keep their initial values: it is not asked for them."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+    from megatron.training import get_args
+
+    args = get_args()
+    start = start_of(args) if "mtp_num_layers" in args.checkpoint_changes else None
+    if start is None or start.recorded is None or start.recorded.args is None:
+        yield
+        return
+    kept = getattr(start.recorded.args, "mtp_num_layers", None) or 0
+    blocks = [
+        m for chunk in call["ddp_model"] for m in chunk.modules() if isinstance(m, MultiTokenPredictionBlock)
+    ]
+    for block in blocks:
+        block.sharded_state_dict = _first_layers(block.sharded_state_dict, kept)
+    call["strict"] = False
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.sharded_state_dict
+
+
+def _first_layers(original: Callable[..., dict[str, Any]], kept: int) -> Callable[..., dict[str, Any]]:
+    """A block's `sharded_state_dict` with its first layers alone."""
+
+    def sharded_state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        whole = original(*args, **kwargs)
+        layers = {name: re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in whole}
+        return {name: whole[name] for name, layer in layers.items() if layer is None or int(layer[1]) < kept}
+
+    return sharded_state_dict
 
 
 def _load_schedule(call: dict[str, Any], iteration: int) -> None:

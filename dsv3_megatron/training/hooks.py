@@ -1,6 +1,7 @@
 """Where features take hold of a run without knowing each other: lists of functions, called by the trainer.
 
     hooks.after_validation(f)  f(args): Megatron has validated its arguments, nothing is built (patch `validate_args`)
+    hooks.while_loading(f)     f(call): a context around the loading of a checkpoint; it may change `call`
     hooks.after_load(f)        f(call, iteration): a checkpoint is loaded; `call` holds load_checkpoint's arguments
     hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
     hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
@@ -12,6 +13,7 @@ A function may be added once; they are called in the order in which they were ad
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -25,15 +27,18 @@ __all__ = [
     "before_step",
     "before_update",
     "loaded",
+    "loading",
     "on_loss",
     "on_output",
     "run_step",
     "saw_loss",
     "saw_output",
     "validated",
+    "while_loading",
 ]
 
 _validated: list[Callable[[Any], None]] = []
+_loading: list[Callable[[dict[str, Any]], AbstractContextManager[Any]]] = []
 _loaded: list[Callable[[dict[str, Any], int], None]] = []
 _before: list[Callable[[dict[str, Any]], None]] = []
 _output: list[Callable[[Any, Tensor], None]] = []
@@ -45,6 +50,11 @@ _after: list[Callable[[dict[str, Any], Any], None]] = []
 def after_validation(function: Callable[[Any], None]) -> None:
     """Call `function(args)` once Megatron has validated its arguments, before anything is configured from them."""
     _add(_validated, function, "validate_args")
+
+
+def while_loading(function: Callable[[dict[str, Any]], AbstractContextManager[Any]]) -> None:
+    """Load the checkpoint that the run begins with inside `function(call)`."""
+    _add(_loading, function, "load_checkpoint")
 
 
 def after_load(function: Callable[[dict[str, Any], int], None]) -> None:
@@ -87,6 +97,14 @@ def validated(args: Any) -> None:
     """Told by the patch `validate_args`."""
     for function in _validated:
         function(args)
+
+
+def loading(call: dict[str, Any]) -> ExitStack:
+    """The contexts in which the patch `load_checkpoint` loads."""
+    contexts = ExitStack()
+    for function in _loading:
+        contexts.enter_context(function(call))
+    return contexts
 
 
 def loaded(call: dict[str, Any], iteration: int) -> None:

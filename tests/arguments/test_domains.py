@@ -24,7 +24,7 @@ def by_enumeration(
     block, most = expert_ranks * ranks_per_expert, 0
     for start in range(0, world_size, block):
         # Parts so small that neither a rank nor a group is divided.
-        parts = [[] for _ in range(num_groups)]
+        parts: list[list[int]] = [[] for _ in range(num_groups)]
         for part in range(block * num_groups):
             parts[part // block].append((start + part // num_groups) // domain)
         for chosen in itertools.combinations(parts, group_topk):

@@ -1,6 +1,7 @@
-"""`training.load_checkpoint`: functions can be called once a checkpoint is loaded (`dsv3_megatron.training.hooks`).
+"""`training.load_checkpoint`: functions can be called around it and once it is done (`dsv3_megatron.training.hooks`).
 
-What else belongs to it is loaded there: the average of the weights, the learning-rate schedule without the optimizer.
+What else belongs to a checkpoint is loaded there: the average of the weights, the learning-rate schedule without the
+optimizer.
 """
 
 import functools
@@ -15,12 +16,13 @@ def _install(original: Any) -> Any:
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        from dsv3_megatron.training.hooks import loaded
+        from dsv3_megatron.training import hooks
 
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        iteration, flops = original(*args, **kwargs)
-        loaded(dict(call.arguments), iteration)
+        with hooks.loading(call.arguments):
+            iteration, flops = original(*call.args, **call.kwargs)
+        hooks.loaded(dict(call.arguments), iteration)
         return iteration, flops
 
     return load_checkpoint
