@@ -100,7 +100,8 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
         raise RefusedArgument(
             f"Megatron refuses these arguments: {explain(error, megatron_parser())}"
         ) from error
-    hold = held(Path(args.save), args.rank, args.rank_timeout_s) if args.save else nullcontext()
+    writes = args.save is not None and not args.skip_train
+    hold = held(Path(args.save), args.rank, args.rank_timeout_s) if writes else nullcontext()
     with hold, watching(args.rank_timeout_s):
         pretrain(
             config,

@@ -12,6 +12,7 @@ from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions, w
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import check
 from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, same
+from dsv3_megatron.resilience.lock import hold_until_exit
 
 
 def when_specs_are_imported() -> None:
@@ -24,15 +25,16 @@ def when_specs_are_imported() -> None:
     words = sys.argv[1:]
     if not _names_our_spec(words) or not _megatron_has_parsed():
         return
-    check_command_line(words)
+    args = check_command_line(words)
+    hold_until_exit(args.save, args.skip_train, args.rank_timeout_s)
     from dsv3_megatron import metrics, optimizer
 
     optimizer.install()
     metrics.install()
 
 
-def check_command_line(words: list[str]) -> None:
-    """Check the words after the program's name.
+def check_command_line(words: list[str]) -> Namespace:
+    """Check the words after the program's name; all arguments.
 
     Raises:
         RefusedArgument: a DeepSeek-V3 setting is missing (the message lists the words to add) or
@@ -49,7 +51,9 @@ def check_command_line(words: list[str]) -> None:
             "--spec dsv3_megatron.specs dsv3 with an unpatched Megatron-LM: Megatron's defaults are not "
             "DeepSeek-V3's, and these are not given. Add (sizes may differ):\n  " + " ".join(missing)
         )
-    check(parse(parser, words, known_only=True))
+    args = parse(parser, words, known_only=True)
+    check(args)
+    return args
 
 
 def missing_words(given: Namespace, parser: ArgumentParser) -> list[str]:

@@ -6,6 +6,7 @@ A run that was killed leaves the file. The next one sees that it is stale: on th
 another machine there has been no sign of life for `--rank-timeout-s`, measured by the file system's own clock.
 """
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -20,7 +21,7 @@ from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
 
-__all__ = ["NAME", "Holder", "held", "release"]
+__all__ = ["NAME", "Holder", "held", "hold_until_exit", "release"]
 
 NAME = ".run.lock"
 _BEAT_S = 5.0
@@ -94,7 +95,23 @@ def held(folder: Path, rank: int, timeout_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        release()
+        if rank == 0:
+            release()
+
+
+def hold_until_exit(save: str | None, skip_train: bool, timeout_s: float) -> None:
+    """Hold the folder of `--save` as long as this process lives, in a program that is not ours to wrap.
+
+    Raises:
+        RefusedArgument: as `held`.
+    """
+    if save is None or skip_train:  # an evaluation writes nothing
+        return
+    folder = Path(save)
+    with contextlib.suppress(OSError):  # what cannot be made, Megatron says
+        folder.mkdir(parents=True, exist_ok=True)
+        take(folder, int(os.environ.get("RANK", "0")), timeout_s)
+        atexit.register(release)
 
 
 def take(folder: Path, rank: int, timeout_s: float) -> None:
