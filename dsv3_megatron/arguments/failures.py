@@ -80,7 +80,7 @@ KNOWN = (
     Known("", "", "train_valid_test_datasets", "--data-path / --train-data-path / --split",
           "prefixes whose .bin and .idx files are there and hold enough documents"),
     Known("ModuleNotFoundError", "", "", "an option that needs a package that is not installed",
-          "pip install the package that is named, or leave the option out"),
+          "pip install the package that is named, or leave the option out (all options: --help)"),
 )  # fmt: skip
 
 
@@ -117,6 +117,9 @@ def options_of(error: BaseException, parser: ArgumentParser, args: Namespace | N
         name for name in re.findall(r"[a-z0-9]+(?:[_-][a-z0-9]+)+", text) if name.replace("-", "_") in actions
     ]
     found = [*named, *(name.replace("-", "_") for name in names)]
+    if isinstance(error, ModuleNotFoundError) and error.name:  # options that speak of the package
+        package = error.name.partition(".")[0].lower()
+        found += [a.dest for a in actions.values() if package in f"{a.option_strings} {a.help}".lower()]
     if not found:
         for frame in reversed(list(_frames(error.__traceback__))):
             found = [name for name in _names_in_condition(frame) if name in actions]
