@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint lint-imports clean
+.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,15 @@ demo-longctx: setup  ## a tiny model extended to eight times its context, with Y
 
 study-moments: setup  ## bf16 against fp32 moments: the loss over 1000 steps of the demo (resumes when run again)
 	$(PY) -m dsv3_megatron.studies.moments
+
+# The parts that know torch and Triton best: stand-ins, patches, layers, optimizer, formats and kernels, p2p, a training run.
+OLDEST_TESTS := tests/cpu/test_replacements.py tests/cpu/test_record.py tests/patching tests/backends \
+	tests/optimizer/test_adamw.py tests/fp8/test_tiles.py tests/fp8/test_e5m6.py tests/pipeline/test_runner.py \
+	tests/train/test_weight_gradients.py
+
+test-oldest: setup  ## part of the tests on the oldest torch that is claimed (2.11, in an environment beside .venv)
+	@python=$$(bash scripts/oldest_torch.sh $(PY) 2.11 3.6) || exit 1; \
+	PYTHONPATH=$(CURDIR) $$python -m pytest $(OLDEST_TESTS) -p no:cacheprovider
 
 test-te: setup  ## Transformer Engine's real modules, constructed on CPU (builds TE's extension the first time: ~12 minutes)
 	bash scripts/install_te.sh $(PY)

@@ -18,7 +18,7 @@ setup(
     package_data={"dsv3_megatron": ["conf/**/*.yaml", "arguments/*.toml", "py.typed"]},
     install_requires=[
         "megatron-core[training]>=0.19,<0.20",
-        "torch>=2.6",
+        "torch>=2.11",
         "hydra-core>=1.3",
         "tokenizers",
         "matplotlib",

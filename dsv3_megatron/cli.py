@@ -29,6 +29,9 @@ VERBS = {
     "dryrun": Verb(
         "dryrun.__main__:main", "build any rank of a layout on a laptop: real modules, real groups"
     ),
+    "preflight": Verb(
+        "preflight.__main__:main", "check a GPU job's launch line before the job, on any machine"
+    ),
     "schedule": Verb("pipeline.show:main", "draw a pipeline schedule"),
     "compare": Verb("pipeline.compare:main", "pipeline schedules side by side"),
     "recipe": Verb("plan.recipe.show:main", "a recipe's learning rate, batch size, γ and λ over its tokens"),

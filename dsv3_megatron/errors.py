@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -42,6 +43,14 @@ def ends_in_one_line(
         return command
 
     return decorate
+
+
+def told(error: BaseException) -> str:
+    """What an error says; of an assertion without a text, its line."""
+    if str(error):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line if frames else "") or repr(error)
 
 
 def exits_cleanly(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ Every DeepSeek-V3 setting that is not given is filled in; contradictions and uns
 refused before anything is built (docs/support.md).
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsv3_megatron.arguments.device import split_device
 from dsv3_megatron.errors import RefusedArgument, ends_in_one_line
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, **pretrain_options: Any) -> dict[str
         RefusedArgument: the command line is wrong; nothing has been built then.
     """
     started = time.time()
-    device, words = _split_device(sys.argv[1:] if argv is None else argv)
+    device, words = split_device(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         _help()
     words = _use_device(device, words)
@@ -67,6 +67,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.arguments.refusals.length import check_length
     from dsv3_megatron.checkpoint.install import install as begin_with_checkpoint
     from dsv3_megatron.ema.trainer import install as keep_average
+    from dsv3_megatron.patching import repairs
     from dsv3_megatron.recipe.install import install as follow_schedules
     from dsv3_megatron.resilience.lock import held
     from dsv3_megatron.resilience.watch import watching
@@ -76,6 +77,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
 
+    repairs.install()
     dualpipe.install()
     set_startup_timestamps(program_start=started, main_entry=time.time())
     optimizer.install()
@@ -127,16 +129,6 @@ def _help() -> NoReturn:
     megatron_parser().print_help()
     print((__doc__ or "").strip())
     raise SystemExit(0)
-
-
-def _split_device(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """`--device` is ours and must be known before Megatron, which has no such option, is imported."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda")
-    known, words = parser.parse_known_args(list(argv))
-    if known.device not in ("cuda", "cpu"):
-        raise RefusedArgument(f"--device {known.device}: use cuda (the default) or cpu")
-    return known.device, words
 
 
 def _use_device(device: str, words: list[str]) -> list[str]:

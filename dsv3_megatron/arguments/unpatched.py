@@ -28,7 +28,9 @@ def when_specs_are_imported() -> None:
     args = check_command_line(words)
     hold_until_exit(args.save, args.skip_train, args.rank_timeout_s)
     from dsv3_megatron import metrics, optimizer
+    from dsv3_megatron.patching import repairs
 
+    repairs.install()
     optimizer.install()
     metrics.install()
 

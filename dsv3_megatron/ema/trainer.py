@@ -1,11 +1,13 @@
 """Where the trainer keeps, saves, loads and evaluates the average."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.ema import checkpoint
+from dsv3_megatron.ema.arguments import threads_of
 from dsv3_megatron.ema.average import WeightAverage
 from dsv3_megatron.errors import RefusedArgument
 
@@ -35,11 +37,16 @@ def _args() -> Any:
     return get_args()
 
 
+def _threads() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return threads_of(_args(), len(os.sched_getaffinity(0)), ranks)
+
+
 def _begin(call: dict[str, Any]) -> None:
     """Before the first step: the average starts from the weights, unless a checkpoint had one."""
     global _average
     if _average is None and _args().ema_decay is not None:
-        _average = WeightAverage(checkpoint.named_parameters(call["model"]), _args().ema_decay)
+        _average = WeightAverage(checkpoint.named_parameters(call["model"]), _args().ema_decay, _threads())
 
 
 def _before_update(call: dict[str, Any]) -> None:
@@ -77,7 +84,7 @@ def after_load(model: list[Any], iteration: int) -> None:
         )
     if not has_average:
         return
-    loaded = WeightAverage(checkpoint.named_parameters(model), args.ema_decay or 0.5)
+    loaded = WeightAverage(checkpoint.named_parameters(model), args.ema_decay or 0.5, _threads())
     assert folder is not None
     checkpoint.load(folder, model, loaded.average)
     if args.skip_train:

@@ -63,6 +63,10 @@ class FP8WeightGrad(DelayedWeightGrad):
         """dw [N, K] in fp32 from the transposed input [K, M] and the transposed output gradient [N, M]."""
         return self.recipe.product(grad_t, x_t)
 
+    def accumulate_weight_grad(self, x_t: Quantized, grad_t: Quantized) -> None:
+        """Add the same to the weight's `main_grad`."""
+        self.weight.main_grad.add_(self.weight_grad(x_t, grad_t))
+
     def finish_weight_grad(self, x: Tensor, grad: Tensor) -> Tensor | None:
         """What backward returns for the weight: x [M, K] and grad [M, N] in fp32, as they were cached or sent."""
         operands = self.recipe.activation(x.t()), self.recipe.gradient(grad.t())

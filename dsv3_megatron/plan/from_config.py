@@ -15,17 +15,27 @@ from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan.counting import count_parameters, quiet
 from dsv3_megatron.plan.hardware import Gpu, gpu_named
+from dsv3_megatron.plan.host_memory import HostMemory, host_memory
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Stage
-from dsv3_megatron.plan.parameters import ParameterCounts
+from dsv3_megatron.plan.parameters import ParameterCounts, held_by
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A configuration as the planner takes it."""
+    """A configuration as the planner takes it.
+
+    Attributes:
+        host: what a machine needs of its own memory, None without a distributed optimizer.
+        host_available: bytes of a machine, None where the cluster does not say.
+        memory_efficient: `--distrib-optim-fully-reshardable-mem-efficient`.
+    """
 
     job: Job
     gpu: Gpu
     counts: ParameterCounts
+    host: HostMemory | None = None
+    host_available: float | None = None
+    memory_efficient: bool = False
 
 
 def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
@@ -36,7 +46,37 @@ def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
     gpu = gpu_named(cfg.cluster.gpu)
     args = validated_args(cfg)
     counts = count_parameters(cfg, args.tensor_model_parallel_size)
-    return Planned(_job(cfg, args, counts, load_imbalance), gpu, counts)
+    job = _job(cfg, args, counts, load_imbalance)
+    gb = cfg.cluster.get("host_memory_gb")
+    return Planned(
+        job,
+        gpu,
+        counts,
+        _host(cfg, args, job, counts) if args.use_distributed_optimizer else None,
+        None if gb is None else gb * 1e9,
+        args.distrib_optim_fully_reshardable_mem_efficient,
+    )
+
+
+def _host(cfg: DictConfig, args: Namespace, job: Job, counts: ParameterCounts) -> HostMemory:
+    """Of a machine full of the fullest rank's like."""
+    from dsv3_megatron.plan.step import schedule_of
+
+    schedule = schedule_of(job)
+    stages = [
+        tuple(sorted({stage for stage, _ in schedule.stages_of(rank)})) for rank in range(schedule.num_ranks)
+    ]
+    held = max((held_by(job, counts, of_rank) for of_rank in stages), key=lambda h: h.experts + h.rest)
+    return host_memory(
+        held.experts,
+        held.rest,
+        cfg.cluster.gpus_per_node,
+        dense_ranks_per_stage=job.layout.tp * job.layout.cp,
+        reshardable=args.dist_ckpt_optim_fully_reshardable,
+        memory_efficient=args.distrib_optim_fully_reshardable_mem_efficient,
+        average=args.ema_decay is not None,
+        async_save=args.async_save,
+    )
 
 
 def validated_args(cfg: DictConfig) -> Namespace:
@@ -46,9 +86,9 @@ def validated_args(cfg: DictConfig) -> Namespace:
     """
     from dsv3_megatron import dualpipe
     from dsv3_megatron.cpu import CPU_FLAGS
-    from dsv3_megatron.dryrun.world import megatron_args
+    from dsv3_megatron.dryrun.world import megatron_args, without_kernels
 
-    words = [*to_megatron_argv(at_full_batch(cfg)), *CPU_FLAGS]
+    words = [*without_kernels(to_megatron_argv(at_full_batch(cfg))), *CPU_FLAGS]
     try:
         with quiet():
             return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)

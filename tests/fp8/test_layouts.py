@@ -70,8 +70,15 @@ def test_schedule(schedule: str) -> None:
 
 
 def test_dualpipe_with_experts() -> None:
+    """Equal to expert parallelism alone, whose experts get the same tokens together; near one process.
+
+    On some processors the last bit of a product depends on its number of rows, and one FP8 value that is rounded the
+    other way for it moves every gradient below. So one process, whose experts get other batches, is no exact measure.
+    """
     layout = ScheduledLayout(world_size=4, pp=2, ep=2, schedule="dualpipe")
-    assert_same(run_scheduled(layout, SCHEDULED), whole(_bare(SCHEDULED)), (".experts.",))
+    split, problem = run_scheduled(layout, SCHEDULED), _bare(SCHEDULED)
+    assert_same(split, run_step(Layout(world_size=2, ep=2), problem))
+    assert_same(split, whole(problem), ("",))
 
 
 def _bare(problem: ScheduledProblem) -> Problem:

@@ -14,6 +14,7 @@ from dsv3_megatron.arguments.refusals import (
     files,
     layout,
     length,
+    machine,
     model,
     overlap,
     recipe,
@@ -41,6 +42,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *sft.ROWS,
     *resilience.ROWS,
     *backend.ROWS,
+    *machine.ROWS,
 )
 
 
