@@ -16,6 +16,7 @@ from dsv3_megatron.adopt import shell, zoo
 from dsv3_megatron.adopt.expand import Expander
 from dsv3_megatron.adopt.line import Adopted, adopt
 from dsv3_megatron.adopt.translate import Launch, Step, launch_of
+from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 
 WIDTH = 46  # of the first column
@@ -136,7 +137,8 @@ def command(adopted: Adopted) -> str:
     """The line for the shell, an option a line."""
     around = adopted.around
     nodes = around.world_size // around.ranks_per_node
-    launch = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(around.ranks_per_node)]
+    launch = [f"{MAX_CONNECTIONS}={around.max_connections}"]
+    launch += ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(around.ranks_per_node)]
     if nodes > 1:
         launch += [
             "--rdzv-backend",

@@ -13,6 +13,7 @@ from dsv3_megatron.arguments.complete import complete, missing_words
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.options import OPTIONS, without_meaning, wrong_numbers
 from dsv3_megatron.arguments.refusals import REFUSALS
+from dsv3_megatron.arguments.refusals.machine import wants_one_connection
 from dsv3_megatron.arguments.refusals.table import Refusal
 from dsv3_megatron.arguments.settings import BY_DEST, NOT_SET, SETTINGS, same
 from dsv3_megatron.arguments.surroundings import Surroundings
@@ -109,6 +110,7 @@ def adopt(launch: Launch, parser: ArgumentParser) -> Adopted:
     line.leave_out_what_has_no_place()
     around, assumed = _around(launch, line.args())
     line.keep_the_model()
+    around = replace(around, max_connections=1 if wants_one_connection(line.args(), around) else 32)
     line.repair(around)
     line.leave_out_what_is_filled_in()
     return Adopted(

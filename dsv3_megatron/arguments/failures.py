@@ -6,6 +6,7 @@ in a short table of known ones, or in the condition that failed, whose names are
 
 import ast
 import contextlib
+import functools
 import linecache
 import os
 import re
@@ -214,17 +215,22 @@ def _root(node: ast.AST) -> str:
 
 def _statements(frame: _Frame) -> list[ast.stmt]:
     """The statements around a line of a file, innermost first."""
-    source = "".join(linecache.getlines(frame.filename))
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return []
     around = [
         node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.stmt) and node.lineno <= frame.lineno <= (node.end_lineno or node.lineno)
+        for node in _all_statements(frame.filename)
+        if node.lineno <= frame.lineno <= (node.end_lineno or node.lineno)
     ]
     return sorted(around, key=lambda node: (node.end_lineno or node.lineno) - node.lineno)
+
+
+@functools.cache
+def _all_statements(filename: str) -> list[ast.stmt]:
+    """Every statement of a file, none where it is no Python."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except SyntaxError:
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
 
 
 def report(error: Exception) -> str:

@@ -220,6 +220,8 @@ def test_what_becomes_of_single_options(more: str, option: str, kind: str, parse
 def test_tensor_parallelism_gets_what_it_needs(parser: Any) -> None:
     line = words(parser, f"{GOOD} --tensor-model-parallel-size 2")
     assert any(s.kind == "added" and s.words == ("--sequence-parallel",) for s in line.steps)
+    assert command(line).startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun ")
+    assert command(words(parser, GOOD)).startswith("CUDA_DEVICE_MAX_CONNECTIONS=32 torchrun ")
 
 
 def test_the_job_is_the_smallest_that_fits_where_it_is_not_known(parser: Any) -> None:

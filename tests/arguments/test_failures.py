@@ -179,7 +179,7 @@ def break_down(rank: int, where: int) -> None:
     original.step = failing
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_run_that_breaks_down_says_so_in_one_line(where: int, tmp_path: Path) -> None:
     save = tmp_path / "save"
     words = [*WORDS, *SCHEDULES["1f1b"], "--train-iters", "6", "--save", str(save), "--save-interval", "5"]

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +12,7 @@ MICRO = [
     *("model=micro", "layout=cpu_single", "device=cpu", "seq_length=32", "max_position_embeddings=32"),
     *("global_batch_size=8", "log_interval=1", "train_iters=8", "save_interval=4"),
 ]
+SLOW = pytest.mark.slow
 
 
 def start(rank: int, world_size: int, words: list[str]) -> int:
@@ -49,10 +49,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "part"),
     [
         (["moe_router_topk=4"], "--moe-router-topk 2 (this run: 4)"),
-        (["vocab_size=512", "skip_train=true"], "--vocab-size 256 (this run: 512)"),
-        (["finetune=true", "norm_epsilon=1e-5"], "--norm-epsilon 1e-06 (this run: 1e-05)"),
-        (["lr=1e-3"], "--lr 0.003 (this run: 0.001)"),
-        (["train_iters=12"], "--override-opt-param-scheduler"),
+        pytest.param(["vocab_size=512", "skip_train=true"], "--vocab-size 256 (this run: 512)", marks=SLOW),
+        pytest.param(
+            ["finetune=true", "norm_epsilon=1e-5"], "--norm-epsilon 1e-06 (this run: 1e-05)", marks=SLOW
+        ),
+        pytest.param(["lr=1e-3"], "--lr 0.003 (this run: 0.001)", marks=SLOW),
+        pytest.param(["train_iters=12"], "--override-opt-param-scheduler", marks=SLOW),
         (["ckpt_step=3"], "--ckpt-step 3: not a complete checkpoint"),
     ],
 )
@@ -76,9 +78,9 @@ def test_the_schedule_of_the_checkpoint_without_its_optimizer(saved: Path, tmp_p
     [
         # min_lr + (peak - min_lr) × (1 + cos(π (i − w)/(n − w)))/2 at i = 5, with w = n/10
         (["lr=1e-3", "override_opt_param_scheduler=true"], "5.594133E-04"),
-        (["train_iters=12", "override_opt_param_scheduler=true"], "2.255879E-03"),
-        (["lr=1e-3", "use_checkpoint_opt_param_scheduler=true"], "1.300594E-03"),
-        (["no_load_optim=true"], "2.994863E-03"),  # begins anew, as Megatron says
+        pytest.param(["train_iters=12", "override_opt_param_scheduler=true"], "2.255879E-03", marks=SLOW),
+        pytest.param(["lr=1e-3", "use_checkpoint_opt_param_scheduler=true"], "1.300594E-03", marks=SLOW),
+        pytest.param(["no_load_optim=true"], "2.994863E-03", marks=SLOW),  # begins anew, as Megatron says
     ],
 )
 def test_another_learning_rate(words: list[str], fifth: str, saved: Path, tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_another_learning_rate(words: list[str], fifth: str, saved: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["use_distributed_optimizer=false", "bf16=true"])
-@pytest.mark.slow
+@SLOW
 def test_another_learning_rate_in_every_optimizer(name: str, tmp_path: Path) -> None:
     status, _ = run(tmp_path / "a", name, f"save={tmp_path}/run", "exit_interval=4")
     assert status == 0
@@ -99,7 +101,7 @@ def test_another_learning_rate_in_every_optimizer(name: str, tmp_path: Path) -> 
         assert status == 0 and rates(log)[5] == fifth
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     "more", [["finetune=true"], ["no_load_optim=true", "use_checkpoint_opt_param_scheduler=true"]]
 )
@@ -120,18 +122,15 @@ def test_mtp_dropped_and_added(more: list[str], saved: Path, tmp_path: Path) -> 
     assert status == 0 and float(re.findall(r"mtp_1 loss: (\S+)", log)[0]) > 5.3  # ln 256 = 5.55
 
 
-@pytest.mark.slow
+@SLOW
 def test_an_unmodified_line_goes_on(saved: Path, tmp_path: Path) -> None:
     status, log = run(tmp_path, f"load={saved}")
     assert status == 0 and rates(log)[5] == "1.300594E-03" and rates(log)[8] == "3.000000E-04"
 
 
+@SLOW
 def test_a_first_start_finds_its_folder_empty(tmp_path: Path) -> None:
     words = [f"load={tmp_path}/own", f"save={tmp_path}/own", "train_iters=1", "save_interval=1"]
     assert run(tmp_path / "first", *words)[0] == 0
     status, log = run(tmp_path / "second", *words)
     assert status == 0 and "successfully loaded checkpoint" in log
-
-
-def world(rank: int, world_size: int) -> Any:
-    return rank
