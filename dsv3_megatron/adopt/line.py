@@ -63,6 +63,7 @@ def _even_layout(args: Namespace) -> list[str]:
 MISSING: dict[str, Callable[[Namespace], list[str]]] = {
     "tp_without_sequence_parallel": lambda args: ["--sequence-parallel"],
     "layers_over_stages": _even_layout,
+    "mirrors_without_zero": lambda args: ["--use-distributed-optimizer"],
 }
 # What says the same twice: name of the row to arguments of which the last that the script gives stays.
 TWICE = {
@@ -110,9 +111,9 @@ def adopt(launch: Launch, parser: ArgumentParser) -> Adopted:
     line.leave_out_what_has_no_place()
     around, assumed = _around(launch, line.args())
     line.keep_the_model()
-    around = replace(around, max_connections=1 if wants_one_connection(line.args(), around) else 32)
-    line.repair(around)
+    line.repair(_with_queues(around, line.args()))
     line.leave_out_what_is_filled_in()
+    around = _with_queues(around, line.args())
     return Adopted(
         tuple(line.finished_steps()),
         tuple(line.words()),
@@ -133,6 +134,11 @@ def _around(launch: Launch, args: Namespace) -> tuple[Surroundings, bool]:
         expert = (args.expert_tensor_parallel_size or tp) * args.expert_model_parallel_size
         world, assumed = math.lcm(tp * args.context_parallel_size, expert) * pp, True
     return Surroundings(world_size=world, ranks_per_node=min(per_node, world), files_here=False), assumed
+
+
+def _with_queues(around: Surroundings, args: Namespace) -> Surroundings:
+    """With the hardware queues that the run needs, which the line sets."""
+    return replace(around, max_connections=1 if wants_one_connection(args, around) else 32)
 
 
 def _checked(words: list[str], parser: ArgumentParser, around: Surroundings) -> list[str]:

@@ -126,7 +126,7 @@ def test_all_differences_are_one_error(parser: Any, tmp_path: Path) -> None:
     [
         "--tensor-model-parallel-size 2 --sequence-parallel",
         "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --pipeline-schedule dualpipe "
-        "--global-batch-size 32 --override-opt-param-scheduler",
+        "--use-distributed-optimizer --global-batch-size 32 --override-opt-param-scheduler",
         "--context-parallel-size 2",
         "--bf16 --use-distributed-optimizer",
         "--fp8-recipe dsv3 --bf16",

@@ -265,6 +265,21 @@ ROWS = (
         "--use-distributed-optimizer",
     ),
     Refusal(
+        "tensors_of_te_modules",
+        SAVING,
+        "--save-activations-interval / --save-dgrads-interval / --save-tokens-per-expert-interval",
+        "",
+        lambda a, s: (
+            a.transformer_impl != "transformer_engine"
+            and bool(
+                a.save_activations_interval or a.save_dgrads_interval or a.save_tokens_per_expert_interval
+            )
+        ),
+        "Megatron takes these tensors from Transformer Engine's modules",
+        "--transformer-impl transformer_engine, or --save-params-interval and --save-wgrads-interval",
+        "--transformer-impl local --save runs/x --save-interval 1 --save-dgrads-interval 1",
+    ),
+    Refusal(
         "checkpoint_format",
         SAVING,
         "--ckpt-format",
