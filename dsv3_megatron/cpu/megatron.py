@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -20,3 +21,18 @@ def maybe_move_tensor_to_cpu(original: Callable) -> Callable:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     return move
+
+
+def results_queue(original: Callable) -> Callable:
+    """A queue of this process for checkpoints that are written in it; for others Megatron's, with its own process."""
+    results: queue.Queue = queue.Queue()
+
+    @functools.wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        from megatron.training import global_vars
+
+        args = global_vars._GLOBAL_ARGS
+        in_this_process = args is not None and not args.async_save
+        return results if in_this_process else original(mp_mode)
+
+    return get_write_results_queue
