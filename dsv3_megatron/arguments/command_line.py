@@ -78,6 +78,9 @@ def _number_or_none(text: str) -> int | None:
     return int(text) or None
 
 
+_number_or_none.__name__ = "int"  # argparse tells it to people
+
+
 def megatron_parser() -> ArgumentParser:
     """Megatron's whole parser with our options, its errors raised as `RefusedArgument`."""
     from megatron.training.arguments import add_megatron_arguments

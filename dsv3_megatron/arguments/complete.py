@@ -95,7 +95,9 @@ def refuse_contradictions(given: Namespace, parser: ArgumentParser) -> None:
         and not setting.accepts(getattr(given, setting.dest), given)
     ]
     messages = [contradiction(s, getattr(given, s.dest), given, parser) for s in wrong]
-    messages += refusals(given, parser)
+    told = {setting.dest for setting in wrong}
+    others = Namespace(**{dest: value for dest, value in vars(given).items() if dest not in told})
+    messages += refusals(others, parser)
     if messages:
         raise RefusedArgument("\n".join(messages))
 

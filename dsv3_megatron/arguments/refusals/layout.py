@@ -168,7 +168,11 @@ ROWS = (
         EP,
         "--expert-model-parallel-size",
         "{expert_model_parallel_size}",
-        lambda a, s: s.world_size % _expert_model_size(a) != 0,
+        # Without expert parallelism it is the row above that says it.
+        lambda a, s: (
+            s.world_size % _expert_model_size(a) != 0
+            and (a.expert_model_parallel_size > 1 or s.world_size % _dense_model_size(a) == 0)
+        ),
         "expert × expert-tensor × pipeline parallel sizes do not divide the number of ranks, {world_size}",
         "an --expert-model-parallel-size that divides the ranks of a pipeline stage",
         "--pipeline-model-parallel-size 4 --expert-model-parallel-size 4",
