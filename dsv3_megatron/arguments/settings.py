@@ -1,6 +1,7 @@
 """One table of every DeepSeek-V3 setting: the Megatron option that sets it, its value, and how firm it is.
 
-`size`     the dimensions of the 671B model, and what depends on them; filled in, never contradicted.
+`size`     the dimensions of the 671B model, what depends on them, and constants that other models of the family have
+           otherwise; filled in, never contradicted.
 `fixed`    what makes the model a DeepSeek-V3 and its routing exact; another value is refused.
 `recipe`   how it was trained; another value is refused too, unless `--allow-deviation NAME` says so.
 `run`      what this run needs and Megatron has no usable default for; filled in, never contradicted.
@@ -158,8 +159,9 @@ def _grouped_gemm(args: Namespace) -> Any:
 
 
 def _communication_sms(args: Namespace) -> Any:
-    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself."""
-    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" else NOT_SET
+    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself, and Megatron still takes former names."""
+    former = hasattr(args, "moe_deepep_num_sms") or hasattr(args, "moe_hybridep_num_sms")
+    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" and not former else NOT_SET
 
 
 def _cp_comm_type(args: Namespace) -> Any:
@@ -306,18 +308,18 @@ SETTINGS: tuple[Setting, ...] = (
         "rotary_scaling_factor",
         _under_yarn("rotary_scaling_factor", 40.0),
         "--rotary-scaling-factor",
-        "fixed",
+        "size",
         "R§4.3: 40 with YaRN, none before",
     ),
-    Setting("mscale", _under_yarn("mscale", 1.0), "--mscale", "fixed", "R§4.3; V3 config.json"),
+    Setting("mscale", _under_yarn("mscale", 1.0), "--mscale", "size", "R§4.3; V3 config.json"),
     Setting(
         "mscale_all_dim",
         _under_yarn("mscale_all_dim", 1.0),
         "--mscale-all-dim",
-        "fixed",
+        "size",
         "R§4.3; V3 config.json",
     ),
-    Setting("rotary_base", 10000, "", "size", "V3 config.json; 50000 in Moonlight and Kimi K2"),
+    Setting("rotary_base", 10000, "", "size", "V3 config.json; Moonlight and Kimi-K2 have 50000"),
     Setting("rotary_percent", 1.0, "", "fixed", "R§2.1.1"),
     Setting("rotary_seq_len_interpolation_factor", None, "", "fixed", "R§4.3: YaRN instead"),
     Setting("use_rope_scaling", False, "", "fixed", "R§4.3: YaRN instead"),
@@ -331,7 +333,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     # Layers.
     Setting("normalization", "RMSNorm", "--normalization", "fixed", MODEL),
-    Setting("layernorm_epsilon", 1e-6, "--norm-epsilon", "size", "V3 config.json; 1e-5 in Moonlight"),
+    Setting("layernorm_epsilon", 1e-6, "--norm-epsilon", "size", "V3 config.json; Moonlight has 1e-5"),
     Setting("layernorm_zero_centered_gamma", False, "", "fixed", MODEL),
     Setting("apply_residual_connection_post_layernorm", False, "", "fixed", MODEL),
     Setting("swiglu", True, "--swiglu", "fixed", MODEL),
@@ -363,7 +365,13 @@ SETTINGS: tuple[Setting, ...] = (
         "fixed",
         ROUTING,
     ),
-    Setting("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor", "size", ROUTING),
+    Setting(
+        "moe_router_topk_scaling_factor",
+        2.5,
+        "--moe-router-topk-scaling-factor",
+        "size",
+        ROUTING + "; Moonlight has 2.446, Kimi-K2 2.827",
+    ),
     Setting(
         "moe_router_load_balancing_type",
         "seq_aux_loss",

@@ -150,6 +150,8 @@ class Architecture:
         values["layernorm_epsilon"] = values.pop("norm_epsilon")
         values["mtp_num_layers"] = self.mtp_num_layers or None
         values["moe_router_enable_expert_bias"] = self.has_expert_bias
+        # Also what is as usual: a run that loads the weights is compared with it.
+        values.setdefault("rope_type", "rope")
         if self.yarn is not None:
             values |= {name: value for name, value in vars(self.yarn).items() if name != "factor"}
         return Namespace(**values)

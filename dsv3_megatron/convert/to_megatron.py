@@ -139,6 +139,9 @@ class _ToMegatron:
         arguments = self.arch.namespace()
         arguments.tensor_model_parallel_size = arguments.pipeline_model_parallel_size = 1
         arguments.consumed_train_samples = arguments.consumed_valid_samples = 0
+        arguments.model_from_checkpoint = (
+            True  # a run that loads this has the release's sizes, unless it says otherwise
+        )
         common = {
             "args": arguments,
             "checkpoint_version": 3.0,

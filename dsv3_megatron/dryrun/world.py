@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -214,6 +215,7 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
     from megatron.training import arguments
 
     from dsv3_megatron.arguments import add_arguments, complete
+    from dsv3_megatron.arguments.surroundings import detect
 
     env = {
         "RANK": str(rank),
@@ -221,7 +223,9 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(ranks_per_node),
     }
-    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(words)]):
+    with mock.patch.dict(os.environ, env):
+        words = complete(words, around=replace(detect(), files_here=False))  # they are on the cluster
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *words]):
         dualpipe.install()
         args = arguments.parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):

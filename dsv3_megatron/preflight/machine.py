@@ -133,6 +133,7 @@ class Machine:
             capability=self.capability(),
             max_connections=_number(env.get(MAX_CONNECTIONS, CUDA_DEFAULT_CONNECTIONS)),
             host_memory_gb=self.host_memory,
+            files_here=False,  # they are on the cluster; what is not seen from here is a warning
         )
 
     def te_lacks(self) -> frozenset[str]:

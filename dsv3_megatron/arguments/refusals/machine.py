@@ -29,7 +29,7 @@ def _overlaps(a: Namespace) -> bool:
     return a.pipeline_schedule != "1f1b"
 
 
-def _wants_one_connection(a: Namespace, s: Surroundings) -> bool:
+def wants_one_connection(a: Namespace, s: Surroundings) -> bool:
     """Megatron's own rule for tensor and context parallelism before Blackwell (training/arguments.py)."""
     return (
         (a.tensor_model_parallel_size > 1 or a.context_parallel_size > 1)
@@ -58,7 +58,7 @@ ROWS = (
         GPU,
         MAX_CONNECTIONS,
         "{max_connections}",
-        lambda a, s: not s.on_cpu and _wants_one_connection(a, s) and s.max_connections != 1,
+        lambda a, s: not s.on_cpu and wants_one_connection(a, s) and s.max_connections != 1,
         "under Megatron's own schedule tensor and context parallelism count on the order of one queue",
         f"export {MAX_CONNECTIONS}=1, or a --pipeline-schedule of ours, which does not",
         "--tensor-model-parallel-size 2 --sequence-parallel",
