@@ -3,6 +3,7 @@
 import functools
 import logging
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,8 @@ def results_queue(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-        from megatron.training import global_vars
-
-        args = global_vars._GLOBAL_ARGS
+        trainer = sys.modules.get("megatron.training.global_vars")
+        args = trainer and trainer._GLOBAL_ARGS
         in_this_process = args is not None and not args.async_save
         return results if in_this_process else original(mp_mode)
 
