@@ -160,7 +160,9 @@ def _resolve_layout(cfg: DictConfig, given: set[str]) -> None:
     """
     layout = cfg.get("pipeline_model_parallel_layout")
     if layout != "auto":
-        _refuse_unused_placement(cfg, given, f"the stages are those of pipeline_model_parallel_layout={layout}")
+        _refuse_unused_placement(
+            cfg, given, f"the stages are those of pipeline_model_parallel_layout={layout}"
+        )
         return
     virtual = cfg.get("num_virtual_stages_per_pipeline_rank") or 1
     stages = size(cfg, "pipeline") * virtual
@@ -202,7 +204,8 @@ def _refuse_unused_corpus(cfg: DictConfig, given: set[str]) -> None:
 
 def _refuse_unused_placement(cfg: DictConfig, given: set[str], because: str) -> None:
     if EXTRA in given:
+        value = _section(cfg, "placement").get("last_stage_extra")
         raise ConfigError(
-            f"{EXTRA}={_section(cfg, 'placement').get('last_stage_extra')} would do nothing: {because}. Leave it out, or "
-            "use pipeline_model_parallel_layout=auto with pipeline_model_parallel_size=2 or more"
+            f"{EXTRA}={value} would do nothing: {because}. Leave it out, or use "
+            "pipeline_model_parallel_layout=auto with pipeline_model_parallel_size=2 or more"
         )
