@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     card = options.docs / "verification.toml"
     if not card.is_file():
-        raise RefusedArgument(f"--docs {options.docs}: there is no verification.toml; use the folder docs of a checkout")
+        raise RefusedArgument(
+            f"--docs {options.docs}: there is no verification.toml; use the folder docs of a checkout"
+        )
     report = read(options.report)
     rows = rows_of(report)
     card.write_text(entered(card.read_text(), rows))
@@ -62,7 +64,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RefusedArgument(f"--report {path}: not readable as JSON ({error}); use report.json of a GPU run") from None
+        raise RefusedArgument(
+            f"--report {path}: not readable as JSON ({error}); use report.json of a GPU run"
+        ) from None
     if not isinstance(report, dict):
         raise RefusedArgument(f"--report {path}: holds no report; use report.json of a GPU run")
     missing = [field for field in FIELDS if field not in report]
@@ -73,9 +77,13 @@ def read(path: Path) -> dict[str, Any]:
             for field in STEP_FIELDS
             if field not in step
         ]
-        missing += [f"stages.{step['stage']}" for step in report["steps"].values() if not _known(report, step)]
+        missing += [
+            f"stages.{step['stage']}" for step in report["steps"].values() if not _known(report, step)
+        ]
     if missing:
-        raise RefusedArgument(f"--report {path}: lacks {', '.join(missing)}; run the stage again for a whole report")
+        raise RefusedArgument(
+            f"--report {path}: lacks {', '.join(missing)}; run the stage again for a whole report"
+        )
     here = {"format": FORMAT, "version": importlib.metadata.version("dsv3_megatron"), "source": source()}
     for field, value in here.items():
         if report[field] != value:

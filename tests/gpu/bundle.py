@@ -39,8 +39,24 @@ WHEELS = {
     "hypothesis": "hypothesis",
     "sortedcontainers": "sortedcontainers",
 }
-TARGET = ("--python-version", "3.12", "--implementation", "cp", "--abi", "cp312", "--abi", "abi3", "--abi", "none")
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+TARGET = (
+    "--python-version",
+    "3.12",
+    "--implementation",
+    "cp",
+    "--abi",
+    "cp312",
+    "--abi",
+    "abi3",
+    "--abi",
+    "none",
+)
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
 EXTRA_WHEELS: tuple[str, ...] = ()
 
 
@@ -83,11 +99,15 @@ def check_size(out: Path) -> int:
     Raises:
         SystemExit: more than `PART_LIMIT`; the largest files are named.
     """
-    files = {path: path.stat().st_size for path in out.rglob("*") if path.is_file() and "report" not in path.parts}
+    files = {
+        path: path.stat().st_size for path in out.rglob("*") if path.is_file() and "report" not in path.parts
+    }
     size = sum(files.values())
     if size > PART_LIMIT:
         largest = sorted(files, key=lambda path: -files[path])[:3]
-        raise SystemExit(f"error: {out} has {size} bytes, more than {PART_LIMIT}: {', '.join(map(str, largest))}")
+        raise SystemExit(
+            f"error: {out} has {size} bytes, more than {PART_LIMIT}: {', '.join(map(str, largest))}"
+        )
     return size
 
 
@@ -98,7 +118,9 @@ def _own_wheel(wheels: Path) -> None:
         copy.mkdir()
         for name in ("setup.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy / name)
-        shutil.copytree(ROOT / "dsv3_megatron", copy / "dsv3_megatron", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "dsv3_megatron", copy / "dsv3_megatron", ignore=shutil.ignore_patterns("__pycache__")
+        )
         _pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(copy))
 
 

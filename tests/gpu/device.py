@@ -10,17 +10,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 
-T = TypeVar("T")
 REHEARSAL = os.environ.get("DSV3_TEST_DEVICE") == "rehearsal"
 DEVICE = "cpu" if REHEARSAL else "cuda"
 
 
-def sizes(on_gpu: T, in_rehearsal: T) -> T:
+def sizes[T](on_gpu: T, in_rehearsal: T) -> T:
     """The first on a GPU, the second in a rehearsal."""
     return in_rehearsal if REHEARSAL else on_gpu
 
@@ -55,7 +54,7 @@ def _interpreter() -> Any:
 
 @contextmanager
 def kernels() -> Iterator[Callable[..., Any]]:
-    """`call(name, *args)` for the functions of `dsv3_megatron.fp8.kernels`: results on the CPU, where references are."""
+    """`call(name, *args)` for functions of `dsv3_megatron.fp8.kernels`: results on the CPU, where references are."""
     if REHEARSAL:
         try:
             yield _interpreter()

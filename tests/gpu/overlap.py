@@ -15,7 +15,7 @@ class Interval(NamedTuple):
 
 
 def overlap_share(intervals: Iterable[Interval]) -> float:
-    """Of the time in which any but the busiest stream works, the share in which the busiest works too; 0 for one stream."""
+    """Of the time in which any but the busiest stream works, the share in which that one works too; 0 for one."""
     by_stream: dict[object, list[tuple[float, float]]] = {}
     for interval in intervals:
         by_stream.setdefault(interval.stream, []).append((interval.start, interval.end))
@@ -24,9 +24,7 @@ def overlap_share(intervals: Iterable[Interval]) -> float:
     unions = {stream: _union(spans) for stream, spans in by_stream.items()}
     busiest = max(unions, key=lambda stream: _length(unions[stream]))
     others = _union([span for stream, spans in unions.items() if stream != busiest for span in spans])
-    both = sum(
-        max(0.0, min(a_end, b_end) - max(a, b)) for a, a_end in others for b, b_end in unions[busiest]
-    )
+    both = sum(max(0.0, min(a_end, b_end) - max(a, b)) for a, a_end in others for b, b_end in unions[busiest])
     return both / _length(others) if _length(others) else 0.0
 
 

@@ -1,69 +1,17 @@
-"""The report of the GPU tests: a pytest plugin writes a step's rows, `Report` gathers steps into one JSON and Markdown.
-
-A test adds a figure with pytest's own `record_property(name, value)`. The file is written after every test, so that
-what ran before a limit or a crash is kept; a test that has passed is not run again.
-"""
+"""The report of the GPU tests: `Report` gathers the steps' rows (`rows.py`) into one JSON and Markdown."""
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dsv3_megatron.arguments.card import FORMAT, source
+from tests.gpu.rows import write
 from tests.gpu.stages import STAGES, Step
 
 PACKAGES = ("dsv3_megatron", "megatron-core", "torch", "transformer-engine", "triton", "nvidia-nccl-cu13")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu-rows", default=None, help="file for the rows of this pytest process")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--gpu-rows"):
-        config.pluginmanager.register(Rows(Path(config.getoption("--gpu-rows"))), "gpu-rows")
-
-
-class Rows:
-    """One row per test, written after each; tests that the file says have passed are left out."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.rows: dict[str, dict[str, Any]] = {}
-        if file.exists():
-            self.rows = {row["test"]: row for row in json.loads(file.read_text()) if row["result"] == "passed"}
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = [item for item in items if item.nodeid in self.rows]
-        if done:
-            config.hook.pytest_deselected(items=done)
-            items[:] = [item for item in items if item.nodeid not in self.rows]
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.rows[nodeid] = {"test": nodeid, "result": "not finished", "seconds": 0.0, "figures": {}}
-        self._write()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        row = self.rows[report.nodeid]
-        row["seconds"] = round(row["seconds"] + report.duration, 2)
-        # Set-up and tear-down count only where they go wrong, or skip.
-        if report.when == "call" or report.outcome != "passed":
-            if row["result"] != "failed":
-                row["result"] = report.outcome
-            row["figures"] = {name: _plain(value) for name, value in report.user_properties}
-            if report.outcome != "passed":
-                skipped = report.outcome == "skipped" and isinstance(report.longrepr, tuple)
-                row["reason"] = report.longrepr[2] if skipped else str(report.longrepr)[-2000:]
-        if report.when == "teardown":
-            self._write()
-
-    def _write(self) -> None:
-        write(self.file, json.dumps(list(self.rows.values()), indent=1))
 
 
 class Report:
@@ -161,7 +109,12 @@ def markdown(record: dict[str, Any]) -> str:
     lines = ["# GPU tests", "", f"- device: {record['device']}"]
     lines += [f"- GPU: {gpu}" for gpu in (record["machine"]["gpus"] or "none").splitlines()]
     lines += [f"- {name}: {value}" for name, value in record["machine"]["versions"].items()]
-    lines += [f"- sources: {record['source']}", "", "| stage | step | result | tests | seconds |", "|---|---|---|---|---|"]
+    lines += [
+        f"- sources: {record['source']}",
+        "",
+        "| stage | step | result | tests | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for name, step in record["steps"].items():
         counts = ", ".join(f"{count} {result}" for result, count in step["counts"].items())
         lines.append(f"| {step['stage']} | {name} | {step['result']} | {counts} | {step['seconds']} |")
@@ -172,19 +125,10 @@ def markdown(record: dict[str, Any]) -> str:
             if row["result"] != "passed":
                 said.append(row.get("reason", "").strip().splitlines()[-1] if row.get("reason") else "")
             text = ", ".join(filter(None, said)).replace("|", "\\|")
-            lines.append(f"| {row['test'].removeprefix('tests/')} | {row['result']} | {row['seconds']} | {text} |")
+            lines.append(
+                f"| {row['test'].removeprefix('tests/')} | {row['result']} | {row['seconds']} | {text} |"
+            )
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _version(name: str) -> str:

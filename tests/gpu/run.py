@@ -30,17 +30,19 @@ REHEARSAL_FACTOR = 3  # times the limits, on a few cores
 def obstacle(num_gpus: int) -> str | None:
     """Why the tests cannot run on this machine, or None."""
     if num_gpus == 0:
-        return "no CUDA GPU is visible. Nothing was run, and nothing is reported (--cpu-rehearsal needs none)."
-    if num_gpus not in GPU_COUNTS:
         return (
-            f"{num_gpus} GPUs are visible; the layouts are for {GPU_COUNTS}. Choose with CUDA_VISIBLE_DEVICES."
+            "no CUDA GPU is visible. Nothing was run, and nothing is reported (--cpu-rehearsal needs none)."
         )
+    if num_gpus not in GPU_COUNTS:
+        return f"{num_gpus} GPUs are visible; the layouts are for {GPU_COUNTS}. Choose with CUDA_VISIBLE_DEVICES."
     return None
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.gpu.run", allow_abbrev=False)
-    parser.add_argument("stage", nargs="*", choices=[*STAGES, []], help=f"of {', '.join(STAGES)}; all by default")
+    parser.add_argument(
+        "stage", nargs="*", choices=[*STAGES, []], help=f"of {', '.join(STAGES)}; all by default"
+    )
     parser.add_argument("--cpu-rehearsal", action="store_true", help="the same without a GPU, on tiny sizes")
     parser.add_argument("--out", type=Path, default=Path(REPORT_DIR), help="folder of the report")
     parser.add_argument("--again", action="store_true", help="also what has passed")
@@ -62,13 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"--only {args.only}: the steps are {', '.join(names)}", file=sys.stderr)
             return 2
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a step's processes end with this one
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # a step's processes end with this one
     report = Report(args.out, device)
     print(f"device: {device}; report: {args.out}/report.json, report.md", flush=True)
     results = [_step(report, stage, step, args) for stage, step in steps]
     report.write()
     bad = [result for result in results if result not in ("passed", "skipped")]
-    print(f"{len(results) - len(bad)} of {len(results)} steps passed or skipped; report: {args.out}/report.md")
+    print(
+        f"{len(results) - len(bad)} of {len(results)} steps passed or skipped; report: {args.out}/report.md"
+    )
     return 1 if bad else 0
 
 
@@ -96,7 +102,7 @@ def _step(report: Report, stage: str, step: Step, args: argparse.Namespace) -> s
     rows = report.rows_file(step.name)
     if args.again:
         rows.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "tests.gpu.report"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "tests.gpu.rows"]
     command += [f"--gpu-rows={rows.resolve()}", "-p", "no:cacheprovider", "-W", "ignore", "-o", "addopts="]
     command += [f"--rootdir={ROOT}", "-c", os.devnull, *(str(ROOT / test) for test in step.tests)]
     scratch = args.out / f"{step.name}.tmp"

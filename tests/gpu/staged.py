@@ -81,7 +81,10 @@ class StagedGroup(dist.ProcessGroup):
     def __init__(self, gloo: Any, rank: int, size: int) -> None:
         super().__init__(rank, size)
         self._gloo, self._size = gloo, size
-        self._collectives, self._sends = _Lane(), _Lane()  # gloo takes both in the order in which they are posted
+        self._collectives, self._sends = (
+            _Lane(),
+            _Lane(),
+        )  # gloo takes both in the order in which they are posted
         self._streams: dict[str, Any] = {}
 
     # --- what torch asks of a group
@@ -179,17 +182,13 @@ class StagedGroup(dist.ProcessGroup):
             ).wait(),
         )
 
-    def gather(
-        self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any
-    ) -> StagedWork:
+    def gather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any) -> StagedWork:
         flat = [tensor for tensors in outputs for tensor in tensors]
         return self._collective(
             flat, inputs, lambda out, given: self._gloo.gather([out] if out else [], given, opts).wait()
         )
 
-    def scatter(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any
-    ) -> StagedWork:
+    def scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any) -> StagedWork:
         flat = [tensor for tensors in inputs for tensor in tensors]
         return self._collective(
             outputs, flat, lambda out, given: self._gloo.scatter(out, [given] if given else [], opts).wait()
@@ -263,7 +262,9 @@ class StagedGroup(dist.ProcessGroup):
         self._copy(zip(hosts, tensors, strict=True), before, stream).synchronize()
         return hosts
 
-    def _bring_back(self, tensors: Sequence[Tensor], hosts: Sequence[Tensor], before: Any, stream: Any) -> Any:
+    def _bring_back(
+        self, tensors: Sequence[Tensor], hosts: Sequence[Tensor], before: Any, stream: Any
+    ) -> Any:
         """Copy results back behind `before`; returns the event behind which they are there."""
         pairs = [(t, host.view(t.shape)) for t, host in zip(tensors, hosts, strict=True)]
         return self._copy(pairs, before, stream)

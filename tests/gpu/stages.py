@@ -41,7 +41,9 @@ STAGES = {
     "1": Stage(
         "versions, kernels against their references",
         (
-            Step("versions", "versions and what they lack", ("tests/gpu/test_versions.py",), 60, ("lacking",)),
+            Step(
+                "versions", "versions and what they lack", ("tests/gpu/test_versions.py",), 60, ("lacking",)
+            ),
             Step(
                 "kernels",
                 "FP8 kernels against their references, with an unpromoted product that must fail",

@@ -5,6 +5,7 @@ The stages themselves are rehearsed by `run.sh STAGE --cpu-rehearsal`; the slow 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,26 +28,24 @@ def test_limits() -> None:
 
 
 def test_every_gpu_test_is_in_one_step() -> None:
-    """Collected by their marker, and by the steps: the same tests, each once."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-o", "addopts=", "-c", os.devnull]
-    command += [f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
-    env = run.environment(rehearsal=True)
+    """Functions of the files that are marked, and those that the steps name: the same, each once."""
+    from tests.gpu.test_trainer import LAYOUTS
 
-    def collected(*paths: str) -> list[str]:
-        done = subprocess.run(
-            [*command, *(str(ROOT / path) for path in paths)], cwd=ROOT, env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [line for line in done.stdout.splitlines() if "::" in line]
-
-    paths = [path for _, step in all_steps() for path in step.tests]
-    assert len(paths) == len(set(paths))
-    marked = subprocess.run(
-        ["grep", "-rlE", r"pytest\.mark\.gpu", "tests", "--include=*.py"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
-    files = [file for file in marked if Path(file).name.startswith("test_") and Path(file) != Path(__file__)]
-    files = [file for file in files if (ROOT / file).resolve() != Path(__file__).resolve()]
-    assert sorted(collected(*paths)) == sorted(collected(*files))
+    marked = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu", re.MULTILINE)
+    tests = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        source = file.read_text()
+        if marked.search(source):
+            where = file.relative_to(ROOT).as_posix()
+            tests += [f"{where}::{name}" for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)]
+    named = [path for _, step in all_steps() for path in step.tests]
+    for test in tests:
+        file, function = test.split("::")
+        ways = [path for path in named if path in (file, test) or path.startswith(f"{test}[")]
+        expected = len(LAYOUTS) if function == "test_losses" else 1
+        assert len(ways) == len(set(ways)) == expected, f"{test} is in {ways}"
+    files = {test.split("::")[0] for test in tests}
+    assert {path.split("::")[0] for path in named} == files
 
 
 # --- process groups
@@ -105,7 +104,9 @@ def test_a_failed_rank_is_named_with_what_it_said(tmp_path: Path) -> None:
         "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no such layer')\ntime.sleep(99)\n"
     )
     start = time.monotonic()
-    with pytest.raises(processes.RanksFailed, match="rank 1 ended with status 1; its output ends:\nno such layer"):
+    with pytest.raises(
+        processes.RanksFailed, match="rank 1 ended with status 1; its output ends:\nno such layer"
+    ):
         processes.run_ranks("rank_that_fails", [], 2, tmp_path, 60, {"PYTHONPATH": str(tmp_path)})
     assert time.monotonic() - start < processes.LINGER_S + 10
 
@@ -120,9 +121,22 @@ def step_of(folder: Path, source: str) -> tuple[int, list[dict]]:
     """Status and rows of a pytest process over a file with this source."""
     (folder / "test_it.py").write_text(source)
     rows = folder / "tiny.rows.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.report", f"--gpu-rows={rows}", "-c", os.devnull]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.gpu.rows",
+        f"--gpu-rows={rows}",
+        "-c",
+        os.devnull,
+    ]
     done = subprocess.run(
-        [*command, "--rootdir", str(folder), str(folder / "test_it.py")], cwd=ROOT, capture_output=True, text=True
+        [*command, "--rootdir", str(folder), str(folder / "test_it.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return done.returncode, json.loads(rows.read_text())
 
@@ -168,12 +182,19 @@ def test_rows_hold_results_figures_and_reasons_and_what_passed_is_not_run_again(
     assert results.count("passed") == 4 and results.count("skipped") == 1
     again = Report(tmp_path, "CPU")  # read from the file
     assert not again.passed("tiny")
-    assert again.add("1", STEP, status, 1.0, "")["result"] == "passed" and Report(tmp_path, "CPU").passed("tiny")
+    assert again.add("1", STEP, status, 1.0, "")["result"] == "passed" and Report(tmp_path, "CPU").passed(
+        "tiny"
+    )
 
 
 @pytest.mark.parametrize(
     ("status", "results", "result"),
-    [(None, ["passed"], "killed at its limit"), (0, [], "failed"), (4, ["passed"], "failed"), (0, ["skipped"], "skipped")],
+    [
+        (None, ["passed"], "killed at its limit"),
+        (0, [], "failed"),
+        (4, ["passed"], "failed"),
+        (0, ["skipped"], "skipped"),
+    ],
 )
 def test_a_step_passes_only_when_something_did(status, results, result, tmp_path: Path) -> None:
     report = Report(tmp_path, "CPU")
@@ -183,7 +204,9 @@ def test_a_step_passes_only_when_something_did(status, results, result, tmp_path
 
 
 def test_a_report_of_another_device_or_version_is_put_aside(tmp_path: Path) -> None:
-    (tmp_path / "tiny.rows.json").write_text('[{"test": "t", "result": "passed", "seconds": 0, "figures": {}}]')
+    (tmp_path / "tiny.rows.json").write_text(
+        '[{"test": "t", "result": "passed", "seconds": 0, "figures": {}}]'
+    )
     Report(tmp_path, "CPU").add("1", STEP, 0, 0.0, "")
     assert not Report(tmp_path, "NVIDIA H100 80GB HBM3").passed("tiny")
     assert list(tmp_path.glob("old-*-report.json")) and not (tmp_path / "tiny.rows.json").exists()
@@ -201,15 +224,20 @@ def test_a_machine_that_can() -> None:
     assert run.obstacle(1) is run.obstacle(8) is None
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [(["1"], "no CUDA GPU is visible. Nothing was run"), (["1", "--only", "speeds", "--cpu-rehearsal"], "the steps are")],
-)
-def test_nothing_to_run_is_said_in_one_line(words: list[str], said: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.gpu.run", *words, "--out", str(tmp_path / "report")]
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.gpu.run", "1", "--out", str(tmp_path / "report")]
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=hidden)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no CUDA GPU is visible. Nothing was run" in done.stderr
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_step_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["1", "--only", "speeds", "--cpu-rehearsal", "--out", str(tmp_path / "report")]
+    assert run.main(words) == 2
+    said = capsys.readouterr().err
+    assert said == "--only speeds: the steps are versions, kernels, sanitizer\n"
     assert not (tmp_path / "report").exists()
 
 
@@ -225,8 +253,6 @@ def test_the_sanitizer_sees_every_kernel() -> None:
 
 def test_the_unpromoted_control_is_one_chain_of_products(tmp_path: Path) -> None:
     """Compiled for Hopper: FP8 wgmma without fp32 additions between them, which our product has."""
-    import re
-
     import torch
 
     from dsv3_megatron.fp8 import kernels
@@ -245,7 +271,9 @@ def test_the_unpromoted_control_is_one_chain_of_products(tmp_path: Path) -> None
     for planned in launches:
         _, cubin = compile_launch(planned, tmp_path)
         assert read_resources(cubin).fp8_wgmma > 0
-        additions.append(len(re.findall(r"\b(?:add|fma)\S*\.f32(?:x2)?\b", cubin.with_suffix(".ptx").read_text())))
+        additions.append(
+            len(re.findall(r"\b(?:add|fma)\S*\.f32(?:x2)?\b", cubin.with_suffix(".ptx").read_text()))
+        )
     assert additions[0] == 0 < additions[1]
 
 

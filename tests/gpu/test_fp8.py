@@ -84,7 +84,9 @@ def test_attention_output_is_kept_once(
     assert saved[1] - saved[0] > 0.4 * numbers
 
 
-@pytest.mark.parametrize("tokens, size_in, size_out", sizes([(512, 7168, 2048), (1024, 2048, 7168)], [(16, 256, 128)]))
+@pytest.mark.parametrize(
+    "tokens, size_in, size_out", sizes([(512, 7168, 2048), (1024, 2048, 7168)], [(16, 256, 128)])
+)
 def test_linear(
     one_gpu: None,  # noqa: F811
     record_property: Callable[[str, object], None],

@@ -33,7 +33,9 @@ def call() -> Iterator[Callable[..., Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eps", [1e-4, 0.0])
 def test_quantisers(call: Any, kind: str, eps: float) -> None:
-    for seed, (rows, columns) in enumerate(sizes(((1, 1), (129, 300), (1501, 2048), (4096, 7168)), ((1, 1), (9, 300)))):
+    for seed, (rows, columns) in enumerate(
+        sizes(((1, 1), (129, 300), (1501, 2048), (4096, 7168)), ((1, 1), (9, 300)))
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             agreement.assert_quantizers(
                 call, example(kind, rows, columns, dtype, seed), eps, pow2=bool(seed % 2)
@@ -49,7 +51,7 @@ def test_e5m6(call: Any, kind: str) -> None:
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     sizes([(1, 1, 1), (130, 7, 300), (4096, 576, 7168), (4096, 7168, 1501)], [(1, 1, 1), (13, 7, 300)]),
-    ids=str
+    ids=str,
 )
 def test_products(call: Any, m: int, n: int, k: int) -> None:
     a, b = example("normal", m, k), example("normal", n, k, seed=1)

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from tests.gpu import trainer
+from tests.gpu.device import sizes
 from tests.gpu.trainer import PRECISIONS, Run, model_words
 
 pytestmark = pytest.mark.gpu
 
 STEPS = 4
+LAYERS, BATCH = sizes((4, 8), (2, 4))
 SAVED = 2
 FACTOR = 3.0
 FLOOR = {"bf16": 2.0**-9, "fp8": 2.0**-5}  # half a step of bf16; a step of E4M3
@@ -29,10 +31,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     folder = tmp_path_factory.mktemp("one_gpu")
 
     @functools.cache
-    def once(precision: str, on_cpu: bool, micro_batches: int = trainer.GLOBAL_BATCH) -> Run:
-        words = [*model_words(micro_batches=micro_batches), *PRECISIONS[precision], *LOCAL]
+    def once(precision: str, on_cpu: bool, micro_batches: int = BATCH) -> Run:
+        words = [*model_words(LAYERS, micro_batches), *PRECISIONS[precision], *LOCAL]
         where = folder / f"{precision}-{'cpu' if on_cpu else 'gpu'}-{micro_batches}"
-        steps = 1 if precision == "fp32" or micro_batches != trainer.GLOBAL_BATCH else STEPS
+        steps = 1 if precision == "fp32" or micro_batches != BATCH else STEPS
         return trainer.train(where, words, steps=steps, on_cpu=on_cpu)
 
     return once
@@ -58,9 +60,9 @@ def test_losses_and_first_gradients(precision: str, run: Callable[..., Run], rec
 
 
 def test_a_lost_microbatch_is_seen(run: Callable[..., Run], record_property: Record) -> None:
-    """The control: with seven of eight microbatches the same comparison must fail."""
+    """The control: with one microbatch less the same comparison must fail."""
     exact, cpu = run("fp32", True), run("bf16", True)
-    lost = run("bf16", False, trainer.GLOBAL_BATCH - 1)
+    lost = run("bf16", False, BATCH - 1)
     ratio, name = trainer.worst_gradient(lost.gradients, cpu.gradients, exact.gradients, FLOOR["bf16"])
     record_property("lost_microbatch", f"{ratio:.1f} of the CPU's error ({name})")
     assert ratio > FACTOR
@@ -68,7 +70,7 @@ def test_a_lost_microbatch_is_seen(run: Callable[..., Run], record_property: Rec
 
 def test_checkpoint_saved_here_and_loaded_on_cpu(tmp_path: Path, record_property: Record) -> None:
     """The weights are the same bits, and training goes on as it does here."""
-    words = [*model_words(), *PRECISIONS["bf16"], *LOCAL, "--use-distributed-optimizer"]
+    words = [*model_words(LAYERS, BATCH), *PRECISIONS["bf16"], *LOCAL, "--use-distributed-optimizer"]
     checkpoint = ["--ckpt-format", "torch_dist", "--save-interval", str(SAVED)]
     saved = trainer.train(
         tmp_path / "gpu",
@@ -86,8 +88,12 @@ def test_checkpoint_saved_here_and_loaded_on_cpu(tmp_path: Path, record_property
         weights_before_step=0,
     )
     assert saved.weights.keys() == loaded.weights.keys()
-    differing = [name for name, weight in saved.weights.items() if not torch.equal(weight, loaded.weights[name])]
+    differing = [
+        name for name, weight in saved.weights.items() if not torch.equal(weight, loaded.weights[name])
+    ]
     difference = trainer.largest_loss_difference(loaded.losses, saved.losses[SAVED:])
-    record_property("after_loading", f"{len(saved.weights)} weights bit-equal, losses within {difference:.1e}")
+    record_property(
+        "after_loading", f"{len(saved.weights)} weights bit-equal, losses within {difference:.1e}"
+    )
     assert not differing
     assert difference < 0.01

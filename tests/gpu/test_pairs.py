@@ -31,9 +31,7 @@ def model_and_batches() -> tuple[Any, list[dict[str, torch.Tensor]]]:
 
 
 def plan_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
-    return model.build_schedule_plan(
-        batch["input_ids"], batch["position_ids"], None, labels=batch["labels"]
-    )
+    return model.build_schedule_plan(batch["input_ids"], batch["position_ids"], None, labels=batch["labels"])
 
 
 def gradient_of(output: torch.Tensor) -> torch.Tensor:

@@ -81,12 +81,15 @@ def messages(rank: int, world_size: int, x: torch.Tensor) -> list[torch.Tensor]:
 
 def test_every_operation_gives_what_gloo_gives() -> None:
     staged, gloo = (
-        run_distributed(everything, world_size=2, init=False, backend=backend) for backend in ("staged", "gloo")
+        run_distributed(everything, world_size=2, init=False, backend=backend)
+        for backend in ("staged", "gloo")
     )
     for ours, theirs in zip(staged, gloo, strict=True):
         assert ours.keys() == theirs.keys()
         for name, expected in theirs.items():
-            torch.testing.assert_close(ours[name], expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours[name], expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
     assert not torch.equal(staged[0]["exchanged"], staged[1]["exchanged"])
 
 

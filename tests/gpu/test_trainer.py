@@ -43,7 +43,9 @@ def compare(run: Run, other: Run, record: Record) -> None:
     assert gaps[worst] < GRADIENT, worst
 
 
-def train(folder: Path, impl: str, num_gpus: int, *words: str, ranks: int | None = None, layers: int = 4) -> Run:
+def train(
+    folder: Path, impl: str, num_gpus: int, *words: str, ranks: int | None = None, layers: int = 4
+) -> Run:
     line = [*model_words(layers), *PRECISIONS["bf16"], "--transformer-impl", impl, *words]
     shared = ranks is not None and ranks > num_gpus
     env = carrier(None if REHEARSAL else torch.cuda.nccl.version())[1] if shared else {}
@@ -65,7 +67,9 @@ def test_losses(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
         assert with_te.losses[0] == pytest.approx(reference.losses[0], rel=1e-3)
         assert difference < 0.01
         return
-    impl = "transformer_engine" if importlib.util.find_spec("transformer_engine") and not REHEARSAL else "local"
+    impl = (
+        "transformer_engine" if importlib.util.find_spec("transformer_engine") and not REHEARSAL else "local"
+    )
     record_property("backend", impl)
     several = train(tmp_path / "several", impl, num_gpus, *LAYOUTS[num_gpus])
     compare(several, train(tmp_path / "single", impl, 1), record_property)
@@ -77,7 +81,9 @@ def test_schedules(num_gpus: int, schedule: str, tmp_path: Path, record_property
     """Under every schedule as under Megatron's own, with Transformer Engine where it is."""
     needs_gpus(num_gpus)
     ranks, pp = PIPELINES[num_gpus]
-    impl = "transformer_engine" if importlib.util.find_spec("transformer_engine") and not REHEARSAL else "local"
+    impl = (
+        "transformer_engine" if importlib.util.find_spec("transformer_engine") and not REHEARSAL else "local"
+    )
     record_property("backend", impl)
     layout = ["--pipeline-model-parallel-size", str(pp), "--expert-model-parallel-size", str(ranks // pp)]
     layers = 2 * pp if schedule == "dualpipev" else 4  # a V has two stages on each rank

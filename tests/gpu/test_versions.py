@@ -17,7 +17,9 @@ def test_versions(record_property: Record) -> None:
     """Every line of `dsv3 doctor`; TE, Apex and DeepEP may be absent, what trains may not."""
     findings = doctor.examine()
     for finding in findings:
-        record_property(finding.name, f"{finding.found} ({finding.state})" if finding.found else finding.state)
+        record_property(
+            finding.name, f"{finding.found} ({finding.state})" if finding.found else finding.state
+        )
     lacking = [f"{f.name}: {f.hint or f.found}" for f in findings if f.state in ("missing", "wrong")]
     record_property("lacking", "; ".join(lacking) or "nothing")
     assert not lacking

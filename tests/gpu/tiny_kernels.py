@@ -1,9 +1,10 @@
 """Every FP8 kernel once, on ragged shapes of a few tiles: what compute-sanitizer watches.
 
-    python -m tests.gpu.tiny_kernels            each kernel, "done" at the end
-    python -m tests.gpu.tiny_kernels planted    a kernel that writes past its tensor, which must be found
+python -m tests.gpu.tiny_kernels            each kernel, "done" at the end
+python -m tests.gpu.tiny_kernels planted    a kernel that writes past its tensor, which must be found
 """
 
+import os
 import sys
 from typing import Any
 
@@ -75,9 +76,7 @@ def planted() -> None:
 
 if __name__ == "__main__":
     if device.REHEARSAL:
-        from dsv3_megatron import cpu
-
-        cpu.activate()
+        os.environ["TRITON_INTERPRET"] = "1"  # the interpreter's process imports this module first
     if sys.argv[1:] == ["planted"]:
         planted()
     else:

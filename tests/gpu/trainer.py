@@ -116,7 +116,8 @@ def worst_gradient(
     """How far `run` is from `exact`, in units of how far `other` is (or `floor`, where that is less), at worst."""
     assert run.keys() == other.keys() == exact.keys()
     ratios = {
-        name: distance(run[name], exact[name]) / max(distance(other[name], exact[name]), floor) for name in exact
+        name: distance(run[name], exact[name]) / max(distance(other[name], exact[name]), floor)
+        for name in exact
     }
     name = max(ratios, key=lambda name: ratios[name])
     return ratios[name], name

@@ -1,7 +1,9 @@
-"""Install what this machine lacks of the bundle's wheels into its folder `site`; no network, nothing else is touched."""
+"""Install what this machine lacks of the bundle's wheels into its folder `site`; no network, nothing elsewhere."""
 
 import hashlib
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +21,23 @@ MODULES = {  # of a wheel, where its name is another
 }
 
 
+TE_LIMIT_S = 460
+
+
 def main() -> int:
-    if sys.version_info < (3, 12):
-        print(f"error: Python {sys.version.split()[0]}: the bundle needs 3.12 or newer; name one: PYTHON=…", file=sys.stderr)
+    if sys.argv[1:] == ["te"]:
+        return build_te()
+    if sys.version_info < (3, 12):  # noqa: UP036 (the machine's Python, not ours)
+        print(
+            f"error: Python {sys.version.split()[0]}: the bundle needs 3.12 or newer; name one: PYTHON=…",
+            file=sys.stderr,
+        )
         return 2
     for module in ("torch", "triton", "pytest"):
         if not has(module):
-            print(f"error: {sys.executable} has no {module}, which the bundle does not bring", file=sys.stderr)
+            print(
+                f"error: {sys.executable} has no {module}, which the bundle does not bring", file=sys.stderr
+            )
             return 2
     folders = [HERE / "wheels", *HERE.parent.glob(HERE.name + "_te/wheels")]
     wheels = [wheel for folder in folders for wheel in sorted(folder.glob("*.whl")) if wanted(wheel)]
@@ -40,6 +52,45 @@ def main() -> int:
     if status == 0:
         done.touch()
     return status
+
+
+def build_te() -> int:
+    """Build Transformer Engine's torch extension from its source, against the CUDA headers of torch's wheels."""
+    part = HERE.parent / f"{HERE.name}_te"
+    sources = sorted(part.glob("transformer_engine_torch-*.tar.gz"))
+    if not sources:
+        print(
+            f"error: {part} holds no source of transformer_engine_torch; make gpu-bundle TE=1 writes it",
+            file=sys.stderr,
+        )
+        return 2
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    site = Path(torch.origin).parents[1]
+    includes = [str(p) for p in site.glob("nvidia/**/include") if p.is_dir()]
+    libraries = [str(p) for p in site.glob("nvidia/**/lib") if p.is_dir()]
+    env = os.environ | {
+        "PYTHONPATH": str(SITE),
+        "NVTE_FRAMEWORK": "pytorch",
+        "MAX_JOBS": str(os.cpu_count() or 2),
+    }
+    for name, found in (
+        ("CPLUS_INCLUDE_PATH", includes),
+        ("LIBRARY_PATH", libraries),
+        ("LD_LIBRARY_PATH", libraries),
+    ):
+        env[name] = os.pathsep.join([*found, *filter(None, [os.environ.get(name)])])
+    print(f"building {sources[-1].name} (at most {TE_LIMIT_S} s)", flush=True)
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    process = subprocess.Popen(
+        [*command, "--target", str(SITE), str(sources[-1])], env=env, start_new_session=True
+    )
+    try:
+        return process.wait(TE_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        print(f"error: not built within {TE_LIMIT_S} s", file=sys.stderr)
+        return 1
 
 
 def wanted(wheel: Path) -> bool:

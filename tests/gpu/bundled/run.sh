@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a stage of the GPU tests on this machine, without a network: bash gpu_bundle/run.sh STAGE [--cpu-rehearsal]
-# STAGE is 1, 2, 3, 4 or gpus (docs/gpu.md). The report is gpu_bundle/report, or the folder after --out.
+# STAGE is 1, 2, 3, 4, gpus, or te, which builds Transformer Engine's extension (docs/gpu.md). The report is gpu_bundle/report, or the folder after --out.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
@@ -9,6 +9,7 @@ if [ $# = 0 ]; then
     exit 2
 fi
 "$python" "$here/install.py"
+[ "$1" = te ] && exec "$python" "$here/install.py" te
 # Only this: what else the caller's PYTHONPATH held could be another version of the package.
 export PYTHONPATH="$here/site:$here"
 out=(--out "$here/report")
