@@ -51,8 +51,8 @@ class Rows:
                 row["result"] = report.outcome
             row["figures"] = {name: _plain(value) for name, value in report.user_properties}
             if report.outcome != "passed":
-                skipped = report.outcome == "skipped" and isinstance(report.longrepr, tuple)
-                row["reason"] = report.longrepr[2] if skipped else str(report.longrepr)[-2000:]
+                said = report.longrepr  # of a skipped test: file, line, reason
+                row["reason"] = said[2] if isinstance(said, tuple) else str(said)[-2000:]
         if report.when == "teardown":
             self._write()
 

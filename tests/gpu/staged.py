@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_megatron.cpu import distributed
+
 NAME = "staged"
 ReduceOp = dist.ReduceOp
 
@@ -333,6 +335,8 @@ def register() -> None:
     """Make `backend="staged"` known to torch.distributed, for tensors of GPUs and of the CPU. Idempotent."""
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, _make, devices=["cpu", "cuda"])
+    if NAME not in distributed.KEPT_BACKENDS:  # the CPU runtime would make gloo of it
+        distributed.KEPT_BACKENDS += (NAME,)  # type: ignore[assignment]
 
 
 def _make(store: Any, rank: int, size: int, timeout: timedelta) -> StagedGroup:
@@ -342,11 +346,6 @@ def _make(store: Any, rank: int, size: int, timeout: timedelta) -> StagedGroup:
 def install() -> None:
     """From here on `nccl` means `staged` in this process: for programs, such as Megatron, that name NCCL themselves."""
     register()
-    from dsv3_megatron import cpu
-    from dsv3_megatron.cpu import distributed
-
-    if cpu.is_active():  # whose own replacement would make gloo of it
-        distributed.KEPT_BACKENDS = (*distributed.KEPT_BACKENDS, NAME)
     init, new_group = dist.init_process_group, dist.new_group
 
     def staged_init(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:

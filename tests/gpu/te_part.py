@@ -83,7 +83,7 @@ def build(out: Path) -> None:
     Raises:
         SystemExit: the part would be larger than one may be.
     """
-    from tests.gpu.bundle import PLATFORMS, check_size
+    from tests.gpu.bundle import PLATFORMS, TARGET, check_size
 
     (out / "wheels").mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
@@ -91,16 +91,7 @@ def build(out: Path) -> None:
     for spec in (PURE, *OTHERS, *BUILDERS):
         print(spec, flush=True)
         subprocess.run(
-            [
-                *pip,
-                "--only-binary=:all:",
-                "--python-version",
-                "3.12",
-                *platforms,
-                "-d",
-                str(out / "wheels"),
-                spec,
-            ],
+            [*pip, "--only-binary=:all:", *TARGET, *platforms, "-d", str(out / "wheels"), spec],
             check=True,
         )
     print(EXTENSION, flush=True)

@@ -33,19 +33,19 @@ def test_every_gpu_test_is_in_one_step() -> None:
 
     marked = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu", re.MULTILINE)
     tests = []
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
-        source = file.read_text()
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        source = path.read_text()
         if marked.search(source):
-            where = file.relative_to(ROOT).as_posix()
+            where = path.relative_to(ROOT).as_posix()
             tests += [f"{where}::{name}" for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)]
     named = [path for _, step in all_steps() for path in step.tests]
     for test in tests:
         file, function = test.split("::")
-        ways = [path for path in named if path in (file, test) or path.startswith(f"{test}[")]
+        ways = [name for name in named if name in (file, test) or name.startswith(f"{test}[")]
         expected = len(LAYOUTS) if function == "test_losses" else 1
         assert len(ways) == len(set(ways)) == expected, f"{test} is in {ways}"
     files = {test.split("::")[0] for test in tests}
-    assert {path.split("::")[0] for path in named} == files
+    assert {name.split("::")[0] for name in named} == files
 
 
 # --- process groups

@@ -15,9 +15,6 @@ def everything(rank: int, world_size: int, backend: str) -> dict[str, Any]:
     from tests.gpu import staged
 
     staged.register()
-    from dsv3_megatron.cpu import distributed
-
-    distributed.KEPT_BACKENDS = (*distributed.KEPT_BACKENDS, staged.NAME)
     dist.init_process_group(backend, rank=rank, world_size=world_size)
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(4, 6, generator=generator)
@@ -97,9 +94,6 @@ def averaged_late(rank: int, world_size: int) -> dict[str, Any]:
     from tests.gpu import staged
 
     staged.register()
-    from dsv3_megatron.cpu import distributed
-
-    distributed.KEPT_BACKENDS = (*distributed.KEPT_BACKENDS, staged.NAME)
     dist.init_process_group("staged", rank=rank, world_size=world_size)
     mean = torch.full((3,), float(rank))
     dist.all_reduce(mean, op=dist.ReduceOp.AVG)

@@ -18,6 +18,7 @@ MODULES = {  # of a wheel, where its name is another
     "absl_py": "absl",
     "grpcio": "grpc",
     "protobuf": "google.protobuf",
+    "transformer_engine_cu13": "transformer_engine",  # the library: only with its Python
 }
 
 
@@ -74,6 +75,7 @@ def build_te() -> int:
         "NVTE_FRAMEWORK": "pytorch",
         "MAX_JOBS": str(os.cpu_count() or 2),
     }
+    env["PATH"] = os.pathsep.join([str(SITE / "bin"), os.environ.get("PATH", "")])  # ninja
     for name, found in (
         ("CPLUS_INCLUDE_PATH", includes),
         ("LIBRARY_PATH", libraries),
