@@ -12,6 +12,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -79,16 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _device(rehearsal: bool) -> str | None:
-    """Name of the device; None, with the reason told, where there is none."""
+    """Name of the device; None, with the reason told, where there is none.
+
+    Asked in a process of its own: whoever asks holds memory of the GPU for as long as it lives.
+    """
     if rehearsal:
         return "CPU"
-    import torch
-
-    reason = obstacle(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    code = "import torch.cuda as c; n = c.is_available() and c.device_count(); print(+n, n and c.get_device_name(0))"
+    asked = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    if asked.returncode != 0:
+        print(f"GPU tests: torch finds no device: {asked.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    count, _, name = asked.stdout.strip().partition(" ")
+    reason = obstacle(int(count))
     if reason is not None:
         print(f"GPU tests: {reason}", file=sys.stderr)
         return None
-    return str(torch.cuda.get_device_name(0))
+    return name
 
 
 def _step(report: Report, stage: str, step: Step, args: argparse.Namespace) -> str:

@@ -32,7 +32,10 @@ def under_sanitizer(*words: str) -> subprocess.CompletedProcess:
     # torch's allocator rounds up and keeps blocks: without it, each tensor has bounds of its own.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*sanitizer(), sys.executable, "-m", "tests.gpu.tiny_kernels", *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this machine's device")  # seen under gVisor
+    return done
 
 
 def test_no_kernel_leaves_its_tensors(record_property: Record) -> None:

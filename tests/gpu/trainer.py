@@ -77,6 +77,7 @@ def train(
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": sizes("8", "1")}
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     line = [*device, *words, "--train-iters", str(steps)]
+    limit_s *= sizes(1, 3)
     run_ranks("tests.gpu.train_rank", line, ranks, folder / "output", limit_s, environment, gpus)
     losses = [json.loads(path.read_text()) for path in sorted((folder / "losses").iterdir())]
     assert all(of_rank == losses[0] for of_rank in losses), f"ranks tell different losses: {losses}"
