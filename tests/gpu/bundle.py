@@ -38,6 +38,7 @@ WHEELS = {
     "tokenizers": "tokenizers",
     "hypothesis": "hypothesis",
     "sortedcontainers": "sortedcontainers",
+    "psutil": "psutil",  # whoever writes a checkpoint
 }
 TARGET = (
     "--python-version",
@@ -52,12 +53,9 @@ TARGET = (
     "none",
 )
 PLATFORMS = (
-    "manylinux_2_28_x86_64",
-    "manylinux_2_27_x86_64",
-    "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64",
+    *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17, 12, 5)),
+    *("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"),
 )
-EXTRA_WHEELS: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,9 @@ def test_limits() -> None:
     """Each stage of one GPU under eight minutes, all of them on eight GPUs under ninety, by their limits."""
     assert all(STAGES[number].limit_s <= STAGE_LIMIT_S for number in "1234")
     assert sum(stage.limit_s for stage in STAGES.values()) <= TOTAL_LIMIT_S
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for name, stage in STAGES.items():
+        assert re.search(rf"^\| {name} \| .* \| {stage.limit_s} s \|$", page, re.MULTILINE), name
 
 
 def test_every_gpu_test_is_in_one_step() -> None:
