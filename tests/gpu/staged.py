@@ -275,7 +275,8 @@ class StagedGroup(dist.ProcessGroup):
         with torch.no_grad(), torch.cuda.stream(stream):  # of this stream's device, also in a thread
             stream.wait_event(before)
             for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+                # As NCCL writes: unseen by autograd, which may have saved the tensor (tokens, for an embedding).
+                target.data.copy_(source, non_blocking=True)
                 for tensor in (target, source):
                     if tensor.is_cuda:
                         tensor.record_stream(stream)

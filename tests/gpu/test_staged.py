@@ -34,6 +34,7 @@ def everything(rank: int, world_size: int, backend: str) -> dict[str, Any]:
     sent = x.clone()
     dist.broadcast(sent, 1)
     found["broadcast"] = sent
+    found["writes seen by autograd"] = sent._version
     whole = torch.empty(world_size * 4, 6)
     dist.all_gather_into_tensor(whole, x)
     parts = [torch.empty(4, 6) for _ in range(world_size)]
