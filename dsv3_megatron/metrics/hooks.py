@@ -138,6 +138,7 @@ def _report(args: Any, call: dict[str, Any], seconds: float, steps: int, sums: d
             for name, value in flops.items()
         },
         **report.expert_figures(layers),
+        **({"expert_groups": _collector.config.moe_router_num_groups or 1} if layers else {}),
     }
     _latest.clear()
     _latest.update(record)

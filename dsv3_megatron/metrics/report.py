@@ -64,7 +64,7 @@ def to_tensorboard(writer: Any, record: dict[str, Any]) -> None:
             writer.add_scalar(f"dsv3/{name}", value, iteration)
     for number, layer in record.get("layers", {}).items():
         for name, value in layer.items():
-            if value is not None:
+            if isinstance(value, int | float):
                 writer.add_scalar(f"experts-{name}/layer_{int(number):02d}", value, iteration)
 
 
