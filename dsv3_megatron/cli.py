@@ -26,6 +26,9 @@ VERBS = {
     "doctor": Verb("doctor:main", "what is installed, and whether it fits together"),
     "plan": Verb("plan.__main__:main", "memory, time and cost of a layout before it is rented"),
     "search": Verb("plan.search:main", "the fastest layouts of a model on a cluster"),
+    "dispatchers": Verb(
+        "plan.dispatchers:main", "bytes and seconds of the three dispatchers, and where each wins"
+    ),
     "dryrun": Verb(
         "dryrun.__main__:main", "build any rank of a layout on a laptop: real modules, real groups"
     ),

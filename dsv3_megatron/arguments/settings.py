@@ -142,8 +142,10 @@ def _grouped_gemm(args: Namespace) -> Any:
 
 
 def _communication_sms(args: Namespace) -> Any:
-    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself."""
-    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" else NOT_SET
+    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself, and two_hop takes --communication-sms."""
+    if getattr(args, "moe_token_dispatcher_type", "") != "flex":
+        return NOT_SET
+    return getattr(args, "communication_sms", 20)
 
 
 def _cp_comm_type(args: Namespace) -> Any:
@@ -387,8 +389,8 @@ SETTINGS: tuple[Setting, ...] = (
         "alltoall",
         "--moe-token-dispatcher-type",
         "fixed",
-        "R§3.2.2: all-to-all; flex is DeepEP",
-        ("flex",),
+        "R§3.2.2: all-to-all; flex is DeepEP, two_hop ours",
+        ("flex", "two_hop"),
     ),
     Setting(
         "moe_flex_dispatcher_num_sms",

@@ -16,7 +16,7 @@ from unittest import mock
 
 from omegaconf import DictConfig
 
-from dsv3_megatron import dualpipe
+from dsv3_megatron import dispatch, dualpipe
 from dsv3_megatron.conf import ConfigError
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
@@ -193,6 +193,7 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
     }
     with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(words)]):
         dualpipe.install()
+        dispatch.install()
         args = arguments.parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):
             try:

@@ -1,6 +1,7 @@
 """Hooks the metrics into Megatron's training loop: two patches call back here."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dsv3_megatron.metrics import report
 from dsv3_megatron.metrics.collector import Collector
 from dsv3_megatron.metrics.flops import ModelSizes, flops_per_token
 
-__all__ = ["install", "latest"]
+__all__ = ["add_figures", "install", "latest"]
 
 
 class _Interval:
@@ -33,6 +34,7 @@ class _Interval:
 _collector = Collector()
 _interval = _Interval()
 _latest: dict[str, Any] = {}
+_more: list[Callable[[], dict[str, float]]] = []
 
 
 def install() -> None:
@@ -42,6 +44,12 @@ def install() -> None:
         dsv3_megatron.patching.PatchMismatch: this Megatron version differs from the patches' expectation.
     """
     patching.install(["expert_counts", "training_log"])
+
+
+def add_figures(function: Callable[[], dict[str, float]]) -> None:
+    """Add what `function()` returns to each logged step's record; it is called on every rank and must agree on all."""
+    if function not in _more:
+        _more.append(function)
 
 
 def latest() -> dict[str, Any]:
@@ -140,6 +148,8 @@ def _report(args: Any, call: dict[str, Any], seconds: float, steps: int, sums: d
         **report.expert_figures(layers),
         **({"expert_groups": _collector.config.moe_router_num_groups or 1} if layers else {}),
     }
+    for function in _more:
+        record |= function()
     _latest.clear()
     _latest.update(record)
     print_rank_last(report.console(record, args.num_layers))

@@ -38,6 +38,11 @@ def console(record: dict[str, Any], num_layers: int) -> str:
             f"{_si(record['model_flops_per_s_per_gpu_non_causal'])}/s non-causal",
             *([f"MTP loss {record['mtp_loss']:.4f}"] if record["mtp_loss"] is not None else []),
             *([f"dropped tokens {_or_dash(record['dropped_tokens'])}"] if "layers" in record else []),
+            *(
+                f"{name.replace('_', ' ').removesuffix(' bytes')} {value / 1e6:.1f} MB per step"
+                for name, value in record.items()
+                if name.endswith("_bytes")
+            ),
         ]
     )
     if "layers" not in record:

@@ -115,6 +115,8 @@ class Job:
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
         moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
+        dispatcher: as `--moe-token-dispatcher-type`; "flex" is DeepEP, whose times the calibration has.
+        dispatch_chunks: pieces of "two_hop".
         load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
         balance_loss: the sequence-wise balance loss is on.
         communication_sms: that dispatch and combine take from a pair's computation while they run; None: those of the
@@ -135,6 +137,8 @@ class Job:
     transformer_impl: str = "transformer_engine"
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1
+    dispatcher: str = "flex"
+    dispatch_chunks: int = 10
     load_imbalance: float = 1.0
     balance_loss: bool = True
     communication_sms: int | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from dsv3_megatron.plan.dispatchers import dispatch_line
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts
@@ -31,6 +32,7 @@ def summary(plan: Plan) -> str:
         ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
         ("", f"{'fp8' if job.precision.fp8 else 'bf16' if job.precision.compute == 2 else 'fp32'}, recompute "
              f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
+        *([("dispatch", dispatch_line(job, plan.gpu))] if layout.ep > 1 else []),
         ("step", f"{plan.step_s:.3f} s"),
         ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
         ("  gradients, optimizer, parameters",

@@ -1,6 +1,7 @@
 """Where features take hold of a run without knowing each other: lists of functions, called by the trainer.
 
     hooks.after_validation(f)  f(args): Megatron has validated its arguments, nothing is built (patch `validate_args`)
+    hooks.before_build(f)      f(config, pg_collection): process groups are there, a chunk of the model is not built yet
     hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
     hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
     hooks.on_loss(f)           f(total, num_tokens): the last stage has a loss (sum over tokens); before its `on_output`
@@ -20,8 +21,10 @@ from dsv3_megatron.patching import install
 __all__ = [
     "after_step",
     "after_validation",
+    "before_build",
     "before_step",
     "before_update",
+    "building",
     "on_loss",
     "on_output",
     "run_step",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 _validated: list[Callable[[Any], None]] = []
+_build: list[Callable[[Any, Any], None]] = []
 _before: list[Callable[[dict[str, Any]], None]] = []
 _output: list[Callable[[Any, Tensor], None]] = []
 _loss: list[Callable[[Tensor, Tensor], None]] = []
@@ -41,6 +45,11 @@ _after: list[Callable[[dict[str, Any], Any], None]] = []
 def after_validation(function: Callable[[Any], None]) -> None:
     """Call `function(args)` once Megatron has validated its arguments, before anything is configured from them."""
     _add(_validated, function, "validate_args")
+
+
+def before_build(function: Callable[[Any, Any], None]) -> None:
+    """Call `function(config, pg_collection)` on every rank before each chunk of its model is built."""
+    _add(_build, function)
 
 
 def before_step(function: Callable[[dict[str, Any]], None]) -> None:
@@ -78,6 +87,12 @@ def validated(args: Any) -> None:
     """Told by the patch `validate_args`."""
     for function in _validated:
         function(args)
+
+
+def building(config: Any, pg_collection: Any) -> None:
+    """Told by the model's builder."""
+    for function in _build:
+        function(config, pg_collection)
 
 
 def saw_output(model: Any, output: Tensor) -> None:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import (
     backend,
+    dispatch,
     ema,
     layout,
     model,
@@ -29,6 +30,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *model.ROWS,
     *layout.ROWS,
     *overlap.ROWS,
+    *dispatch.ROWS,
     *schedule.ROWS,
     *recipe.ROWS,
     *ema.ROWS,
