@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint lint-imports clean
+.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-dispatch bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-te test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a rep
 
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.studies.pipeline_speed
+
+bench-dispatch: setup  ## the two hops of dispatch beside each other, over links that sleep
+	$(PY) -m dsv3_megatron.studies.two_hop_speed
 
 bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (20 GB of disk)
 	$(PY) -m dsv3_megatron.studies.convert_speed

@@ -10,6 +10,7 @@ from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.dispatch import arguments as dispatch_arguments
 from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
 from dsv3_megatron.ema import arguments as ema_arguments
+from dsv3_megatron.expert_placement import arguments as placement_arguments
 from dsv3_megatron.fp8 import arguments as fp8_arguments
 from dsv3_megatron.recipe import arguments as recipe_arguments
 from dsv3_megatron.resilience import arguments as resilience_arguments
@@ -37,6 +38,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             action.type = _number_or_none
     dualpipe_arguments.add_arguments(parser)
     dispatch_arguments.add_arguments(parser)
+    placement_arguments.add_arguments(parser)
     fp8_arguments.add_arguments(parser)
     recipe_arguments.add_arguments(parser)
     ema_arguments.add_arguments(parser)

@@ -7,10 +7,7 @@ computation, so these do nothing but the hops. What a pass needs again in its ba
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
@@ -96,12 +93,7 @@ class TwoHopTokenDispatcher(MoETokenDispatcher):
         """Outputs expert by expert [p, h] → pairs in the order in which they came."""
         hidden_states = hidden_states.index_select(0, self._back)
         if self.tp_size > 1:
-            parts = reduce_scatter_to_sequence_parallel_region(
-                hidden_states.float() if hidden_states.dtype != torch.float64 else hidden_states,
-                group=self.tp_group,
-                input_split_sizes=self._tp_splits(),
-            )
-            hidden_states = parts.to(hidden_states.dtype)
+            hidden_states = self._to_tp_ranks(hidden_states)
         return hidden_states
 
     def token_combine(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
@@ -117,7 +109,16 @@ class TwoHopTokenDispatcher(MoETokenDispatcher):
         """Pairs of each expert-tensor-parallel rank's tokens for this rank's experts."""
         return [int(counts.pairs[:, :, self.links.rank].sum()) for counts in self._counts]
 
+    # Gather and reduce-scatter of uneven parts by all-to-all, since gloo gathers even ones only.
+
     def _from_tp_ranks(self, x: Tensor) -> Tensor:
-        return gather_from_sequence_parallel_region(
-            x, group=self.tp_group, output_split_sizes=self._tp_splits()
-        )
+        """x [n, …] of all expert-tensor-parallel ranks, one after the other."""
+        repeated = x.repeat(self.tp_size, *[1] * (x.dim() - 1))
+        return all_to_all(self.tp_group, repeated, self._tp_splits(), [len(x)] * self.tp_size)
+
+    def _to_tp_ranks(self, x: Tensor) -> Tensor:
+        """The inverse: each rank gets its part [n, h] of the sum over all."""
+        splits = self._tp_splits()
+        own = splits[self.tp_rank]
+        parts = all_to_all(self.tp_group, x, [own] * self.tp_size, splits).unflatten(0, (self.tp_size, own))
+        return parts.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)

@@ -21,7 +21,7 @@ def install() -> None:
     hooks.install()
 
 
-def add_figures(function: Callable[[], dict[str, float]]) -> None:
+def add_figures(function: Callable[[dict[str, Any]], dict[str, float]]) -> None:
     """See `hooks.add_figures`."""
     from dsv3_megatron.metrics import hooks
 

@@ -34,7 +34,7 @@ class _Interval:
 _collector = Collector()
 _interval = _Interval()
 _latest: dict[str, Any] = {}
-_more: list[Callable[[], dict[str, float]]] = []
+_more: list[Callable[[dict[str, Any]], dict[str, float]]] = []
 
 
 def install() -> None:
@@ -46,8 +46,8 @@ def install() -> None:
     patching.install(["expert_counts", "training_log"])
 
 
-def add_figures(function: Callable[[], dict[str, float]]) -> None:
-    """Add what `function()` returns to each logged step's record; it is called on every rank and must agree on all."""
+def add_figures(function: Callable[[dict[str, Any]], dict[str, float]]) -> None:
+    """Add what `function(record)` returns to each logged step's record; called on every rank, it must agree on all."""
     if function not in _more:
         _more.append(function)
 
@@ -149,7 +149,7 @@ def _report(args: Any, call: dict[str, Any], seconds: float, steps: int, sums: d
         **({"expert_groups": _collector.config.moe_router_num_groups or 1} if layers else {}),
     }
     for function in _more:
-        record |= function()
+        record |= function(record)
     _latest.clear()
     _latest.update(record)
     print_rank_last(report.console(record, args.num_layers))

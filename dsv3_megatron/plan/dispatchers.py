@@ -80,7 +80,7 @@ def table(job: Job, gpu: Gpu) -> str:
     """The job's layout, then where each wins."""
     layout = job.layout
     lines = [
-        f"A MoE layer and microbatch of {job.tokens} tokens on {gpu.name}, EP{layout.ep}, forward and backward, per rank",
+        f"A MoE layer, {job.tokens} tokens a microbatch, on {gpu.name}, EP{layout.ep}; forward and backward, per rank",
         f"{'':<10}{'IB, MB':>9}{'NVLink, MB':>12}{'alone, ms':>11}{'beside computation, ms':>24}",
     ]
     for name in DISPATCHERS:

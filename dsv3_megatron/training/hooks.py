@@ -5,13 +5,17 @@
     hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
     hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
     hooks.on_loss(f)           f(total, num_tokens): the last stage has a loss (sum over tokens); before its `on_output`
+    hooks.on_counts(f)         f(config, chunks): the routers have counted a whole global batch, about to be cleared
     hooks.before_update(f)     f(call): gradients are there, the optimizer has not changed the weights yet
     hooks.after_step(f)        f(call, result): weights are updated; `result` is train_step's
+    hooks.around_checkpoint(f, g)  f(call) before a checkpoint is written, or loaded during a run; g(call) after
+    hooks.on_experts_move(f)   f(carry): experts go to other ranks; carry(tensor_of) takes along what a feature keeps
 
 A function may be added once; they are called in the order in which they were added, on every rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +25,19 @@ from dsv3_megatron.patching import install
 __all__ = [
     "after_step",
     "after_validation",
+    "around_checkpoint",
     "before_build",
     "before_step",
     "before_update",
     "building",
+    "checkpoint",
+    "experts_move",
+    "on_counts",
+    "on_experts_move",
     "on_loss",
     "on_output",
     "run_step",
+    "saw_counts",
     "saw_loss",
     "saw_output",
     "validated",
@@ -39,6 +49,9 @@ _before: list[Callable[[dict[str, Any]], None]] = []
 _output: list[Callable[[Any, Tensor], None]] = []
 _loss: list[Callable[[Tensor, Tensor], None]] = []
 _update: list[Callable[[dict[str, Any]], None]] = []
+_counts: list[Callable[[Any, Any], None]] = []
+_checkpoint: list[tuple[Callable[[dict[str, Any]], None], Callable[[dict[str, Any]], None]]] = []
+_move: list[Callable[[Callable[[Callable[[Tensor], Tensor]], None]], None]] = []
 _after: list[Callable[[dict[str, Any], Any], None]] = []
 
 
@@ -77,6 +90,27 @@ def after_step(function: Callable[[dict[str, Any], Any], None]) -> None:
     _add(_after, function, "train_step")
 
 
+def on_counts(function: Callable[[Any, Any], None]) -> None:
+    """Call `function(config, chunks)` when the routers of this rank hold a global batch's token counts."""
+    _add(_counts, function, "expert_counts")
+
+
+def around_checkpoint(
+    before: Callable[[dict[str, Any]], None], after: Callable[[dict[str, Any]], None]
+) -> None:
+    """Call `before(call)` and `after(call)` around each checkpoint that is written, or loaded after the first step."""
+    _add(_checkpoint, (before, after), "save_checkpoint")
+
+
+def on_experts_move(function: Callable[[Callable[[Callable[[Tensor], Tensor]], None]], None]) -> None:
+    """Call `function(carry)` on every rank before the weights of experts go to other ranks.
+
+    A feature that keeps a tensor for each parameter calls `carry(tensor_of)`, where `tensor_of(parameter)` is that
+    tensor, of the parameter's shape: then it has moved with the expert.
+    """
+    _add(_move, function)
+
+
 def _add(functions: list[Any], function: Any, *patches: str) -> None:
     install(patches)
     if function not in functions:
@@ -105,6 +139,28 @@ def saw_loss(total: Tensor, num_tokens: Tensor) -> None:
     """Told by the loss function."""
     for function in _loss:
         function(total, num_tokens)
+
+
+def saw_counts(config: Any, chunks: Any) -> None:
+    """Told by the patch `expert_counts`."""
+    for function in _counts:
+        function(config, chunks)
+
+
+@contextmanager
+def checkpoint(call: dict[str, Any]) -> Iterator[None]:
+    """Around writing or loading a checkpoint; used by the patch `save_checkpoint`, and where one is loaded again."""
+    for before, _ in _checkpoint:
+        before(call)
+    yield
+    for _, after in reversed(_checkpoint):
+        after(call)
+
+
+def experts_move(carry: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
+    """Told by whoever moves experts."""
+    for function in _move:
+        function(carry)
 
 
 def run_step(original: Callable[..., Any], call: dict[str, Any]) -> Any:

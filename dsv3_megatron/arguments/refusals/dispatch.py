@@ -15,7 +15,7 @@ def two_hop(a: Namespace) -> bool:
     return a.moe_token_dispatcher_type == TWO_HOP
 
 
-def expert_ranks(a: Namespace) -> int:
+def _expert_ranks(a: Namespace) -> int:
     """Ranks beside each other that share the experts of a layer."""
     return a.expert_model_parallel_size * (a.expert_tensor_parallel_size or a.tensor_model_parallel_size)
 
@@ -24,9 +24,9 @@ def _node_size(a: Namespace, s: Surroundings) -> int:
     return s.ranks_per_node if a.moe_node_size is None else a.moe_node_size
 
 
-def _uneven(a: Namespace, s: Surroundings) -> bool:
+def uneven_nodes(a: Namespace, s: Surroundings) -> bool:
     """Whether expert-parallel groups do not lie on whole nodes, or part of one."""
-    size, ranks = _node_size(a, s), expert_ranks(a)
+    size, ranks = _node_size(a, s), _expert_ranks(a)
     if size < 1:
         return True
     expert_tp = ranks // a.expert_model_parallel_size
@@ -49,7 +49,7 @@ ROWS = (
         FEATURE,
         "--moe-node-size",
         "{moe_node_size}",
-        lambda a, s: two_hop(a) and _uneven(a, s),
+        lambda a, s: two_hop(a) and uneven_nodes(a, s),
         "the ranks that share a layer's experts (expert × expert tensor parallel) must fill nodes, or part of one",
         "a number of ranks that divides them, or a multiple (default: {ranks_per_node}, torchrun's local ranks)",
         f"{ON} --moe-node-size 3",
