@@ -4,7 +4,6 @@ Tokens are permuted by expert, as ever, and only then put in the order of the sl
 round. So every sum, there and in the gradients, has the order that it has with all experts at home.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -13,16 +12,16 @@ from torch import Tensor
 
 __all__ = ["placed"]
 
+_classes: dict[type, type] = {}
+
 
 def placed(dispatcher: Any) -> None:
     """Give an all-to-all dispatcher, Megatron's or that of FP8, the attribute `expert_of_slot` and what it does."""
-    dispatcher.__class__ = _placed_class(type(dispatcher))
+    base = type(dispatcher)
+    if base not in _classes:
+        _classes[base] = type(f"Placed{base.__name__}", (_Placed, base), {})
+    dispatcher.__class__ = _classes[base]
     dispatcher.expert_of_slot = None
-
-
-@functools.cache
-def _placed_class(base: Any) -> type:
-    return type(f"Placed{base.__name__}", (_Placed, base), {})
 
 
 class _Placed:

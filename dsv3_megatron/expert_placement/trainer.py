@@ -89,7 +89,7 @@ class ExpertPlacement:
         gathers_late: weights may still be on their way from the optimizer's shards (`--overlap-param-gather`).
 
     Attributes:
-        seconds: of the moves so far, one after the other.
+        seconds: of each placement so far: to decide, and to move.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class ExpertPlacement:
         """Place the experts by the load since the last time."""
         if not self.layers:
             return
+        begun = time.perf_counter()
         load = self._load
         dist.all_reduce(load, group=self.group)
         self._load = self._zeros()
@@ -147,14 +148,13 @@ class ExpertPlacement:
             wanted = balanced(load.cpu(), before, self.machine).to(load.device)
         dist.broadcast(wanted, dist.get_global_rank(self.group, 0), group=self.group)
         after = wanted.cpu()
-        begun = time.perf_counter()
-        moved = self._move(list(after))
+        moved = self.move(list(after))
         self.seconds.append(time.perf_counter() - begun)
         if dist.get_rank() == 0:
             was, now = (_fullest(load.cpu(), slots, self.machine.num_ranks) for slots in (before, after))
             print(
                 f"[experts] after step {iteration}: the fullest rank has {was:.3f} of the mean, {now:.3f} from now on; "
-                f"{moved} of {after.numel()} experts moved in {self.seconds[-1]:.3f} s",
+                f"{moved} of {after.numel()} experts moved; {self.seconds[-1]:.3f} s",
                 flush=True,
             )
 
@@ -163,15 +163,15 @@ class ExpertPlacement:
         assert self._away is None
         if any(not layer.at_home for layer in self.layers):
             self._away = [layer.slots for layer in self.layers]
-            self._move([torch.arange(len(layer.slots)) for layer in self.layers])
+            self.move([torch.arange(len(layer.slots)) for layer in self.layers])
 
     def go_back(self) -> None:
         """Undo `go_home`."""
         if self._away is not None:
-            self._move(self._away)
+            self.move(self._away)
             self._away = None
 
-    def _move(self, slots: list[Tensor]) -> int:
+    def move(self, slots: list[Tensor]) -> int:
         """Carry the experts to these slots; returns how many left theirs."""
         from dsv3_megatron.training import hooks
 
