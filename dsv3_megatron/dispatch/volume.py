@@ -13,10 +13,11 @@ A copy is a row of the hidden size and what goes with it: weights, and for two_h
 import functools
 from dataclasses import dataclass
 from math import comb
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # only what draws or counts a routing needs it at run time
+    import torch
+    from torch import Tensor
 
 __all__ = ["Layout", "LinkBytes", "Row", "counted_bytes", "expected_bytes", "expected_copies"]
 
@@ -106,7 +107,7 @@ def expected_bytes(
     topk: int,
     nodes: int,
     node_limit: int | None,
-    dtype: str | torch.dtype,
+    dtype: "str | torch.dtype",
     *,
     hidden: int = 7168,
     experts: int = 256,
@@ -132,7 +133,12 @@ def expected_bytes(
 
 
 def counted_bytes(
-    routing_map: Tensor, source: int, layout: Layout, topk: int, row: Row, dispatcher: Dispatcher = "two_hop"
+    routing_map: "Tensor",
+    source: int,
+    layout: Layout,
+    topk: int,
+    row: Row,
+    dispatcher: Dispatcher = "two_hop",
 ) -> LinkBytes:
     """What rank `source` sends for its tokens' routing [T, E] bool, to the byte, whatever the ranks beside it do.
 
@@ -201,6 +207,8 @@ def _distinct(
 
         return hit(nodes), hit(ranks)
     # The groups with the best sums of two, and in them the best experts (report §2.1.2): drawn.
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     scores = torch.sigmoid(torch.randn(_DRAWS, groups, experts // groups, generator=generator))
     group_score = scores.topk(min(2, scores.shape[2]), 2).values.sum(2)

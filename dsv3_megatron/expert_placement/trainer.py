@@ -31,11 +31,11 @@ def use(args: Any) -> None:
     """Hook into the run if Megatron's validated arguments ask for it."""
     if args.expert_placement != "balanced":
         return
-    from dsv3_megatron import metrics
+    from dsv3_megatron.metrics import hooks as metrics
     from dsv3_megatron.training import hooks
 
     hooks.before_step(_begin)
-    hooks.on_counts(_count)
+    metrics.on_counts(_count)
     hooks.after_step(_after_step)
     hooks.around_checkpoint(_go_home, _go_back)
     metrics.add_figures(_figures)
@@ -56,7 +56,7 @@ def _begin(call: dict[str, Any]) -> None:
         )
 
 
-def _count(config: Any, model: Any) -> None:
+def _count(model: Any) -> None:
     if _current is not None:
         _current.count()
 

@@ -12,7 +12,7 @@ from dsv3_megatron.metrics import report
 from dsv3_megatron.metrics.collector import Collector
 from dsv3_megatron.metrics.flops import ModelSizes, flops_per_token
 
-__all__ = ["add_figures", "install", "latest"]
+__all__ = ["add_figures", "install", "latest", "on_counts"]
 
 
 class _Interval:
@@ -34,6 +34,7 @@ class _Interval:
 _collector = Collector()
 _interval = _Interval()
 _latest: dict[str, Any] = {}
+_counted: list[Callable[[list[torch.nn.Module]], None]] = []
 _more: list[Callable[[dict[str, Any]], dict[str, float]]] = []
 
 
@@ -52,6 +53,12 @@ def add_figures(function: Callable[[dict[str, Any]], dict[str, float]]) -> None:
         _more.append(function)
 
 
+def on_counts(function: Callable[[list[torch.nn.Module]], None]) -> None:
+    """Call `function(chunks)` whenever the routers of this rank hold a whole global batch's token counts."""
+    if function not in _counted:
+        _counted.append(function)
+
+
 def latest() -> dict[str, Any]:
     """Figures of the last logged step, the same on every rank; empty before the first."""
     return dict(_latest)
@@ -60,6 +67,8 @@ def latest() -> dict[str, Any]:
 def before_counts_are_cleared(config: Any, model: list[torch.nn.Module]) -> None:
     """Called by the patch `expert_counts` at the end of each global batch."""
     _collector.snapshot(config, model)
+    for function in _counted:
+        function(model)
 
 
 def around_training_log(original: Any, call: dict[str, Any]) -> Any:

@@ -5,7 +5,6 @@
     hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
     hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
     hooks.on_loss(f)           f(total, num_tokens): the last stage has a loss (sum over tokens); before its `on_output`
-    hooks.on_counts(f)         f(config, chunks): the routers have counted a whole global batch, about to be cleared
     hooks.before_update(f)     f(call): gradients are there, the optimizer has not changed the weights yet
     hooks.after_step(f)        f(call, result): weights are updated; `result` is train_step's
     hooks.around_checkpoint(f, g)  f(call) before a checkpoint is written, or loaded during a run; g(call) after
@@ -32,12 +31,10 @@ __all__ = [
     "building",
     "checkpoint",
     "experts_move",
-    "on_counts",
     "on_experts_move",
     "on_loss",
     "on_output",
     "run_step",
-    "saw_counts",
     "saw_loss",
     "saw_output",
     "validated",
@@ -49,7 +46,6 @@ _before: list[Callable[[dict[str, Any]], None]] = []
 _output: list[Callable[[Any, Tensor], None]] = []
 _loss: list[Callable[[Tensor, Tensor], None]] = []
 _update: list[Callable[[dict[str, Any]], None]] = []
-_counts: list[Callable[[Any, Any], None]] = []
 _checkpoint: list[tuple[Callable[[dict[str, Any]], None], Callable[[dict[str, Any]], None]]] = []
 _move: list[Callable[[Callable[[Callable[[Tensor], Tensor]], None]], None]] = []
 _after: list[Callable[[dict[str, Any], Any], None]] = []
@@ -88,11 +84,6 @@ def before_update(function: Callable[[dict[str, Any]], None]) -> None:
 def after_step(function: Callable[[dict[str, Any], Any], None]) -> None:
     """Call `function(call, result)` after each training step."""
     _add(_after, function, "train_step")
-
-
-def on_counts(function: Callable[[Any, Any], None]) -> None:
-    """Call `function(config, chunks)` when the routers of this rank hold a global batch's token counts."""
-    _add(_counts, function, "expert_counts")
 
 
 def around_checkpoint(
@@ -139,12 +130,6 @@ def saw_loss(total: Tensor, num_tokens: Tensor) -> None:
     """Told by the loss function."""
     for function in _loss:
         function(total, num_tokens)
-
-
-def saw_counts(config: Any, chunks: Any) -> None:
-    """Told by the patch `expert_counts`."""
-    for function in _counts:
-        function(config, chunks)
 
 
 @contextmanager

@@ -80,6 +80,13 @@ def by_dispatch(
     per_rank = config.num_moe_experts // groups.ep.size()
     first = groups.ep.rank() * per_rank
     kinds: dict[str, Any] = {"two_hop": TwoHopTokenDispatcher, "alltoall": MoEAlltoAllTokenDispatcher}
+    if (
+        "pad" in layout
+    ):  # as Megatron's padding for quantisation: some tokens get more experts, with no weight
+        config.moe_router_padding_for_quantization = True
+        from dsv3_megatron.dispatch import dispatcher as module
+
+        module.get_align_size_for_quantization = lambda _: layout["pad"]
     moves = kinds[dispatcher](per_rank, list(range(first, first + per_rank)), config, groups)
     placed = layout.get("placed")
     if placed is not None:
@@ -110,6 +117,7 @@ def by_dispatch(
         "weight": weight,
         "inputs": inputs,
         "bytes": sent,
+        "counts": [int(m) for m in splits],
     }
 
 
@@ -219,3 +227,14 @@ def test_the_order_of_sums_does_not_depend_on_chunks_or_runs():
         again = run_distributed(by_dispatch, 4, **job, chunks=chunks)
         for name in ("output", "tokens", "probs"):
             assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again, strict=True))
+
+
+def test_padding_for_quantisation():
+    """Every rank's tokens for an expert are a multiple of four; what was added has no weight and changes nothing."""
+    dtype = torch.float64
+    ranks = run_distributed(
+        by_dispatch, 4, kind="even", dtype=dtype, dispatcher="two_hop", node_size=2, pad=4
+    )
+    assert all(count % 4 == 0 for rank in ranks for count in rank["counts"])
+    assert sum(sum(rank["counts"]) for rank in ranks) > 4 * 9 * TOPK
+    assert_equal_to_one_process(ranks, "even", dtype, EXPERTS)

@@ -10,10 +10,8 @@ def _install(original: Any) -> Any:
     @functools.wraps(original)
     def reset_model_temporary_tensors(config: Any, model: Any) -> None:
         from dsv3_megatron.metrics.hooks import before_counts_are_cleared
-        from dsv3_megatron.training.hooks import saw_counts
 
         before_counts_are_cleared(config, model)
-        saw_counts(config, model)
         original(config, model)
 
     return reset_model_temporary_tensors
