@@ -68,11 +68,13 @@ def winners(job: Job, gpu: Gpu) -> list[tuple[int, dict[str, Figures]]]:
 
 
 def dispatch_line(job: Job, gpu: Gpu) -> str:
-    """The job's own dispatcher in a line."""
+    """The job's own dispatcher in a line: what tokens are sent in, how often, and what it comes to."""
     found = figures(job, gpu, job.dispatcher)
+    sent = "E4M3" if job.precision.fp8_dispatch else "BF16" if job.precision.compute == 2 else "FP32"
+    copies_per = "expert" if job.dispatcher == "alltoall" else "node"
     return (
-        f"{job.dispatcher}: {found.infiniband / 1e6:.0f} MB over InfiniBand, {found.nvlink / 1e6:.0f} MB over NVLink, "
-        f"{found.seconds * 1e3:.1f} ms per layer and microbatch"
+        f"{job.dispatcher}, {sent}, one copy per {copies_per}: {found.infiniband / 1e6:.0f} MB over InfiniBand, "
+        f"{found.nvlink / 1e6:.0f} MB over NVLink, {found.seconds * 1e3:.1f} ms per layer and microbatch"
     )
 
 

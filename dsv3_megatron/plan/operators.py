@@ -230,11 +230,10 @@ class Operators:
 
 
 def destinations(job: Job, domain: int) -> tuple[float, float]:
-    """Expected number of other nodes and of other ranks that a token is sent to, with even load.
+    """Expected number of other nodes and of other ranks that a token's experts are on, with even load.
 
     A node is an NVLink domain. Routing keeps a token to `group_topk` of the expert groups (R§2.1.2); groups and
-    experts lie in order over the ranks. The second number counts ranks of the token's own and of all other nodes:
-    what is forwarded over NVLink.
+    experts lie in order over the ranks. The second number counts ranks of the token's own and of all other nodes.
     """
     s, ep = job.sizes, job.layout.ep
     groups, chosen = job.moe_router_num_groups, job.moe_router_group_topk

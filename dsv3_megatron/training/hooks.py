@@ -2,6 +2,8 @@
 
     hooks.after_validation(f)  f(args): Megatron has validated its arguments, nothing is built (patch `validate_args`)
     hooks.before_build(f)      f(config, pg_collection): process groups are there, a chunk of the model is not built yet
+    hooks.while_loading(f)     f(call): a context around the loading of a checkpoint; it may change `call`
+    hooks.after_load(f)        f(call, iteration): a checkpoint is loaded; `call` holds load_checkpoint's arguments
     hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
     hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
     hooks.on_loss(f)           f(total, num_tokens): the last stage has a loss (sum over tokens); before its `on_output`
@@ -14,7 +16,7 @@ A function may be added once; they are called in the order in which they were ad
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from dsv3_megatron.patching import install
 
 __all__ = [
+    "after_load",
     "after_step",
     "after_validation",
     "around_checkpoint",
@@ -31,6 +34,8 @@ __all__ = [
     "building",
     "checkpoint",
     "experts_move",
+    "loaded",
+    "loading",
     "on_experts_move",
     "on_loss",
     "on_output",
@@ -38,10 +43,13 @@ __all__ = [
     "saw_loss",
     "saw_output",
     "validated",
+    "while_loading",
 ]
 
 _validated: list[Callable[[Any], None]] = []
 _build: list[Callable[[Any, Any], None]] = []
+_loading: list[Callable[[dict[str, Any]], AbstractContextManager[Any]]] = []
+_loaded: list[Callable[[dict[str, Any], int], None]] = []
 _before: list[Callable[[dict[str, Any]], None]] = []
 _output: list[Callable[[Any, Tensor], None]] = []
 _loss: list[Callable[[Tensor, Tensor], None]] = []
@@ -59,6 +67,16 @@ def after_validation(function: Callable[[Any], None]) -> None:
 def before_build(function: Callable[[Any, Any], None]) -> None:
     """Call `function(config, pg_collection)` on every rank before each chunk of its model is built."""
     _add(_build, function)
+
+
+def while_loading(function: Callable[[dict[str, Any]], AbstractContextManager[Any]]) -> None:
+    """Load the checkpoint that the run begins with inside `function(call)`."""
+    _add(_loading, function, "load_checkpoint")
+
+
+def after_load(function: Callable[[dict[str, Any], int], None]) -> None:
+    """Call `function(call, iteration)` once the checkpoint that the run begins with is loaded; 0: it begins anew."""
+    _add(_loaded, function, "load_checkpoint")
 
 
 def before_step(function: Callable[[dict[str, Any]], None]) -> None:
@@ -118,6 +136,20 @@ def building(config: Any, pg_collection: Any) -> None:
     """Told by the model's builder."""
     for function in _build:
         function(config, pg_collection)
+
+
+def loading(call: dict[str, Any]) -> ExitStack:
+    """The contexts in which the patch `load_checkpoint` loads."""
+    contexts = ExitStack()
+    for function in _loading:
+        contexts.enter_context(function(call))
+    return contexts
+
+
+def loaded(call: dict[str, Any], iteration: int) -> None:
+    """Told by the patch `load_checkpoint`."""
+    for function in _loaded:
+        function(call, iteration)
 
 
 def saw_output(model: Any, output: Tensor) -> None:

@@ -50,7 +50,8 @@ def test_more_chunks_are_faster_and_the_job_is_planned_with_its_dispatcher():
         dispatchers.figures(replace(JOB, dispatch_chunks=n), H800, "two_hop").seconds for n in (1, 10)
     )
     assert many < few
-    assert dispatchers.dispatch_line(replace(JOB, dispatcher="two_hop"), H800).startswith("two_hop: ")
+    line = dispatchers.dispatch_line(replace(JOB, dispatcher="two_hop"), H800)
+    assert line.startswith("two_hop, E4M3, one copy per node: ")
 
 
 def test_command(capsys):

@@ -9,9 +9,13 @@ from argparse import Namespace
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import (
     backend,
+    checkpoint,
     dispatch,
     ema,
+    files,
     layout,
+    length,
+    machine,
     model,
     overlap,
     placement,
@@ -28,6 +32,9 @@ __all__ = ["REFUSALS", "Refusal", "check"]
 
 REFUSALS: tuple[Refusal, ...] = (
     *run.ROWS,
+    *files.ROWS,
+    *length.ROWS,
+    *checkpoint.ROWS,
     *model.ROWS,
     *layout.ROWS,
     *overlap.ROWS,
@@ -39,6 +46,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *sft.ROWS,
     *resilience.ROWS,
     *backend.ROWS,
+    *machine.ROWS,
 )
 
 
