@@ -121,7 +121,7 @@ def connect(ep_group: Any, node_size: int, communication_sms: int = 20) -> Links
         return _connected[ep_group]
     mine = dist.get_process_group_ranks(ep_group)
     links: Links | None = None
-    for ranks in _all_groups(mine):
+    for ranks in groups_alike(mine, dist.get_world_size()):
         blocks = node_blocks(ranks, node_size)
         rails = [list(rail) for rail in zip(*blocks, strict=True)]
         groups = {
@@ -140,8 +140,7 @@ def connect(ep_group: Any, node_size: int, communication_sms: int = 20) -> Links
             )
     assert links is not None
     _connected[ep_group] = links
-    if dist.get_backend() != "fake":
-        _warm_up(links)
+    _warm_up(links)
     return links
 
 
@@ -152,15 +151,23 @@ def links_of(ep_group: Any) -> Links:
     return _connected[ep_group]
 
 
-def _all_groups(mine: list[int]) -> list[list[int]]:
-    """The ranks of every expert-parallel group of the job, the same list on all ranks."""
-    if dist.get_backend() == "fake":  # a dry run: nobody else is there
-        return [mine]
-    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
-    own = torch.tensor(mine, dtype=torch.int64, device=device)
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own)
-    return sorted({tuple(ranks.tolist()): ranks.tolist() for ranks in every}.values())
+def groups_alike(mine: list[int], world_size: int) -> list[list[int]]:
+    """The ranks of every expert-parallel group of the job, the same list on all ranks: Megatron lays them beside each
+    other, in blocks.
+
+    Raises:
+        ValueError: `mine` is none of them.
+    """
+    stride = mine[1] - mine[0] if len(mine) > 1 else 1
+    block = stride * len(mine)
+    groups = [
+        list(range(first, first + block, stride))
+        for start in range(0, world_size, block)
+        for first in range(start, start + stride)
+    ]
+    if mine not in groups or world_size % block:
+        raise ValueError(f"the expert-parallel ranks {mine} are no block of {world_size} ranks")
+    return groups
 
 
 def _new_group(ranks: list[int], communication_sms: int) -> Any:
@@ -176,7 +183,7 @@ def _new_group(ranks: list[int], communication_sms: int) -> Any:
 
 def _warm_up(links: Links) -> None:
     """One row to every peer over either link: connections exist before a step needs them."""
-    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
+    device = torch.cuda.current_device()
     for link, size in ((links.rail, links.num_nodes), (links.node, links.node_size)):
         row = torch.zeros(size, 1, dtype=torch.uint8, device=device)
         link.exchange(row, [1] * size, [1] * size).wait()

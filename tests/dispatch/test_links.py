@@ -44,6 +44,17 @@ def test_all_ranks_make_all_groups_in_one_order_and_use_theirs_once():
         assert found["at"] == (2, 2) and found["bytes"] == {"infiniband": 0, "nvlink": 0}
 
 
+def test_all_expert_parallel_groups_from_one():
+    from dsv3_megatron.dispatch.links import groups_alike
+
+    assert groups_alike([2, 3], 4) == [[0, 1], [2, 3]]
+    # Expert tensor parallelism of 2: its ranks lie beside each other.
+    assert groups_alike([5, 7], 8) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    for wrong, world_size in (([1, 2], 4), ([0, 1, 2], 4), ([0, 1, 3], 6)):
+        with pytest.raises(ValueError, match="no block"):
+            groups_alike(wrong, world_size)
+
+
 def test_ctas_are_capped_on_nccl():
     from dsv3_megatron.dispatch import links
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron.balance.placement import rank_load
+from tests.balance.test_placement import best_of_all
 from tests.harness import run_distributed
 from tests.parallel.test_resume import tensors
 
@@ -128,11 +130,21 @@ def test_nothing_in_the_mathematics_changes(name, tmp_path):
 
 def test_the_fullest_rank_gets_emptier_and_moves_are_cheap(tmp_path):
     words = ["--expert-model-parallel-size", "4", "--tensorboard-dir", str(tmp_path / "log")]
-    run(4, tmp_path / "run", *words, *BALANCED)
+    ranks = run(4, tmp_path / "run", *words, *BALANCED)
     records = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
     fullest = [record["max_over_mean_rank_load"] for record in records]
     # From step 3 on with experts placed by the load of two steps; the biases move a thousandth per step.
     assert len(fullest) == STEPS and min(fullest[:2]) > 1.25 and max(fullest[2:]) < 1.12
+    # Each placement within 5% of the best one there is for the load that it was made from.
+    layers = records[0]["layers"].keys() - {"0"}
+    for last in (2, 4):
+        placed = ranks[0]["slots"][last]  # as the next step began
+        assert len(layers) == len(placed)
+        for slots, number in zip(placed, sorted(layers), strict=True):
+            steps = [torch.tensor(record["layers"][number]["tokens_per_expert"]) for record in records]
+            load = sum(steps[last - 2 : last]).double()
+            found = rank_load(load[None], torch.tensor(slots)[None], 4).max().item()
+            assert found <= 1.05 * best_of_all(load.tolist(), 4, list(range(16)))
 
 
 def test_resumed_and_in_other_layouts(tmp_path):
