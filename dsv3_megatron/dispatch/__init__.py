@@ -22,7 +22,7 @@ def install() -> None:
     from dsv3_megatron.specs import moe_layer
     from dsv3_megatron.training import hooks
 
-    patching.install(["dispatcher_name"])
+    patching.install(["dispatcher_name", "dispatcher_choice"])
     moe_layer.register(arguments.TWO_HOP, layer.TwoHopMoELayer)
     hooks.after_validation(arguments.use)
     hooks.before_build(layer.before_build)

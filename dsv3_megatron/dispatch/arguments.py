@@ -6,16 +6,22 @@ from typing import Any
 
 from dsv3_megatron.dispatch.active import Settings, activate
 
-__all__ = ["TWO_HOP", "add_arguments", "node_size", "use"]
+__all__ = ["TWO_HOP", "add_arguments", "know_two_hop", "node_size", "use"]
 
 TWO_HOP = "two_hop"
 
 
+def know_two_hop(parser: ArgumentParser) -> ArgumentParser:
+    """Let Megatron's `--moe-token-dispatcher-type` take our name. Idempotent."""
+    for action in parser._actions:
+        if action.dest == "moe_token_dispatcher_type" and TWO_HOP not in (action.choices or ()):
+            action.choices = [*(action.choices or ()), TWO_HOP]
+    return parser
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Let Megatron's `--moe-token-dispatcher-type` take our name, and add our options."""
-    for action in parser._actions:
-        if action.dest == "moe_token_dispatcher_type":
-            action.choices = [*(action.choices or ()), TWO_HOP]
+    know_two_hop(parser)
     group = parser.add_argument_group("dsv3 dispatch")
     group.add_argument(
         "--moe-node-size",
