@@ -104,6 +104,7 @@ class ExpertPlacement:
             gathers_late,
         )
         self.layers = find_layers(model)
+        self._counted = [layer.slots for layer in self.layers]  # in the step that was counted last
         self.seconds: list[float] = []
         # All ranks of a stage, mirrored ones too: Megatron takes these for data-parallel ranks.
         self.group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
@@ -133,6 +134,7 @@ class ExpertPlacement:
         """Add the counts of a finished global batch, before Megatron clears them."""
         for row, layer in enumerate(self.layers):
             self._load[row] += layer.module.router.local_tokens_per_expert
+        self._counted = [layer.slots for layer in self.layers]
 
     def rebalance(self, iteration: int) -> None:
         """Place the experts by the load since the last time."""
@@ -201,12 +203,12 @@ class ExpertPlacement:
     def figures(self, record: dict[str, Any]) -> dict[str, float]:
         """For the log: the fullest rank over the mean in the logged step, in the layer where it is largest."""
         worst = torch.ones(1, dtype=torch.float64, device=torch.cuda.current_device())
-        for layer in self.layers:
+        for layer, slots in zip(self.layers, self._counted, strict=True):
             number = _number(layer)
             counts = record.get("layers", {}).get(str(number), {}).get("tokens_per_expert")
             if counts is not None and sum(counts):
                 load = torch.tensor([counts], dtype=torch.float64)
-                found = _fullest(load, layer.slots.unsqueeze(0), self.machine.num_ranks)
+                found = _fullest(load, slots.unsqueeze(0), self.machine.num_ranks)
                 worst = worst.clamp(min=found)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         return {"max_over_mean_rank_load": worst.item()}

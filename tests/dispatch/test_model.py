@@ -19,7 +19,9 @@ def whole(problem: Problem) -> StepResult:
     return run_step(Layout(), problem)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (FP64, 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow), (FP64, 1e-10)]
+)
 def test_two_nodes_of_two(dtype, tolerance):
     ours = run_step(TwoHopLayout(4, ep=4), Problem(dtype=dtype, overrides=TWO_HOP))
     assert_same_step(ours, whole(Problem(dtype=dtype)), tolerance)
@@ -34,18 +36,21 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name):
     ours = run_step(LAYOUTS[name], Problem(dtype=FP64, overrides=TWO_HOP))
     assert_same_step(ours, whole(Problem(dtype=FP64)), 1e-10)
 
 
+@pytest.mark.slow
 def test_tensor_and_sequence_parallel():
     """In fp32: the tests' cross-entropy in fp64 knows no part of a vocabulary."""
     ours = run_step(TwoHopLayout(4, tp=2, ep=4), Problem(overrides=TWO_HOP))
     assert_same_step(ours, whole(Problem()), 1e-5)
 
 
+@pytest.mark.slow
 def test_recompute():
     ours = run_step(TwoHopLayout(4, ep=4), Problem(dtype=FP64, overrides=(*TWO_HOP, *RECOMPUTED)))
     assert_same_step(ours, whole(Problem(dtype=FP64)), 1e-10)

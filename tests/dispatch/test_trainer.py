@@ -34,9 +34,10 @@ def curves(folder: Path, world_size: int, *overrides: str) -> dict[str, dict[int
 EIGHT = ["expert_model_parallel_size=4", "cluster.gpus_per_node=8", "global_batch_size=16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "node_size", "overrides"),
-    [(4, 1, []), pytest.param(8, 2, EIGHT, marks=pytest.mark.slow)],
+    [(4, 1, []), (8, 2, EIGHT)],
     ids=["two nodes of one", "two nodes of two"],
 )
 def test_losses_under_dualpipe_with_mtp_and_bytes_in_the_log(world_size, node_size, overrides, tmp_path):

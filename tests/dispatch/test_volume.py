@@ -40,7 +40,7 @@ def test_v3_by_hand():
 
 CASES = [
     (256, 8, 8, 4, 8, 8),
-    (256, 8, 8, 8, 4, 8),
+    pytest.param(256, 8, 8, 8, 4, 8, marks=pytest.mark.slow),
     (64, 6, 8, 4, 4, 2),
     (16, 4, 4, 2, 2, 2),
     (16, 4, 1, 1, 2, 4),
@@ -55,7 +55,7 @@ def test_expectation_against_counted_routings(
     """The router's own choice for scores of another kind than those of the expectation, summed over all sources."""
     torch.manual_seed(1)
     layout = Layout(experts, nodes, ranks_per_node)
-    tokens = 120_000 // layout.ranks  # enough that the counts are within a few tenths of a percent
+    tokens = 40_000 // layout.ranks  # enough that the counts are within a few tenths of a percent
     counted = torch.zeros(4, 2)
     for source in range(layout.ranks):
         scores = torch.sigmoid(torch.randn(tokens, experts) * 0.3)
