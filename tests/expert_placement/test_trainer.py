@@ -133,8 +133,8 @@ def test_the_fullest_rank_gets_emptier_and_moves_are_cheap(tmp_path):
     ranks = run(4, tmp_path / "run", *words, *BALANCED)
     records = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
     fullest = [record["max_over_mean_rank_load"] for record in records]
-    # The first step is not logged. From step 3 on experts are placed by the load of the two steps before; that of the step
-    # itself is another one, of 64 tokens per expert.
+    # The first step is not logged. From step 3 on experts are placed by the load of the two steps before; that of the
+    # step itself is another one, of 64 tokens per expert.
     assert len(fullest) == STEPS - 1 and fullest[0] > 2.5 and max(fullest[1:]) < 1.4
     # What was placed after step 4 is within 5% of the best there is for the load of steps 3 and 4.
     of_step = {record["iteration"]: record["layers"] for record in records}
