@@ -14,6 +14,7 @@ from dsv3_megatron.balance.placement import rank_load
 from tests.balance.test_placement import best_of_all
 from tests.harness import run_distributed
 from tests.parallel.test_resume import tensors
+from tests.resilience.test_bad_steps import Fault
 
 _MODEL = (
     "--num-layers 3 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --q-lora-rank 16 --kv-lora-rank 16 "
@@ -28,7 +29,9 @@ ZERO1 = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 BALANCED = ["--expert-placement", "balanced", "--expert-placement-interval", "2"]
 
 
-def train(rank: int, world_size: int, words: list[str], skew: float = 0.3) -> dict[str, Any]:
+def train(
+    rank: int, world_size: int, words: list[str], fault: Fault | None, skew: float = 0.3
+) -> dict[str, Any]:
     """Train with biases that prefer some experts; losses, and where experts were in each step."""
     from dsv3_megatron import train as trainer
     from dsv3_megatron.expert_placement.trainer import current
@@ -52,6 +55,8 @@ def train(rank: int, world_size: int, words: list[str], skew: float = 0.3) -> di
             seen["slots"].append([layer.slots.tolist() for layer in placement.layers])
 
     hooks.before_step(prefer)
+    if fault is not None:
+        hooks.before_step(fault.inject)
     hooks.after_step(follow)
     try:
         trainer.main([*WORDS, *words])
@@ -60,11 +65,11 @@ def train(rank: int, world_size: int, words: list[str], skew: float = 0.3) -> di
     return seen
 
 
-def run(world_size: int, folder: Path, *words: str) -> list[dict[str, Any]]:
+def run(world_size: int, folder: Path, *words: str, fault: Fault | None = None) -> list[dict[str, Any]]:
     words = (*words, "--save", str(folder), "--train-iters", str(STEPS))
     if "--save-interval" not in words:
         words = (*words, "--save-interval", str(STEPS))
-    return run_distributed(train, world_size, timeout=500, init=False, words=list(words))
+    return run_distributed(train, world_size, timeout=500, init=False, words=list(words), fault=fault)
 
 
 def assert_same_checkpoint(got: Path, wanted: Path, step: int = STEPS) -> None:
@@ -165,13 +170,9 @@ def test_resumed_and_in_other_layouts(tmp_path):
 def test_rewind_takes_the_average_home_and_back(tmp_path):
     """A bad step after a move: weights come from the checkpoint, the average of the weights stays each expert's own."""
     words = ["--expert-model-parallel-size", "2", *ZERO1, "--ema-decay", "0.9", "--on-bad-step", "rewind"]
-    words += [
-        "--save-interval",
-        "3",
-        "--loss-spike-factor",
-        "0.5",
-    ]  # every step from the window's first is a spike
-    fixed = run(2, tmp_path / "fixed", *words)
-    balanced = run(2, tmp_path / "balanced", *words, *BALANCED)
+    words += ["--save-interval", "3"]
+    bad = Fault(rank=1, chunk=0, number=1, step=5)  # NaN; experts moved after steps 2 and 4
+    fixed = run(2, tmp_path / "fixed", *words, fault=bad)
+    balanced = run(2, tmp_path / "balanced", *words, *BALANCED, fault=bad)
     assert moved(balanced) and not moved(fixed)
     assert_same_checkpoint(tmp_path / "balanced", tmp_path / "fixed")
