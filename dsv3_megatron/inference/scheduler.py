@@ -1,0 +1,166 @@
+"""Megatron's dynamic engine with what a request may want besides: a seed, several ends, stop strings, to be aborted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.inference.inference_request import DynamicInferenceRequest, Status
+from megatron.core.inference.sampling_params import SamplingParams
+
+from dsv3_megatron.inference.context import LatentContext
+from dsv3_megatron.inference.text import TextStream
+
+__all__ = ["LatentEngine", "RequestParams"]
+
+
+class RequestParams(SamplingParams):
+    """Megatron's parameters of a request, and ours; both travel to the engines as one dictionary.
+
+    Args:
+        seed: of the request's random numbers.
+        ends: token ids that end the request; the first is Megatron's `termination_id`.
+        stop: strings that end the request, wherever in a token they begin and end.
+        abort: not a request but the wish that the one with this id ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        ends: tuple[int, ...] = (),
+        stop: tuple[str, ...] = (),
+        abort: bool = False,
+        **of_megatron: Any,
+    ):
+        super().__init__(**of_megatron, termination_id=ends[0] if ends else -1)
+        self.add_attributes({"seed": seed, "ends": list(ends), "stop": list(stop), "abort": abort})
+
+
+@dataclass
+class _Watch:
+    """What is looked for in a request's tokens as they come."""
+
+    ends: set[int]
+    stream: TextStream | None
+    on_tokens: Callable[[list[int]], None] | None = None
+    seen: int = 0  # tokens looked at
+    told: int = 0  # tokens given to `on_tokens`
+
+
+class LatentEngine(DynamicInferenceEngine):
+    """Megatron's engine over a `LatentContext`.
+
+    Everything kept per request is keyed by its id: Megatron replaces the request's own object when it evicts it, and
+    loses stop words then.
+
+    Args:
+        decode: token ids to text, for stop strings; None without a tokenizer.
+    """
+
+    context: LatentContext
+
+    def __init__(self, controller: Any, context: LatentContext, decode: Callable[[list[int]], str] | None = None):
+        self._decode = decode
+        self._watches: dict[int, _Watch] = {}
+        self._to_abort: set[int] = set()
+        super().__init__(controller, context)
+
+    def add_request(
+        self,
+        request_id: int,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> Any:
+        """As Megatron's; `on_tokens` is called with new tokens after each step that has some.
+
+        Raises:
+            ValueError: stop strings without a tokenizer.
+        """
+        params = sampling_params or RequestParams()
+        if getattr(params, "abort", False):
+            self.abort(request_id)
+            return None
+        stop = tuple(getattr(params, "stop", ()))
+        if stop and self._decode is None:
+            raise ValueError("stop strings need a tokenizer: the model has none")
+        stream = TextStream(self._decode, stop) if stop and self._decode is not None else None
+        # The first end is Megatron's own, at which it stops without another step.
+        others = set(getattr(params, "ends", ())[1:])
+        self._watches[request_id] = _Watch(others, stream, on_tokens)
+        self.context.seeds[request_id] = getattr(params, "seed", 0)
+        return super().add_request(request_id, prompt, params)
+
+    def _add_request(self, request: DynamicInferenceRequest) -> Any:
+        params = request.sampling_params
+        if params.return_log_probs and not params.skip_prompt_log_probs:
+            # A prompt's tokens have logits only if they are computed, not found in another request's pages.
+            request.precomputed_block_hashes = []
+        return super()._add_request(request)
+
+    def abort(self, request_id: int) -> None:
+        """End a request after the current step; its tokens so far are its result. Unknown ids are ignored."""
+        if request_id not in self.requests:
+            return
+        if request_id in self.waiting_request_ids and request_id != self.context.chunked_prefill_request_id:
+            self.waiting_request_ids.remove(request_id)
+            entry = self.requests.pop(request_id)
+            entry.record[-1].status = Status.COMPLETED
+            self._forget(request_id)
+            if not entry.future.done():
+                entry.future.set_result(entry.record)
+            self._aborted_while_waiting(entry.record)
+            return
+        self._to_abort.add(request_id)
+
+    def _aborted_while_waiting(self, record: Any) -> None:
+        """For those who send results elsewhere."""
+
+    def _get_and_clear_stop_word_finished_ids(self, active_request_ids: list[int]) -> set[int]:
+        # Megatron keeps a request with a part of its prompt still to come active, whatever is said here.
+        ready = self._to_abort.intersection(active_request_ids) - {self.context.chunked_prefill_request_id}
+        self._to_abort -= ready
+        self.stop_word_finished_request_ids |= ready
+        return super()._get_and_clear_stop_word_finished_ids(active_request_ids)
+
+    def _check_stop_words_for_request_post_append(self, request: DynamicInferenceRequest) -> tuple[bool, int]:
+        """Whether the request ends with its newest tokens, and how many of them come after its end."""
+        watch = self._watches[request.request_id]
+        earlier = sum(len(r.generated_tokens) for r in self.requests[request.request_id].record.requests[:-1])
+        new = request.generated_tokens[watch.seen - earlier :]
+        for place, token in enumerate(new, 1):
+            watch.seen += 1
+            if watch.stream is not None:
+                watch.stream.push([token])
+            if token in watch.ends or (watch.stream is not None and watch.stream.stopped):
+                trim = len(new) - place
+                if trim:
+                    request.generated_tokens = request.generated_tokens[:-trim]
+                return True, trim
+        return False, 0
+
+    def post_process_requests(self, request_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        records = {int(i): self.requests[int(i)].record for i in request_ids}
+        result = super().post_process_requests(request_ids, *args, **options)
+        for request_id, record in records.items():
+            watch = self._watches[request_id]
+            if watch.on_tokens is not None:
+                tokens = [token for request in record.requests for token in request.generated_tokens]
+                if len(tokens) > watch.told:
+                    watch.on_tokens(tokens[watch.told :])
+                    watch.told = len(tokens)
+            if request_id not in self.requests:
+                self._forget(request_id)
+        return result
+
+    def _handle_failed_request(self, request_id: int) -> None:
+        super()._handle_failed_request(request_id)
+        self._forget(request_id)
+
+    def _forget(self, request_id: int) -> None:
+        self._watches.pop(request_id, None)
+        self.context.seeds.pop(request_id, None)
+        self.context.following_prompt_tokens.pop(request_id, None)
+        self._to_abort.discard(request_id)
