@@ -15,29 +15,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LatentPages", "attend", "flash_mla_serves", "rotate"]
+__all__ = ["LatentPages", "PageGroup", "attend", "flash_mla_serves", "page_groups", "rotate"]
 
 SCORES_AT_ONCE = 1 << 26  # elements of the largest table of scores, so that a long prefill does not need all of it
 
 
-@dataclass(frozen=True)
-class LatentPages:
-    """The tokens of one forward pass and where they stand in the cache; R requests, one after the other.
+class PageGroup:
+    """Requests in a row with equally many tokens in a forward pass; what every layer needs of them is made once.
 
     Attributes:
-        positions: of each token in its request, int64 [t]; t may count padded tokens after the last request.
-        slots: page · page size + offset of each token in the cache, int64 [t].
-        block_table: pages of each request, int32 [R, most pages]; what is beyond a request's length is not read.
-        query_lengths: tokens of each request in this pass, R of them.
-        kv_lengths: tokens of each request in the cache after this pass, R of them.
-        cos, sin: of the rotation at `positions`, fp32 [t, rope / 2].
+        tokens: of the group among those of the pass.
+        num_requests, num_queries: the tokens are so many requests of so many tokens.
+        block_table: pages of each request, int32 [r, most pages]; what is beyond a request's length is not read.
+        kv_lengths: tokens of each request in the cache after this pass.
+        table: the pages that are read, int64 [r, pages].
+        key, last_key: positions of the cached tokens [k] and of the queries [r, q].
+        left_over: bool [r, k, 1], True beyond a request's end; None where all are equally long.
+        schedule: FlashMLA's plan of this group.
     """
 
-    positions: Tensor
+    def __init__(
+        self, start: int, num_queries: int, block_table: Tensor, kv_lengths: Sequence[int], page_size: int
+    ):
+        device = block_table.device
+        self.num_requests, self.num_queries = len(kv_lengths), num_queries
+        self.tokens = slice(start, start + self.num_requests * num_queries)
+        self.block_table, self.kv_lengths = block_table, kv_lengths
+        most = max(kv_lengths)
+        self.table = block_table[:, : -(-most // page_size)].clamp(min=0).long()
+        lengths = torch.tensor(kv_lengths, device=device)[:, None]
+        self.key = torch.arange(most, device=device)
+        # Query i of a request stands at position length − q + i.
+        self.last_key = lengths - num_queries + torch.arange(num_queries, device=device)
+        uneven = min(kv_lengths) != most
+        self.left_over = (self.key >= lengths).unsqueeze(-1) if uneven else None
+        self.schedule: Any = None
+
+    def hidden(self, queries: slice) -> Tensor | None:
+        """bool [r, q, k] of some queries: the key comes after the query; None where nothing does."""
+        if self.num_queries > 1:
+            return self.key > self.last_key[:, queries].unsqueeze(-1)
+        return None if self.left_over is None else self.left_over.transpose(1, 2)
+
+
+def page_groups(
+    query_lengths: Sequence[int], kv_lengths: Sequence[int], block_table: Tensor, page_size: int
+) -> list[PageGroup]:
+    """Groups of a pass, in order; requests without tokens are left out.
+
+    Args:
+        query_lengths: tokens of each request in this pass.
+        kv_lengths: tokens of each request in the cache after it.
+        block_table: int32 [requests, most pages].
+    """
+    groups, start, request = [], 0, 0
+    while request < len(query_lengths):
+        length, first = query_lengths[request], request
+        while request < len(query_lengths) and query_lengths[request] == length:
+            request += 1
+        if length:
+            rows = slice(first, request)
+            groups.append(PageGroup(start, length, block_table[rows], kv_lengths[rows], page_size))
+        start += (request - first) * length
+    return groups
+
+
+@dataclass(frozen=True)
+class LatentPages:
+    """The tokens of one forward pass and where they stand in the cache, requests one after the other.
+
+    Attributes:
+        slots: page · page size + offset of each token in the cache, int64 [t]; t may count padded tokens at the end.
+        groups: the requests they belong to.
+        cos, sin: of the rotation at the tokens' positions, [t, rope / 2], of the model's dtype.
+    """
+
     slots: Tensor
-    block_table: Tensor
-    query_lengths: Sequence[int]
-    kv_lengths: Sequence[int]
+    groups: list[PageGroup]
     cos: Tensor
     sin: Tensor
 
@@ -49,7 +103,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     keys agree.
     """
     shape = (x.size(0), *(1,) * (x.dim() - 2), -1)
-    cos, sin = cos.view(shape).to(x.dtype), sin.view(shape).to(x.dtype)
+    cos, sin = cos.view(shape), sin.view(shape)
     first, second = x[..., 0::2], x[..., 1::2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -67,54 +121,40 @@ def attend(query: Tensor, cache: Tensor, pages: LatentPages, scale: float, rank:
         [t, n, rank] in the query's dtype; 0 for padded tokens.
     """
     run = _flash_mla if flash_mla_serves(query, cache, rank) else _torch
+    if len(pages.groups) == 1 and pages.groups[0].tokens == slice(0, query.size(0)):
+        return run(query, cache, pages.groups[0], scale, rank)
     output = query.new_zeros(query.size(0), query.size(1), rank)
-    start = request = 0
-    while request < len(pages.query_lengths):
-        # Requests in a row with equally many tokens go together: all of a decode step.
-        length, first = pages.query_lengths[request], request
-        while request < len(pages.query_lengths) and pages.query_lengths[request] == length:
-            request += 1
-        end = start + (request - first) * length
-        if length:
-            rows = query[start:end].unflatten(0, (request - first, length))
-            group = slice(first, request)
-            output[start:end] = run(
-                rows, cache, pages.block_table[group], pages.kv_lengths[group], scale, rank
-            ).flatten(0, 1)
-        start = end
+    for group in pages.groups:
+        output[group.tokens] = run(query[group.tokens], cache, group, scale, rank)
     return output
 
 
-def _torch(
-    query: Tensor, cache: Tensor, block_table: Tensor, kv_lengths: Sequence[int], scale: float, rank: int
-) -> Tensor:
-    """The definition: query [r, q, n, d], the last query at the last cached token → [r, q, n, rank]."""
-    num_requests, num_queries, heads, _ = query.shape
-    page_size = cache.size(1)
-    most = max(kv_lengths)
-    table = block_table[:, : -(-most // page_size)].clamp(min=0).long()
-    latents = cache[table].flatten(1, 2)[:, :most]  # [r, k, d], a copy of these requests' latents alone
-    lengths = torch.tensor(kv_lengths, device=query.device)
-    key = torch.arange(most, device=query.device)
-    if min(kv_lengths) != most:
+def _torch(query: Tensor, cache: Tensor, group: PageGroup, scale: float, rank: int) -> Tensor:
+    """The definition: queries [r·q, n, d] of a group, the last of a request at its last cached token → [r·q, n, rank]."""
+    r, q, n, most = group.num_requests, group.num_queries, query.size(1), len(group.key)
+    latents = cache[group.table].flatten(1, 2)[:, :most]  # [r, k, d], a copy of these requests' latents alone
+    if group.left_over is not None:
         # What other requests left behind a shorter one's end might be inf or nan, and 0 · nan is nan.
-        latents = latents.masked_fill((key >= lengths[:, None]).unsqueeze(-1), 0)
-    # Query i of a request stands at position length − q + i.
-    last_key = lengths[:, None] - num_queries + torch.arange(num_queries, device=query.device)  # [r, q]
-    output = query.new_empty(num_requests, num_queries, heads, rank)
-    step = max(1, SCORES_AT_ONCE // (num_requests * heads * most))
-    for begin in range(0, num_queries, step):
-        part = slice(begin, begin + step)
-        count = len(range(num_queries)[part])
-        rows = query[:, part].flatten(1, 2)  # [r, q·n, d]
-        scores = torch.bmm(rows, latents.transpose(1, 2)).unflatten(1, (count, heads))
-        if num_queries > 1 or min(kv_lengths) != most:
-            hidden = key > last_key[:, part].unsqueeze(-1)  # [r, q, k]
-            scores = scores.masked_fill(hidden.unsqueeze(2), float("-inf"))
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.softmax(scores.to(wide) * scale, dim=-1).to(query.dtype)
-        output[:, part] = torch.bmm(weights.flatten(1, 2), latents[..., :rank]).unflatten(1, (count, heads))
-    return output
+        latents = latents.masked_fill(group.left_over, 0)
+    rows = query.view(r, q * n, -1)
+    step = max(1, SCORES_AT_ONCE // (r * n * most))
+    parts = [slice(begin, min(begin + step, q)) for begin in range(0, q, step)]
+    outputs = [
+        _attend_rows(rows[:, part.start * n : part.stop * n], latents, group.hidden(part), scale, rank)
+        for part in parts
+    ]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return output.view(r * q, n, rank)
+
+
+def _attend_rows(rows: Tensor, latents: Tensor, hidden: Tensor | None, scale: float, rank: int) -> Tensor:
+    """rows [r, q·n, d], latents [r, k, d], hidden [r, q, k] → [r, q·n, rank]."""
+    scores = torch.baddbmm(rows.new_empty(1, 1, 1), rows, latents.transpose(1, 2), beta=0, alpha=scale)
+    if hidden is not None:
+        scores.view(*hidden.shape[:2], -1, hidden.size(-1)).masked_fill_(hidden.unsqueeze(2), float("-inf"))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=wide).to(rows.dtype)
+    return torch.bmm(weights, latents[..., :rank])
 
 
 def flash_mla_serves(query: Tensor, cache: Tensor, rank: int) -> bool:
@@ -136,19 +176,19 @@ def _flash_mla_functions() -> tuple[Any, Any] | None:
     return attention.flash_mla_with_kvcache, attention.get_mla_metadata
 
 
-def _flash_mla(
-    query: Tensor, cache: Tensor, block_table: Tensor, kv_lengths: Sequence[int], scale: float, rank: int
-) -> Tensor:
+def _flash_mla(query: Tensor, cache: Tensor, group: PageGroup, scale: float, rank: int) -> Tensor:
     """The same by FlashMLA: all heads' queries read one key head, the last query aligned with the last key."""
     functions = _flash_mla_functions()
     assert functions is not None
     kernel, plan = functions
-    lengths = torch.tensor(kv_lengths, dtype=torch.int32, device=query.device)
-    schedule, num_splits = plan(lengths, query.size(1) * query.size(2), 1)
+    if group.schedule is None:
+        lengths = torch.tensor(group.kv_lengths, dtype=torch.int32, device=query.device)
+        group.schedule = (lengths, *plan(lengths, group.num_queries * query.size(1), 1))
+    lengths, schedule, num_splits = group.schedule
     output, _ = kernel(
-        query.contiguous(),
+        query.reshape(group.num_requests, group.num_queries, *query.shape[1:]),
         cache.unsqueeze(-2),
-        block_table,
+        group.block_table,
         lengths,
         rank,
         schedule,
@@ -156,4 +196,4 @@ def _flash_mla(
         softmax_scale=scale,
         causal=True,
     )
-    return output
+    return output.flatten(0, 1)

@@ -12,7 +12,7 @@ from megatron.core.inference.inference_request import DynamicInferenceRequest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from dsv3_megatron.backends.latent_attention import LatentPages
+from dsv3_megatron.backends.latent_attention import LatentPages, page_groups
 
 __all__ = ["PAGE_SIZE", "LatentContext"]
 
@@ -85,12 +85,10 @@ class LatentContext(DynamicInferenceContext):
             offsets = view.token_to_local_position_within_kv_block[tokens]
             lengths = self.request_query_lengths[self.active_slice]
             cached = self.request_kv_length_offsets[self.active_slice] + lengths
+            table = view.mha_block_table[: len(lengths)]
             self._pages = LatentPages(
-                positions=positions,
                 slots=view.token_to_block_idx[tokens] * self.block_size_tokens + offsets,
-                block_table=view.mha_block_table[: len(lengths)],
-                query_lengths=lengths.tolist(),
-                kv_lengths=cached.tolist(),
+                groups=page_groups(lengths.tolist(), cached.tolist(), table, self.block_size_tokens),
                 cos=cos[positions],
                 sin=sin[positions],
             )
@@ -103,7 +101,8 @@ class LatentContext(DynamicInferenceContext):
                 angles = rotary_embedding(self.max_sequence_length)
                 angles, scale = angles if isinstance(angles, tuple) else (angles, 1.0)
                 half = angles.flatten(1)[:, : angles.size(-1) // 2]
-                self._rotation = (half.cos() * scale, half.sin() * scale)
+                cos, sin = half.cos() * scale, half.sin() * scale
+                self._rotation = (cos.to(self.params_dtype), sin.to(self.params_dtype))
         return self._rotation
 
     def layer_cache(self, layer: int) -> Tensor:
