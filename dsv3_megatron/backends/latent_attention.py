@@ -17,7 +17,9 @@ from torch import Tensor
 
 __all__ = ["LatentPages", "PageGroup", "attend", "flash_mla_serves", "page_groups", "rotate"]
 
-SCORES_AT_ONCE = 1 << 26  # elements of the largest table of scores, so that a long prefill does not need all of it
+SCORES_AT_ONCE = (
+    1 << 26
+)  # elements of the largest table of scores, so that a long prefill does not need all of it
 
 
 class PageGroup:
@@ -130,7 +132,7 @@ def attend(query: Tensor, cache: Tensor, pages: LatentPages, scale: float, rank:
 
 
 def _torch(query: Tensor, cache: Tensor, group: PageGroup, scale: float, rank: int) -> Tensor:
-    """The definition: queries [r·q, n, d] of a group, the last of a request at its last cached token → [r·q, n, rank]."""
+    """The definition: [r·q, n, d] → [r·q, n, rank]; the last query of a request is at its last cached token."""
     r, q, n, most = group.num_requests, group.num_queries, query.size(1), len(group.key)
     latents = cache[group.table].flatten(1, 2)[:, :most]  # [r, k, d], a copy of these requests' latents alone
     if group.left_over is not None:

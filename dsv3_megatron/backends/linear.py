@@ -194,11 +194,11 @@ class RowLinear(DelayedWeightGrad, RowParallelLinear):
         super().__init__(*args, **kwargs)
         self._init_delayed_weight_grad()
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As Megatron's; see `ColumnLinear.forward`."""
         if not torch.is_inference_mode_enabled() or type(self) is not RowLinear or self.bias is not None:
-            return super().forward(input_)
-        y = torch.matmul(input_, self.weight.t())
+            return super().forward(x)
+        y = torch.matmul(x, self.weight.t())
         if self.explicit_expert_comm or self.tp_group.size() == 1:
             return y, None
         if self.sequence_parallel:

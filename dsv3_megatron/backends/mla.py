@@ -97,7 +97,9 @@ class DSV3SelfAttention(MLASelfAttention):
     def _absorbed_weights(self) -> tuple[Tensor, Tensor]:
         """Views of the up projection: keys [n, qk head dim, rank], values [n, v head dim, rank]."""
         config = self.config
-        weight = self.linear_kv_up_proj.weight.view(-1, config.qk_head_dim + config.v_head_dim, config.kv_lora_rank)
+        weight = self.linear_kv_up_proj.weight.view(
+            -1, config.qk_head_dim + config.v_head_dim, config.kv_lora_rank
+        )
         up_k, up_v = weight.split([config.qk_head_dim, config.v_head_dim], dim=1)
         return up_k, up_v
 

@@ -124,6 +124,8 @@ TABLE: tuple[Replacement, ...] = (
                 "makes lists of the alltoall dispatcher's split sizes only when they are on a GPU"),
     Replacement("megatron.core.transformer.torch_norm", ("WrappedTorchNorm",), megatron.torch_norm,
                 "refuses sequence parallelism, for which it only has to mark its parameters"),
+    Replacement("megatron.core.inference.communication_utils", ("_is_cuda", "_is_cuda_contiguous"),
+                devices.returns(None), "asserts that tensors between pipeline stages are on a GPU"),
     Replacement("megatron.core.optimizer.distrib_optimizer", ("DistributedOptimizer",),
                 megatron.distributed_optimizer,
                 "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded "

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
 from megatron.core.inference.text_generation_controllers import mtp_utils_pytorch
-from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -43,7 +45,9 @@ class LatentController(TextGenerationController):
 
     def _prompt_log_probs_wanted(self) -> bool:
         context = self._context
-        prefill = slice(context.num_decode_requests, context.total_request_count - context.paused_request_count)
+        prefill = slice(
+            context.num_decode_requests, context.total_request_count - context.paused_request_count
+        )
         wanted = context.active_request_metadata
         return bool((wanted["return_log_probs"][prefill] & ~wanted["skip_prompt_log_probs"][prefill]).any())
 
@@ -60,7 +64,7 @@ class LatentController(TextGenerationController):
         self._put_following_prompt_token()
 
     def _put_following_prompt_token(self) -> None:
-        """After a chunk of a prompt comes the prompt's next token, not a sample: for its log-probability, and the draft."""
+        """After a chunk of a prompt comes the prompt's next token, not a sample: for log-probability and draft."""
         context = self._context
         for row, request in enumerate(context.request_ids[context.active_slice].tolist()):
             token = context.following_prompt_tokens.get(request)
@@ -94,7 +98,11 @@ class LatentController(TextGenerationController):
             )
         else:  # Megatron's kernel is Triton's; this is its twin in torch
             last, accepted, _ = mtp_utils_pytorch.verify_speculative_tokens(
-                compared, output_tokens, num_decode_requests, num_prefill_requests, self.num_speculative_tokens
+                compared,
+                output_tokens,
+                num_decode_requests,
+                num_prefill_requests,
+                self.num_speculative_tokens,
             )
         return last, accepted, given
 
@@ -178,7 +186,10 @@ class LatentController(TextGenerationController):
 
     def _broadcast(self, logits: Tensor | None, count: int) -> Tensor:
         return broadcast_from_last_pipeline_stage(
-            [count, self.vocab_size], dtype=self.model_config.params_dtype, tensor=logits, pp_group=self.pp_group
+            [count, self.vocab_size],
+            dtype=self.model_config.params_dtype,
+            tensor=logits,
+            pp_group=self.pp_group,
         )
 
     def _run_dummy_serial_mtp_forward(self) -> None:

@@ -1,6 +1,5 @@
 """`Engine`: generate tokens and score them with a model of `--spec dsv3`, in Megatron's dynamic engine."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,14 +87,16 @@ class Generation:
 
     Attributes:
         tokens: generated ids, with the one that ended it.
-        finish_reason: "stop" (an end token or a stop string) or "length".
+        finish_reason: "stop" (an end token or a stop string), "length" or "abort".
         log_probs: of `tokens`, where asked for.
+        prompt_log_probs: of the prompt's tokens but the first, where asked for.
         routing: experts of each token (all but the last), int [tokens, MoE layers, topk], where they are recorded.
     """
 
     tokens: list[int]
     finish_reason: str
     log_probs: list[float] | None = None
+    prompt_log_probs: Sequence[float] = ()
     routing: Any = None
 
 
@@ -151,7 +152,8 @@ class Engine:
         self.settings = settings
         self.ends = tuple(ends)
         self._decode = decode
-        self._next_id = 0
+        self._next_number = 0
+        self._depth = 0  # of nested `_active`
         self._check()
         with self._active():
             self._build()
@@ -174,6 +176,8 @@ class Engine:
 
     def _build(self) -> None:
         settings, config = self.settings, self.model.config
+        # Of Megatron's dispatchers for its own inference layers, which ours are not; the default is allocated even so.
+        config.inference_moe_token_dispatcher_type = "nccl"
         tokens_per_request = 2 if settings.speculative else 1
         self.context = LatentContext(
             config,
@@ -213,19 +217,77 @@ class Engine:
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        """The model as inference wants it, for the time of a call."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        self.model.config.inference_moe_token_dispatcher_type = "nccl"  # the default is allocated even if unused
+        """The model as inference wants it, for the time of a call; a trainer finds it as it was."""
+        if self._depth:
+            yield
+            return
+        modes = [module for module in self.model.modules() if module.training]
+        for module in modes:
+            module.training = False
         InferenceMode.set_active()
+        self._depth += 1
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="megatron")
-                yield
+            yield
         finally:
+            self._depth -= 1
             InferenceMode.unset_active()
-            for module, training in modes:
-                module.training = training
+            for module in modes:
+                module.training = True
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling = Sampling(),
+        seed: int | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> int:
+        """Hand in a request, which `step` works on; its number.
+
+        Args:
+            seed: of its random numbers; by default `request_seed(sampling.seed, 0)`.
+            on_tokens: called with new tokens after each step that has some.
+
+        Raises:
+            RefusedArgument: the prompt is empty or too long, or the sampling is impossible.
+        """
+        sampling.check()
+        self._check_prompt(prompt, 1)
+        if sampling.stop and self._decode is None:
+            raise RefusedArgument(f"--stop {sampling.stop[0]}: needs a tokenizer, and the engine has none")
+        seed = request_seed(sampling.seed, 0) if seed is None else seed
+        return self._submit(prompt, self._params(sampling, seed), on_tokens)
+
+    def _submit(
+        self, tokens: Sequence[int], params: RequestParams, on_tokens: Callable[[list[int]], None] | None
+    ) -> int:
+        self._check_room(len(tokens) + params.num_tokens_to_generate)
+        number, self._next_number = self._next_number, self._next_number + 1
+        self.engine.add_request(number, list(tokens), params, on_tokens)
+        return number
+
+    def abort(self, number: int) -> None:
+        """End a request; a later `step` returns what it has. Nothing happens where it is done already."""
+        self.engine.abort(number)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do or to return on this rank."""
+        return self.engine.has_unfinished_requests() or bool(self.engine.done)
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """One forward pass with what fits into it; the requests that are done with it.
+
+        With expert parallelism all ranks step together: one without requests takes its part in the others' collectives.
+        """
+        with self._active():
+            if self.engine.has_unfinished_requests():
+                self.engine.step_modern()
+            elif self.model.config.expert_model_parallel_size > 1:
+                self.engine.controller.dummy_forward()
+        return [
+            (request.request_id, self._generation(request, reason))
+            for request, reason in self.engine.take_done()
+        ]
 
     def generate(
         self,
@@ -235,7 +297,7 @@ class Engine:
         on_finish: Callable[[int, Generation], None] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Generation]:
-        """Generate an answer to each prompt.
+        """Generate an answer to each prompt; no other requests may be unfinished.
 
         Args:
             prompts: token ids, one request each.
@@ -248,24 +310,15 @@ class Engine:
             Results in the order of the prompts.
 
         Raises:
-            RefusedArgument: a prompt is empty, or too long for `settings.max_length`.
+            RefusedArgument: see `submit`.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        results: dict[int, Generation] = {}
-
-        def finish(index: int, request: DynamicInferenceRequest) -> None:
-            results[index] = self._generation(request, each[index])
-            if on_finish is not None:
-                on_finish(index, results[index])
-
-        requests = []
+        numbers = []
         for index, (prompt, how) in enumerate(zip(prompts, each, strict=True)):
-            how.check()
-            self._check_prompt(index, prompt, 1)
             seed = request_seed(how.seed, index) if seeds is None else seeds[index]
-            requests.append((list(prompt), self._params(how, seed)))
-        self._run(requests, finish, on_tokens)
-        return [results[index] for index in range(len(prompts))]
+            tell = None if on_tokens is None else _with_index(on_tokens, index)
+            numbers.append(self.submit(prompt, how, seed, tell))
+        return self._finish(numbers, on_finish)
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """log p(token | all before it) of every token but the first, fp32 [length − 1] each, by the engine's own pass.
@@ -273,18 +326,27 @@ class Engine:
         Raises:
             RefusedArgument: a sequence is empty, or longer than `settings.max_length`.
         """
-        found: dict[int, Tensor] = {}
-
-        def finish(index: int, request: DynamicInferenceRequest) -> None:
-            found[index] = torch.tensor(request.prompt_log_probs or [], dtype=torch.float32)
-
-        requests = []
-        for index, tokens in enumerate(sequences):
-            self._check_prompt(index, tokens, 0)
+        numbers = []
+        for tokens in sequences:
+            self._check_prompt(tokens, 0)
             params = RequestParams(num_tokens_to_generate=0, top_k=1, return_log_probs=True)
-            requests.append((list(tokens), params))
-        self._run(requests, finish, None)
-        return [found[index] for index in range(len(sequences))]
+            numbers.append(self._submit(tokens, params, None))
+        return [torch.tensor(result.prompt_log_probs) for result in self._finish(numbers, None)]
+
+    def _finish(
+        self, numbers: list[int], on_finish: Callable[[int, Generation], None] | None
+    ) -> list[Generation]:
+        """Step until these requests are done, and those of every rank that shares this one's experts."""
+        places = {number: place for place, number in enumerate(numbers)}
+        results: dict[int, Generation] = {}
+        with self._active():
+            while self._any_rank(self.busy):
+                for number, generation in self.step():
+                    place = places[number]
+                    results[place] = generation
+                    if on_finish is not None:
+                        on_finish(place, generation)
+        return [results[place] for place in range(len(numbers))]
 
     @property
     def statistics(self) -> Statistics:
@@ -305,13 +367,21 @@ class Engine:
         utils.moe_layer_cache, utils._moe_metadata_sync_initialized = None, False
         del self.engine, self.context
 
-    def _check_prompt(self, index: int, tokens: Sequence[int], room: int) -> None:
+    def _check_prompt(self, tokens: Sequence[int], room: int) -> None:
         if not tokens:
-            raise RefusedArgument(f"prompt {index} is empty: give at least one token")
+            raise RefusedArgument("the prompt is empty: give at least one token")
         if len(tokens) + room > self.settings.max_length:
             raise RefusedArgument(
-                f"prompt {index} has {len(tokens)} tokens: with the answer it must fit in --max-length "
-                f"{self.settings.max_length}"
+                f"--max-length {self.settings.max_length}: a prompt of {len(tokens)} tokens leaves no room"
+            )
+
+    def _check_room(self, num_tokens: int) -> None:
+        """A request that can never fit in the cache would be dropped by Megatron."""
+        pages = self.context.kv_block_allocator.total_count - 1
+        if -(-min(num_tokens, self.settings.max_length) // PAGE_SIZE) > pages:
+            raise RefusedArgument(
+                f"--cache-gb: {pages} pages of {PAGE_SIZE} tokens hold no request of {num_tokens}; give more, or "
+                "a smaller --max-length or --max-new-tokens"
             )
 
     def _params(self, how: Sampling, seed: int) -> RequestParams:
@@ -328,30 +398,6 @@ class Engine:
             stop=how.stop,
         )
 
-    def _run(
-        self,
-        requests: list[tuple[list[int], RequestParams]],
-        finish: Callable[[int, DynamicInferenceRequest], None],
-        on_tokens: Callable[[int, list[int]], None] | None,
-    ) -> None:
-        """Step until every rank that shares this one's experts is done."""
-        first = self._next_id
-        self._next_id += len(requests)
-        with self._active():
-            for index, (tokens, params) in enumerate(requests):
-                tell = None if on_tokens is None else _with_index(on_tokens, index)
-                self.engine.add_request(first + index, tokens, params, tell)
-            while self._any_rank(self.engine.has_unfinished_requests()):
-                for record in self._step():
-                    finish(record.request_id - first, record.merge())
-
-    def _step(self) -> list[Any]:
-        """One step of this rank, or its part in those of its expert-parallel peers; the records it finished."""
-        if not self.engine.has_unfinished_requests():
-            self.engine.controller.dummy_forward()
-            return []
-        return self.engine.step_modern()["finished_request_records"]
-
     def _any_rank(self, unfinished: bool) -> bool:
         if self.model.config.expert_model_parallel_size == 1:
             return unfinished
@@ -359,23 +405,18 @@ class Engine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _generation(self, request: DynamicInferenceRequest, how: Sampling) -> Generation:
+    @staticmethod
+    def _generation(request: DynamicInferenceRequest, reason: str) -> Generation:
         if request.status == Status.FAILED:
             raise RuntimeError(f"request {request.request_id} failed: {[str(e) for e in request.events]}")
-        tokens = list(request.generated_tokens)
-        full = len(tokens) >= how.max_new_tokens or (
-            len(request.prompt_tokens) + len(tokens) >= self.settings.max_length
+        params = request.sampling_params
+        return Generation(
+            tokens=list(request.generated_tokens),
+            finish_reason=reason,
+            log_probs=request.generated_log_probs if params.return_log_probs else None,
+            prompt_log_probs=request.prompt_log_probs or [],
+            routing=request.routing_indices,
         )
-        ended = bool(tokens) and not how.ignore_ends and tokens[-1] in self.ends
-        log_probs = request.generated_log_probs if how.log_probs else None
-        reason = "stop" if ended or not full or self._stopped(tokens, how.stop) else "length"
-        return Generation(tokens, reason, log_probs, request.routing_indices)
-
-    def _stopped(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        if not stop or self._decode is None:
-            return False
-        text = self._decode(tokens)
-        return any(string in text for string in stop)
 
 
 def _with_index(function: Callable[[int, list[int]], None], index: int) -> Callable[[list[int]], None]:

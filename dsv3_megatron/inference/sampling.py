@@ -99,7 +99,9 @@ class KeyedSampling(TorchSampling):
             positions: where the sampled tokens will stand, int64 [r] on the CPU.
         """
         metadata = context.active_request_metadata
-        settings = zip(*(metadata[key][requests].tolist() for key in ("temperature", "top_k", "top_p")), strict=True)
+        settings = zip(
+            *(metadata[key][requests].tolist() for key in ("temperature", "top_k", "top_p")), strict=True
+        )
         groups: dict[tuple[float, int, float], list[int]] = {}
         for row, setting in enumerate(settings):
             groups.setdefault(setting, []).append(row)

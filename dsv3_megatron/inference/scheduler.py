@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
-from megatron.core.inference.inference_request import DynamicInferenceRequest, Status
+from megatron.core.inference.inference_request import (
+    DynamicInferenceRequest,
+    DynamicInferenceRequestRecord,
+    Status,
+)
 from megatron.core.inference.sampling_params import SamplingParams
 
 from dsv3_megatron.inference.context import LatentContext
@@ -42,11 +46,17 @@ class RequestParams(SamplingParams):
 class _Watch:
     """What is looked for in a request's tokens as they come."""
 
-    ends: set[int]
+    ends: tuple[int, ...]
     stream: TextStream | None
     on_tokens: Callable[[list[int]], None] | None = None
     seen: int = 0  # tokens looked at
     told: int = 0  # tokens given to `on_tokens`
+    stopped: bool = False
+    aborted: bool = False
+
+    def reason(self) -> str:
+        """Why the request ended."""
+        return "abort" if self.aborted else "stop" if self.stopped else "length"
 
 
 class LatentEngine(DynamicInferenceEngine):
@@ -57,14 +67,19 @@ class LatentEngine(DynamicInferenceEngine):
 
     Args:
         decode: token ids to text, for stop strings; None without a tokenizer.
+
+    Attributes:
+        done: records of requests that ended since `take_done`, and why.
     """
 
     context: LatentContext
 
-    def __init__(self, controller: Any, context: LatentContext, decode: Callable[[list[int]], str] | None = None):
+    def __init__(
+        self, controller: Any, context: LatentContext, decode: Callable[[list[int]], str] | None = None
+    ):
         self._decode = decode
         self._watches: dict[int, _Watch] = {}
-        self._to_abort: set[int] = set()
+        self.done: list[tuple[DynamicInferenceRequestRecord, str]] = []
         super().__init__(controller, context)
 
     def add_request(
@@ -74,22 +89,13 @@ class LatentEngine(DynamicInferenceEngine):
         sampling_params: SamplingParams | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
     ) -> Any:
-        """As Megatron's; `on_tokens` is called with new tokens after each step that has some.
-
-        Raises:
-            ValueError: stop strings without a tokenizer.
-        """
+        """As Megatron's; `on_tokens` is called with new tokens after each step that has some."""
         params = sampling_params or RequestParams()
         if getattr(params, "abort", False):
-            self.abort(request_id)
-            return None
+            return self.abort(request_id)
         stop = tuple(getattr(params, "stop", ()))
-        if stop and self._decode is None:
-            raise ValueError("stop strings need a tokenizer: the model has none")
         stream = TextStream(self._decode, stop) if stop and self._decode is not None else None
-        # The first end is Megatron's own, at which it stops without another step.
-        others = set(getattr(params, "ends", ())[1:])
-        self._watches[request_id] = _Watch(others, stream, on_tokens)
+        self._watches[request_id] = _Watch(tuple(getattr(params, "ends", ())), stream, on_tokens)
         self.context.seeds[request_id] = getattr(params, "seed", 0)
         return super().add_request(request_id, prompt, params)
 
@@ -101,28 +107,30 @@ class LatentEngine(DynamicInferenceEngine):
         return super()._add_request(request)
 
     def abort(self, request_id: int) -> None:
-        """End a request after the current step; its tokens so far are its result. Unknown ids are ignored."""
-        if request_id not in self.requests:
+        """End a request after the next step it takes part in; its tokens so far are its result.
+
+        One that waits ends now. Nothing happens where it is done.
+        """
+        watch = self._watches.get(request_id)
+        if watch is None:
             return
+        watch.aborted = True
         if request_id in self.waiting_request_ids and request_id != self.context.chunked_prefill_request_id:
             self.waiting_request_ids.remove(request_id)
             entry = self.requests.pop(request_id)
             entry.record[-1].status = Status.COMPLETED
-            self._forget(request_id)
-            if not entry.future.done():
-                entry.future.set_result(entry.record)
-            self._aborted_while_waiting(entry.record)
-            return
-        self._to_abort.add(request_id)
+            entry.future.set_result(entry.record)
+            self._end(request_id, entry.record)
 
-    def _aborted_while_waiting(self, record: Any) -> None:
-        """For those who send results elsewhere."""
+    def take_done(self) -> list[tuple[DynamicInferenceRequest, str]]:
+        """Requests that ended since the last call, merged, and why."""
+        done, self.done = self.done, []
+        return [(record.merge(), reason) for record, reason in done]
 
     def _get_and_clear_stop_word_finished_ids(self, active_request_ids: list[int]) -> set[int]:
+        aborted = {i for i in active_request_ids if self._watches[i].aborted}
         # Megatron keeps a request with a part of its prompt still to come active, whatever is said here.
-        ready = self._to_abort.intersection(active_request_ids) - {self.context.chunked_prefill_request_id}
-        self._to_abort -= ready
-        self.stop_word_finished_request_ids |= ready
+        self.stop_word_finished_request_ids |= aborted - {self.context.chunked_prefill_request_id}
         return super()._get_and_clear_stop_word_finished_ids(active_request_ids)
 
     def _check_stop_words_for_request_post_append(self, request: DynamicInferenceRequest) -> tuple[bool, int]:
@@ -135,8 +143,8 @@ class LatentEngine(DynamicInferenceEngine):
             if watch.stream is not None:
                 watch.stream.push([token])
             if token in watch.ends or (watch.stream is not None and watch.stream.stopped):
-                trim = len(new) - place
-                if trim:
+                watch.stopped = True
+                if trim := len(new) - place:
                     request.generated_tokens = request.generated_tokens[:-trim]
                 return True, trim
         return False, 0
@@ -145,22 +153,26 @@ class LatentEngine(DynamicInferenceEngine):
         records = {int(i): self.requests[int(i)].record for i in request_ids}
         result = super().post_process_requests(request_ids, *args, **options)
         for request_id, record in records.items():
-            watch = self._watches[request_id]
-            if watch.on_tokens is not None:
-                tokens = [token for request in record.requests for token in request.generated_tokens]
-                if len(tokens) > watch.told:
-                    watch.on_tokens(tokens[watch.told :])
-                    watch.told = len(tokens)
+            self._tell(self._watches[request_id], record)
             if request_id not in self.requests:
-                self._forget(request_id)
+                self._end(request_id, record)
         return result
+
+    @staticmethod
+    def _tell(watch: _Watch, record: DynamicInferenceRequestRecord) -> None:
+        if watch.on_tokens is None:
+            return
+        tokens = [token for request in record.requests for token in request.generated_tokens]
+        if len(tokens) > watch.told:
+            new, watch.told = tokens[watch.told :], len(tokens)
+            watch.on_tokens(new)
 
     def _handle_failed_request(self, request_id: int) -> None:
         super()._handle_failed_request(request_id)
-        self._forget(request_id)
+        self._end(request_id, self.requests[request_id].record)
 
-    def _forget(self, request_id: int) -> None:
-        self._watches.pop(request_id, None)
+    def _end(self, request_id: int, record: DynamicInferenceRequestRecord) -> None:
+        watch = self._watches.pop(request_id)
         self.context.seeds.pop(request_id, None)
         self.context.following_prompt_tokens.pop(request_id, None)
-        self._to_abort.discard(request_id)
+        self.done.append((record, watch.reason()))

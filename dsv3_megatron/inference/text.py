@@ -22,7 +22,7 @@ class TextStream:
         stopped: a stop string came.
     """
 
-    # Tokens before the new ones that are decoded with them, since some tokenizers decode by neighbours (a leading space).
+    # Tokens before the new ones that are decoded with them: some tokenizers decode by neighbours (a leading space).
     CONTEXT = 4
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Iterable[str] = ()):

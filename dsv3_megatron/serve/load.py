@@ -1,8 +1,8 @@
 """The model of a source on this rank: device, groups, modules, weights."""
 
+import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,9 +64,8 @@ def use_device(device: str) -> None:
         RefusedArgument: there is no GPU.
     """
     if device == "cpu":
-        if "torch" not in sys.modules:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a GPU
+    _quiet()
     import torch
 
     from dsv3_megatron import cpu
@@ -76,9 +75,16 @@ def use_device(device: str) -> None:
             raise RefusedArgument("--device cuda (the default): no GPU is visible. Use --device cpu.")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
-    if not cpu.is_active() and torch.cuda.is_available():
-        raise RefusedArgument("--device cpu: a GPU is visible. Hide it with CUDA_VISIBLE_DEVICES=''.")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a decode step is many small products: threads wait for each other
     cpu.activate()
+
+
+def _quiet() -> None:
+    """Without what Megatron says of its lacks for training, and torch of its own future."""
+    for module in ("megatron", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -93,15 +99,10 @@ def loaded_model(source: Source, layout: Layout, dtype: str, transformer_impl: s
         RefusedArgument: the layout is not possible.
     """
     layout.check(source.architecture, int(os.environ.get("WORLD_SIZE", "1")))
-    warnings.filterwarnings("ignore", module="megatron")  # about what it lacks for training
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import logging
-
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     if "RANK" in os.environ:
         dist.init_process_group("nccl")  # gloo, where the CPU runtime is active
     else:
@@ -149,10 +150,8 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
         vocab_size=arch.vocab_size,
         seq_length=arch.max_position_embeddings,
         position_embedding_type="rope",
-        parallel_output=True,
     )
-    model = DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-    return model.to(params_dtype)
+    return DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
 def _fill(model: Any, source: Source) -> None:
@@ -186,7 +185,9 @@ def _fill_from_hf(model: Any, source: Source) -> None:
                 directory.forget(part)
 
 
-def default_cache_bytes(arch: Architecture, layout: Layout, dtype: str, batch: int, length: int, draft: bool) -> int:
+def default_cache_bytes(
+    arch: Architecture, layout: Layout, dtype: str, batch: int, length: int, draft: bool
+) -> int:
     """Cache of one rank that `batch` requests of `length` tokens can fill, or what the device has to spare."""
     import torch
 

@@ -1,6 +1,7 @@
 """Where a model comes from: a Megatron checkpoint of any training layout, or a Hugging Face directory."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ def open_source(load: Path | None, hf: Path | None, tokenizer: Path | None = Non
         RefusedArgument: neither or both are given, or one is not what it should be.
     """
     if (load is None) == (hf is None):
-        raise RefusedArgument("give --load DIR (a Megatron checkpoint) or --hf DIR (a Hugging Face directory)")
+        raise RefusedArgument(
+            "give --load DIR (a Megatron checkpoint) or --hf DIR (a Hugging Face directory)"
+        )
     if hf is not None:
         _check_folder("--hf", hf)
         directory = HFDirectory(hf)
@@ -71,11 +74,18 @@ def open_source(load: Path | None, hf: Path | None, tokenizer: Path | None = Non
     _check_folder("--load", load)
     weights = MegatronWeights(load)
     checkpoint = weights.checkpoint.path
-    files = checkpoint.parent / HF_FILES
-    if not files.is_dir():
-        trained_with = getattr(weights.arguments, "tokenizer_model", None)
-        files = Path(trained_with) if trained_with else checkpoint
+    files = _files_of(checkpoint, weights.arguments)
     return _source(load, weights.architecture, None, checkpoint, tokenizer or files, files)
+
+
+def _files_of(checkpoint: Path, arguments: Any) -> Path:
+    """Folder of configuration and tokenizer: a conversion's, or the training's, also where its run has moved."""
+    candidates = [checkpoint.parent / HF_FILES]
+    if trained_with := getattr(arguments, "tokenizer_model", None):
+        candidates.append(Path(trained_with))
+        if saved_to := getattr(arguments, "save", None):
+            candidates.append(checkpoint.parent / os.path.relpath(trained_with, saved_to))
+    return next((folder for folder in candidates if folder.is_dir()), checkpoint)
 
 
 def _check_folder(option: str, folder: Path) -> None:

@@ -110,7 +110,9 @@ class DSV3Router(TopKRouter):
         if not torch.is_inference_mode_enabled() or self.weight.device.type != "cpu":
             return super().gating(input)
         # Megatron would put the weight on the device anew at each call, and prepare for a backward pass.
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype or "", input.dtype)
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
+            self.config.moe_router_dtype or "", input.dtype
+        )
         return torch.matmul(input.to(dtype), self.weight.to(dtype).t())
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
