@@ -33,6 +33,8 @@ VERBS = {
     "compare": Verb("pipeline.compare:main", "pipeline schedules side by side"),
     "recipe": Verb("plan.recipe.show:main", "a recipe's learning rate, batch size, γ and λ over its tokens"),
     "ranks": Verb("plan.recipe.ranks:main", "which ranks each phase of a batch ramp can use"),
+    "chat": Verb("serve.chat:main", "talk to a fine-tuned model in a terminal"),
+    "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
     "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
     "data": Verb("data.prepare:main", "text files to a tokenised corpus"),

@@ -136,6 +136,7 @@ class Engine:
         settings: sizes.
         ends: token ids that end a request.
         decode: token ids to text; for stop strings.
+        engine_class, tokenizer: what Megatron's server needs instead of the usual ones.
 
     Raises:
         RefusedArgument: the model cannot be served so; the text names the option.
@@ -147,16 +148,18 @@ class Engine:
         settings: EngineSettings,
         ends: Iterable[int] = (),
         decode: Callable[[list[int]], str] | None = None,
+        engine_class: type[LatentEngine] = LatentEngine,
+        tokenizer: Any = None,
     ):
         self.model = unwrap(model)
         self.settings = settings
         self.ends = tuple(ends)
         self._decode = decode
         self._next_number = 0
-        self._depth = 0  # of nested `_active`
+        self._depth = 0  # of nested `active`
         self._check()
-        with self._active():
-            self._build()
+        with self.active():
+            self._build(engine_class, tokenizer or _NoTokenizer())
 
     def _check(self) -> None:
         config, settings = self.model.config, self.settings
@@ -174,7 +177,7 @@ class Engine:
                 f"--context-parallel-size {config.context_parallel_size}: inference has none; use 1"
             )
 
-    def _build(self) -> None:
+    def _build(self, engine_class: type[LatentEngine], tokenizer: Any) -> None:
         settings, config = self.settings, self.model.config
         # Of Megatron's dispatchers for its own inference layers, which ours are not; the default is allocated even so.
         config.inference_moe_token_dispatcher_type = "nccl"
@@ -198,8 +201,8 @@ class Engine:
             num_draft_layers=self._num_draft_layers(),
         )
         wrapper = GPTInferenceWrapper(self.model, self.context)
-        controller = LatentController(wrapper, _NoTokenizer())
-        self.engine = LatentEngine(controller, self.context, self._decode)
+        controller = LatentController(wrapper, tokenizer)
+        self.engine = engine_class(controller, self.context, self._decode)
 
     def _num_draft_layers(self) -> int:
         return int(self.settings.speculative and self.model.post_process)
@@ -216,7 +219,7 @@ class Engine:
         return (settings.max_batch * pages + spare) * PAGE_SIZE * width * layers
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """The model as inference wants it, for the time of a call; a trainer finds it as it was."""
         if self._depth:
             yield
@@ -279,7 +282,7 @@ class Engine:
 
         With expert parallelism all ranks step together: one without requests takes its part in the others' collectives.
         """
-        with self._active():
+        with self.active():
             if self.engine.has_unfinished_requests():
                 self.engine.step_modern()
             elif self.model.config.expert_model_parallel_size > 1:
@@ -339,7 +342,7 @@ class Engine:
         """Step until these requests are done, and those of every rank that shares this one's experts."""
         places = {number: place for place, number in enumerate(numbers)}
         results: dict[int, Generation] = {}
-        with self._active():
+        with self.active():
             while self._any_rank(self.busy):
                 for number, generation in self.step():
                     place = places[number]

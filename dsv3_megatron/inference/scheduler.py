@@ -158,8 +158,7 @@ class LatentEngine(DynamicInferenceEngine):
                 self._end(request_id, record)
         return result
 
-    @staticmethod
-    def _tell(watch: _Watch, record: DynamicInferenceRequestRecord) -> None:
+    def _tell(self, watch: _Watch, record: DynamicInferenceRequestRecord) -> None:
         if watch.on_tokens is None:
             return
         tokens = [token for request in record.requests for token in request.generated_tokens]

@@ -174,12 +174,19 @@ def engine_settings(options: argparse.Namespace, source: Source, **more: Any) ->
 
 
 @contextmanager
-def opened_engine(options: argparse.Namespace, source: Source, **more: Any) -> Iterator["Engine"]:
-    """The engine over the loaded model, on this rank."""
+def opened_engine(
+    options: argparse.Namespace, source: Source, prefix_caching: bool = False, **more: Any
+) -> Iterator["Engine"]:
+    """The engine over the loaded model, on this rank.
+
+    Args:
+        more: further arguments of `Engine`.
+    """
     from dsv3_megatron.inference import Engine
 
     with loaded_model(source, layout_of(options), options.dtype, options.transformer_impl) as model:
-        engine = Engine(model, engine_settings(options, source, **more), source.ends, source.decode)
+        settings = engine_settings(options, source, prefix_caching=prefix_caching)
+        engine = Engine(model, settings, source.ends, source.decode, **more)
         try:
             yield engine
         finally:
