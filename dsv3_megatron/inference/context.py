@@ -12,6 +12,7 @@ from megatron.core.inference.inference_request import DynamicInferenceRequest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+from dsv3_megatron import cpu
 from dsv3_megatron.backends.latent_attention import LatentPages, page_groups
 
 __all__ = ["PAGE_SIZE", "LatentContext"]
@@ -31,8 +32,8 @@ class LatentContext(DynamicInferenceContext):
         following_prompt_tokens: for a request whose prompt is processed in chunks, the token after its chunk.
     """
 
-    # Without CUDA graphs no batch needs a round size, and on the CPU a padded token costs as much as another.
-    TOKEN_ROUNDER = DynamicInferenceContext.TOKEN_ROUNDER if torch.version.cuda else 1
+    if cpu.is_active():  # a padded token costs as much as another there
+        TOKEN_ROUNDER = REQUEST_ROUNDER = 1
 
     def __init__(
         self, model_config: MLATransformerConfig, inference_config: InferenceConfig, num_draft_layers: int = 0

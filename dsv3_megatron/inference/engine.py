@@ -182,13 +182,17 @@ class Engine:
         # Of Megatron's dispatchers for its own inference layers, which ours are not; the default is allocated even so.
         config.inference_moe_token_dispatcher_type = "nccl"
         tokens_per_request = 2 if settings.speculative else 1
+        # Megatron pads a step to its round sizes without looking at the limit.
+        max_tokens = LatentContext.round_up_tokens(
+            max(settings.max_step_tokens, settings.max_batch * tokens_per_request)
+        )
         self.context = LatentContext(
             config,
             InferenceConfig(
                 block_size_tokens=PAGE_SIZE,
                 buffer_size_gb=self._main_cache_bytes() / 1024**3,  # type: ignore[arg-type]
                 max_requests=settings.max_batch,
-                max_tokens=max(settings.max_step_tokens, settings.max_batch * tokens_per_request),
+                max_tokens=max_tokens,
                 max_sequence_length=settings.max_length,
                 enable_chunked_prefill=True,
                 num_speculative_tokens=tokens_per_request - 1,
