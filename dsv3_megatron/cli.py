@@ -29,6 +29,9 @@ VERBS = {
     "dryrun": Verb(
         "dryrun.__main__:main", "build any rank of a layout on a laptop: real modules, real groups"
     ),
+    "preflight": Verb(
+        "preflight.__main__:main", "check a GPU job's launch line before the job, on any machine"
+    ),
     "schedule": Verb("pipeline.show:main", "draw a pipeline schedule"),
     "compare": Verb("pipeline.compare:main", "pipeline schedules side by side"),
     "recipe": Verb("plan.recipe.show:main", "a recipe's learning rate, batch size, γ and λ over its tokens"),
@@ -37,6 +40,9 @@ VERBS = {
     "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
     "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
+    "adopt": Verb(
+        "adopt.__main__:main", "what a launch script of Megatron-LM or a fork becomes under --spec dsv3"
+    ),
     "data": Verb("data.prepare:main", "text files to a tokenised corpus"),
     "sft": Verb("sft.prepare:main", "conversations to packed rows for fine-tuning"),
     "kernels": Verb("fp8.kernels.compile:main", "compile the FP8 kernels for sm_90, without a GPU"),

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,13 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsv3_megatron.arguments import requirements
+from dsv3_megatron.arguments.requirements import CUDA, CUDNN, NCCL, TE, TORCH, oldest
+from dsv3_megatron.arguments.requirements import version_key as key
 from dsv3_megatron.arguments.surroundings import SUPPORTED_MEGATRON
 
 State = Literal["ok", "absent", "missing", "wrong"]
 
 # (distribution, module, lowest version, first unsupported version, what it is for)
 NEEDED = (
-    ("torch", "torch", "2.6", "", ""),
+    (TORCH, "torch", oldest(TORCH), "", ""),
     ("megatron-core", "megatron.core", *SUPPORTED_MEGATRON, ""),
     ("hydra-core", "hydra", "1.3", "", "dsv3_megatron.train_hydra"),
     ("tokenizers", "tokenizers", "0", "", "dsv3_megatron.data"),
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"ok": healthy, "findings": [asdict(finding) for finding in findings]}))
     else:
-        print(table(findings))
+        print(table(on_one_screen(findings)))
         print("ready" if healthy else "not ready: see the lines marked missing or wrong")
     return 0 if healthy else 1
 
@@ -65,14 +67,30 @@ def examine() -> list[Finding]:
         python_finding(),
         *(package_finding(*row) for row in NEEDED),
         triton_finding(),
+        library_finding(has_gpu),
         transformer_engine_finding(has_gpu),
+        *use_findings(),
         apex_finding(),
+        wgrad_finding(),
         optional_finding("deep_ep", "DeepEP", "for --moe-token-dispatcher-type flex; from its repository"),
         *gpus,
         memory_finding(),
         *([] if has_gpu else [cpu_runtime_finding()]),
         *patch_findings(),
     ]
+
+
+def on_one_screen(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings with the repairs that match in one line; `--json` has a line for each."""
+    from dsv3_megatron.patching.repairs import REPAIRS
+
+    names = [f"patch {name}" for name in REPAIRS]
+    matching = [f for f in findings if f.name in names and f.state == "ok"]
+    if not matching:
+        return list(findings)
+    listed = ", ".join(finding.name.removeprefix("patch ") for finding in matching)
+    together = Finding("repairs of Megatron", "ok", f"signatures match: {listed}")
+    return [*(finding for finding in findings if finding not in matching), together]
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -109,7 +127,52 @@ def triton_finding() -> Finding:
     """Megatron imports triton whatever the device."""
     if not installed("triton"):
         return Finding("triton", "missing", "not installed", "Megatron imports it; pip install triton")
-    return Finding("triton", "ok", version_of("triton") or "unknown version")
+    version = version_of("triton") or "unknown version"
+    if key(version) < key(oldest("triton")):
+        return Finding("triton", "wrong", version, f"needs >={oldest('triton')}")
+    return Finding("triton", "ok", version)
+
+
+def library_finding(has_gpu: bool) -> Finding:
+    """CUDA, cuDNN and NCCL, as torch brings them, against what is used of each."""
+    versions = {name: requirements.installed_version(name) for name in (CUDA, CUDNN, NCCL)}
+    old = [name for name, version in versions.items() if version and key(version) < key(oldest(name))]
+    absent = [name for name, version in versions.items() if version is None]
+    found = (
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        or "none with this torch"
+    )
+    needed = ", ".join(f"{name} >={oldest(name)}" for name in (*old, *absent))
+    state: State = "ok" if not needed else ("wrong" if old else "missing") if has_gpu else "absent"
+    return Finding("CUDA libraries", state, found, needed and f"needs {needed}")
+
+
+def use_findings() -> list[Finding]:
+    """What the installed packages lack of what is used of them; nothing where they have it all."""
+    found = []
+    for package in requirements.packages():
+        if requirements.installed_version(package) is None:
+            continue
+        missing = requirements.lacking(package)
+        found += [
+            Finding(
+                f"{package}: {use.what}",
+                "absent",
+                "not in this version",
+                f"for {use.by or 'every run'}: {use.since}",
+            )
+            for use in requirements.USES
+            if use.key in missing
+        ]
+    return found
+
+
+def wgrad_finding() -> Finding:
+    """Whose product adds the weight gradients of Megatron's own Linears to fp32 (gradient accumulation fusion)."""
+    from dsv3_megatron.backends import wgrad
+
+    named = {"apex": "Apex's fused kernel", "torch": "torch.addmm with fp32 output (no Apex)"}
+    return Finding("fp32 weight gradients", "ok", named[wgrad.implementation()])
 
 
 def optional_finding(module: str, name: str, hint: str) -> Finding:
@@ -121,10 +184,12 @@ def optional_finding(module: str, name: str, hint: str) -> Finding:
 
 def transformer_engine_finding(has_gpu: bool) -> Finding:
     """Needed on a GPU (the fast backend); on CPU only its modules could be constructed."""
-    name, version = "transformer-engine", version_of("transformer-engine")
+    name, version = TE, version_of(TE)
     if not installed("transformer_engine") or version is None:
         hint = "pip install 'dsv3_megatron[te]' for --transformer-impl transformer_engine"
         return Finding(name, "missing" if has_gpu else "absent", "not installed", hint)
+    if key(version) < key(oldest(TE)):
+        return Finding(name, "wrong", version, f"needs >={oldest(TE)}")
     return Finding(name, "ok", version)
 
 
@@ -213,17 +278,6 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def key(version: str) -> tuple[int, ...]:
-    """Numbers of a version for comparing, without suffixes such as rc1 or +cu130."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
-        leading = re.match(r"\d+", part)
-        if leading is None:
-            break
-        numbers.append(int(leading.group()))
-    return tuple(numbers)
 
 
 def gib(number_of_bytes: int) -> str:

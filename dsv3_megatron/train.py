@@ -7,17 +7,25 @@ Every DeepSeek-V3 setting that is not given is filled in; contradictions and uns
 refused before anything is built (docs/support.md).
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
-from dsv3_megatron.arguments.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.arguments.device import split_device
+from dsv3_megatron.errors import RefusedArgument, ends_in_one_line
 
 
-@exits_cleanly
+def report(error: Exception) -> str:
+    """The line of an exception of Megatron's, see `arguments.failures`."""
+    from dsv3_megatron.arguments.failures import report
+
+    return report(error)
+
+
+@ends_in_one_line(report)
 def command() -> None:
     """Entry point of `python -m dsv3_megatron.train`."""
     main()
@@ -36,7 +44,7 @@ def main(argv: Sequence[str] | None = None, **pretrain_options: Any) -> dict[str
         RefusedArgument: the command line is wrong; nothing has been built then.
     """
     started = time.time()
-    device, words = _split_device(sys.argv[1:] if argv is None else argv)
+    device, words = split_device(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         _help()
     words = _use_device(device, words)
@@ -54,9 +62,14 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.training.arguments import parse_and_validate_args
 
     from dsv3_megatron import dualpipe, metrics, optimizer, patching, resilience
-    from dsv3_megatron.arguments import add_arguments
+    from dsv3_megatron.arguments import add_arguments, megatron_parser
+    from dsv3_megatron.arguments.failures import explain
+    from dsv3_megatron.arguments.refusals.length import check_length
+    from dsv3_megatron.checkpoint.install import install as begin_with_checkpoint
     from dsv3_megatron.ema.trainer import install as keep_average
+    from dsv3_megatron.patching import repairs
     from dsv3_megatron.recipe.install import install as follow_schedules
+    from dsv3_megatron.resilience.lock import held
     from dsv3_megatron.resilience.watch import watching
     from dsv3_megatron.sft.arguments import check as check_sft_data
     from dsv3_megatron.sft.dataset import install as read_conversations
@@ -64,16 +77,19 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.training.datasets import embedding_ranks, train_valid_test_datasets
     from dsv3_megatron.training.step import forward_step
 
+    repairs.install()
     dualpipe.install()
     set_startup_timestamps(program_start=started, main_entry=time.time())
     optimizer.install()
     metrics.install()
     follow_schedules()
+    begin_with_checkpoint()
     keep_average()
     read_conversations()
     patching.install(["build_pretraining_data_loader"])
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
+        check_length(args)
         check_sft_data(args)
         resilience.install(args)
         model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
@@ -81,10 +97,14 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
         config = pretrain_cfg_container_from_args(args, model)
     except RefusedArgument:
         raise
-    except (AssertionError, ValueError) as error:
+    except Exception as error:
         # Megatron checks arguments with assertions: what they say is for the user to read, not a crash.
-        raise RefusedArgument(f"Megatron refuses these arguments: {error or repr(error)}") from error
-    with watching(args.rank_timeout_s):
+        raise RefusedArgument(
+            f"Megatron refuses these arguments: {explain(error, megatron_parser())}"
+        ) from error
+    writes = args.save is not None and not args.skip_train
+    hold = held(Path(args.save), args.rank, args.rank_timeout_s) if writes else nullcontext()
+    with hold, watching(args.rank_timeout_s):
         pretrain(
             config,
             train_valid_test_datasets,
@@ -109,16 +129,6 @@ def _help() -> NoReturn:
     megatron_parser().print_help()
     print((__doc__ or "").strip())
     raise SystemExit(0)
-
-
-def _split_device(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """`--device` is ours and must be known before Megatron, which has no such option, is imported."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda")
-    known, words = parser.parse_known_args(list(argv))
-    if known.device not in ("cuda", "cpu"):
-        raise RefusedArgument(f"--device {known.device}: use cuda (the default) or cpu")
-    return known.device, words
 
 
 def _use_device(device: str, words: list[str]) -> list[str]:

@@ -5,11 +5,18 @@
 #
 #   examples/pretrain_dsv3.sh DATA_PREFIX TOKENIZER_DIR CHECKPOINT_DIR      on each node
 #   DRY_RUN=1 examples/pretrain_dsv3.sh data tokenizer checkpoints          prints the command
+#   PREFLIGHT=1 examples/pretrain_dsv3.sh data tokenizer checkpoints        checks it, on any machine (docs/preflight.md)
 #
 # NUM_NODES × GPUS_PER_NODE must be a multiple of PP × EP. BATCH_RAMP="3072 768" is DeepSeek-V3's ramp of the batch, for
 # at most 1024 GPUs under DualPipe (docs/recipe.md). Not run on GPUs; dry-run in tests/examples.
 set -euo pipefail
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Streams of computation, messages, all-to-all and gradients each want a hardware queue; 1 would forbid the overlap.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
+# Routed batches differ in size each step; segments that grow keep the allocator's memory in one piece.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# On machines with several network interfaces: the one that reaches the other machines (ip -br addr), for gloo and for
+# NCCL's bootstrap.
+[[ -z ${NETWORK_INTERFACE:-} ]] || export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
 
 DATA_PREFIX=${1:?prefix of the .bin and .idx files}
 TOKENIZER_DIR=${2:?folder of the tokenizer}
@@ -41,6 +48,12 @@ PARALLEL_ARGS=(
     --use-distributed-optimizer
     --overlap-grad-reduce
     --overlap-param-gather
+    --high-priority-a2a-comm-stream             # the all-to-all does not wait for computation to leave it an SM
+)
+KERNEL_ARGS=(
+    --moe-permute-fusion                        # tokens are sorted by expert in one kernel
+    --cross-entropy-loss-fusion                 # else the vocabulary's softmax is kept in fp32
+    --manual-gc --manual-gc-interval 100        # all ranks collect Python's garbage at the same step
 )
 TRAINING_ARGS=(
     --bf16
@@ -58,6 +71,7 @@ DATA_ARGS=(
     --tokenizer-type HuggingFaceTokenizer
     --tokenizer-model "$TOKENIZER_DIR"
     --split 999,1,0
+    --num-workers 8                             # a rank reads the microbatches of both directions
 )
 LOGGING_ARGS=(
     --log-interval 10
@@ -71,11 +85,13 @@ LOGGING_ARGS=(
 
 COMMAND=(
     torchrun "${DISTRIBUTED_ARGS[@]}" -m dsv3_megatron.train
-    "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}"
+    "${MODEL_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${KERNEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}"
 )
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "${COMMAND[@]}"
     echo
+elif [[ ${PREFLIGHT:-0} == 1 ]]; then
+    exec python -m dsv3_megatron.preflight "${COMMAND[@]}"
 else
     exec "${COMMAND[@]}"
 fi

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.arguments.refusals import REFUSALS, Refusal
+from dsv3_megatron.arguments.requirements import USES
 from dsv3_megatron.arguments.settings import SETTINGS, Setting
 from dsv3_megatron.arguments.surroundings import SUPPORTED_MEGATRON
 
@@ -23,14 +24,24 @@ HEAD = f"""# What is supported, and how it was checked
 Written by `python -m dsv3_megatron.arguments.support docs` from the tables that the code uses; do not edit.
 How to start a run is in [ways_in.md](ways_in.md).
 
-Supported: megatron-core ≥ {SUPPORTED_MEGATRON[0]}, < {SUPPORTED_MEGATRON[1]}; Python ≥ 3.12; torch ≥ 2.6.
+Supported: megatron-core ≥ {SUPPORTED_MEGATRON[0]}, < {SUPPORTED_MEGATRON[1]}; Python ≥ 3.12; and of what lies below,
+by what is used of it:
 """
 
 
 def render(cards: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
-    parts = [HEAD, _card_section(cards), _refusal_section(), _settings_section()]
+    parts = [HEAD, _uses(), _card_section(cards), _refusal_section(), _settings_section()]
     return "\n".join(parts)
+
+
+def _uses() -> str:
+    """Packages and libraries with the oldest version that is supported, and everything that is used of them."""
+    rows = [
+        (use.package, f"≥ {use.since}", use.what, use.by or "every run", "yes" if use.required else "")
+        for use in USES
+    ]
+    return _table(("package", "since", "what is used", "by", "bounds what is supported"), rows)
 
 
 def _card_section(cards: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
+    linear_with_grad_accumulation_and_async_allreduce,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import (
@@ -27,6 +28,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.nn import Parameter
+
+from dsv3_megatron.backends import wgrad
 
 __all__ = [
     "ColumnLinear",
@@ -114,6 +117,10 @@ class DelayedWeightGrad:
         """The weight's gradient [out, in] from x [..., in] and grad_y [..., out]."""
         return grad_y.reshape(-1, grad_y.size(-1)).t().matmul(x.reshape(-1, x.size(-1)))
 
+    def accumulate_weight_grad(self, x: Any, grad_y: Any) -> None:
+        """Add the weight's gradient to its `main_grad` in fp32, without rounding it to the weight's dtype before."""
+        wgrad.accumulate(x, grad_y, self.weight.main_grad)
+
     def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
         """Called by DDP: `hook` adds weight.grad to main_grad and may start the bucket's reduction."""
         self._wgrad_hooks.append(hook)
@@ -141,15 +148,14 @@ class DelayedWeightGrad:
             )
         x, grad_y = self._pending.popleft()
         with torch.no_grad():
-            grad = self.weight_grad(x, grad_y)
             if self.gradient_accumulation_fusion and hasattr(self.weight, "main_grad"):
-                self.weight.main_grad.add_(grad)
+                self.accumulate_weight_grad(x, grad_y)
                 self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
                 self.weight.grad = torch.empty_like(self.weight)  # for DDP's hook, which only drops it
             elif self.weight.grad is None:
-                self.weight.grad = grad.to(self.weight.dtype)
+                self.weight.grad = self.weight_grad(x, grad_y).to(self.weight.dtype)
             else:
-                self.weight.grad.add_(grad)
+                self.weight.grad.add_(self.weight_grad(x, grad_y))
         for hook in self._wgrad_hooks:
             hook()
 
@@ -258,7 +264,18 @@ class DuplicatedLinear(DelayedWeightGrad, torch.nn.Module):
         """x: [..., in] → ([..., out], None); None stands for Megatron's separate bias."""
         if self._delays(self.weight):
             return _LinearInputGradOnly.apply(x, self.weight, self, False, False, None), None
-        return torch.nn.functional.linear(x, self.weight), None
+        if not self.weight.requires_grad:
+            return torch.nn.functional.linear(x, self.weight), None
+        y = linear_with_grad_accumulation_and_async_allreduce(
+            x,
+            self.weight,
+            bias=None,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            tp_group=self.tp_group,
+        )
+        return y, None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from dsv3_megatron.backends.latent_attention import LatentPages, attend, rotate
 
-__all__ = ["DSV3SelfAttention", "LatentCache", "ReferenceSelfAttention"]
+__all__ = ["LATENT_EPSILON", "DSV3SelfAttention", "LatentCache", "ReferenceSelfAttention"]
+
+# Of the norms on compressed queries, keys and values, whatever --norm-epsilon is: the released code and transformers
+# build these two without the configured one. Equal in DeepSeek's models; Moonlight's other norms have 1e-5.
+LATENT_EPSILON = 1e-6
 
 
 class LatentCache(Protocol):
@@ -30,7 +34,7 @@ class LatentCache(Protocol):
 
 
 class DSV3SelfAttention(MLASelfAttention):
-    """MLA that builds the norms and up projections which the spec names.
+    """MLA that builds the norms and up projections which the spec names, and those norms with `LATENT_EPSILON`.
 
     Megatron chooses them by its own rules, and those want a norm in front of an uncompressed query too, which
     DeepSeek's models without query compression (q_lora_rank none) do not have.
@@ -40,6 +44,14 @@ class DSV3SelfAttention(MLASelfAttention):
     prefill, and fails under sequence parallelism; here the up projections are views of the weight at each call, so
     they follow whatever changes it, and the module's state is that of training.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Transformer Engine has them inside the up projections.
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            module = getattr(self, name, None)
+            if module is not None and hasattr(module, "eps"):
+                module.eps = LATENT_EPSILON
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
@@ -91,7 +103,7 @@ class DSV3SelfAttention(MLASelfAttention):
             return self.kv_layernorm(compressed)
         weight = self.linear_kv_up_proj.layer_norm_weight
         wide = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.layernorm_epsilon)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + LATENT_EPSILON)
         return (normed * weight).to(compressed.dtype)
 
     def _absorbed_weights(self) -> tuple[Tensor, Tensor]:

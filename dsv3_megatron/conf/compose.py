@@ -17,7 +17,7 @@ from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 CONF_DIR = Path(__file__).resolve().parent
 # Keys that describe machine, placement and files; everything else at the top level is an argument.
 SECTIONS = {
-    "cluster": ("name", "gpu", "nodes", "gpus_per_node"),
+    "cluster": ("name", "gpu", "nodes", "gpus_per_node", "host_memory_gb"),
     "placement": ("last_stage_extra",),
     "corpus": ("dir",),
 }

@@ -25,10 +25,34 @@ CPU_FLAGS: tuple[str, ...] = (
     "--no-bias-swiglu-fusion",
     "--no-bias-gelu-fusion",
     "--no-bias-dropout-fusion",
-    "--no-gradient-accumulation-fusion",
 )
 
 _active = False
+_pretends = False
+
+
+def pretend_gpu(capability: tuple[int, int] = (9, 0), memory_gb: float = 80, allow_te: bool = True) -> None:
+    """Answer Megatron's questions about the device as a process with such a GPU would; nothing is computed.
+
+    For checks of a GPU job on a machine without one. The CPU runtime is not active then: arguments are not refused for
+    being a GPU's, and whatever asks `is_active()` decides as it does on a GPU. Call it before Megatron is imported; a
+    second call changes the GPU.
+
+    Raises:
+        RuntimeError: a GPU is visible, Megatron was imported before, or the CPU runtime is active.
+    """
+    global _pretends
+    if _active:
+        raise RuntimeError(
+            "dsv3_megatron.cpu is active: this process runs on CPU and cannot stand for a GPU's"
+        )
+    if not _pretends:
+        _install(allow_te, pretend=True)
+        _pretends = True
+    from dsv3_megatron.cpu import devices
+
+    devices.gpu.major, devices.gpu.minor = capability
+    devices.gpu.total_memory = int(memory_gb * 1e9)
 
 
 def activate(allow_te: bool = False) -> None:
@@ -50,10 +74,20 @@ def activate(allow_te: bool = False) -> None:
                 "first."
             )
         return
+    if _pretends:
+        raise RuntimeError(
+            "dsv3_megatron.cpu.pretend_gpu() was called: this process stands for one with a GPU"
+        )
+    _install(allow_te, pretend=False)
+    _active = True
+
+
+def _install(allow_te: bool, pretend: bool) -> None:
     # torch.compile asks Triton about the GPU; the variable is read when torch._dynamo is first imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Asserted by Megatron's argument validation for tensor and context parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not pretend:
+        # Asserted by Megatron's argument validation for tensor and context parallelism.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
     if torch.cuda.is_available():
@@ -70,8 +104,7 @@ def activate(allow_te: bool = False) -> None:
         sys.modules["torch._dynamo"].config.disable = True
     from dsv3_megatron.cpu import replacements
 
-    replacements.install(allow_te=allow_te)
-    _active = True
+    replacements.install(allow_te=allow_te, pretend=pretend)
 
 
 def is_active() -> bool:
@@ -90,6 +123,31 @@ def record_streams() -> "AbstractContextManager[Recorder]":
     if not _active:
         raise RuntimeError("record_streams() needs dsv3_megatron.cpu.activate()")
     return record.record_streams()
+
+
+def behave_like_nccl(limit_s: float | None = None) -> None:
+    """Let gloo behave as NCCL does where that can hang a job, in this process, for good; see `like_nccl`.
+
+    Args:
+        limit_s: what waits for longer, and would hang on NCCL, raises; default `like_nccl.LIMIT_S`.
+
+    Raises:
+        RuntimeError: the CPU runtime is not active.
+    """
+    if not _active:
+        raise RuntimeError("behave_like_nccl() needs dsv3_megatron.cpu.activate()")
+    from dsv3_megatron.cpu import like_nccl
+
+    like_nccl.install(like_nccl.LIMIT_S if limit_s is None else limit_s)
+
+
+def is_like_nccl() -> bool:
+    """Whether `behave_like_nccl()` has been called in this process."""
+    if not _active:
+        return False
+    from dsv3_megatron.cpu import like_nccl
+
+    return like_nccl.is_installed()
 
 
 def reset() -> None:

@@ -98,12 +98,23 @@ def device_context(_original: Any) -> type:
     return device
 
 
+# The device that is asked about: this machine, unless `cpu.pretend_gpu` says another.
+gpu = SimpleNamespace(
+    name="cpu",
+    major=9,
+    minor=0,
+    total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    multi_processor_count=1,
+    warp_size=32,
+)
+
+
 def device_properties(_original: Any) -> Callable:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    properties = SimpleNamespace(
-        name="cpu", major=9, minor=0, total_memory=memory, multi_processor_count=1, warp_size=32
-    )
-    return lambda device=None: properties
+    return lambda device=None: gpu
+
+
+def device_capability(_original: Any) -> Callable:
+    return lambda device=None: (gpu.major, gpu.minor)
 
 
 def memory_stats(_original: Any) -> Callable:

@@ -56,8 +56,6 @@ REFUSALS: tuple[Refusal, ...] = (
             "--no-persist-layer-norm"),
     Refusal("masked_softmax_fusion", is_true, "masked softmax fusion (on by default)", FUSED,
             "--no-masked-softmax-fusion"),
-    Refusal("gradient_accumulation_fusion", is_true, "gradient accumulation fusion (on by default)", FUSED,
-            "--no-gradient-accumulation-fusion"),
     # Kernels
     Refusal("fp8", is_true, "--fp8-format", TE, "leave it out (bf16 or fp32)"),
     Refusal("fp4", is_true, "--fp4-format", TE, "leave it out (bf16 or fp32)"),

@@ -1,5 +1,8 @@
 """The table of everything the CPU runtime replaces, and its installation.
 
+Each row says of which kind it is: "device" stands for what a GPU or NCCL would be, and exists only here; "repair" mends
+Megatron itself and is a listed patch that every run installs on every device (`dsv3_megatron.patching.repairs`).
+
 A target inside Megatron is replaced right after its module has been executed, so that modules that import it
 by name get the stand-in. A target that does not exist is an error, not a skip.
 """
@@ -12,13 +15,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
 from torch.utils._device import _device_constructors
 
+from dsv3_megatron import patching
 from dsv3_megatron.cpu import devices, distributed, megatron, refusals, streams
+from dsv3_megatron.patching import repairs
 
 
 class ReplacementError(RuntimeError):
@@ -27,16 +32,27 @@ class ReplacementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Replacement:
-    """`make(original)` gives the stand-in of each symbol `owner.name`, `name` in `names`."""
+    """`make(original)` gives the stand-in of each symbol `owner.name`, `name` in `names`; a repair names its patch."""
 
+    kind: Literal["device", "repair"]
     owner: str
     names: tuple[str, ...]
-    make: Callable[[Any], Any]
+    make: Callable[[Any], Any] | None
     why: str
+    patch: str = ""
 
 
 def _is(value: Any) -> Callable[[Any], Any]:
     return lambda _original: value
+
+
+def _device(owner: str, names: tuple[str, ...], make: Callable[[Any], Any], why: str) -> Replacement:
+    return Replacement("device", owner, names, make, why)
+
+
+def _repair(name: str) -> Replacement:
+    owner, symbol = repairs.targets()[name]
+    return Replacement("repair", owner, (symbol,), None, patching.load(name).why, name)
 
 
 # Functions such as torch.empty and torch.tensor, as torch itself lists them. torch caches the list, with the
@@ -55,86 +71,80 @@ ONE_GENERATOR = "the CPU generator serves as the CUDA one"
 STREAMS = "work runs at once, in issue order; events keep wall time; see streams.py and record.py"
 
 # fmt: off
-TABLE: tuple[Replacement, ...] = (
+DEVICES: tuple[Replacement, ...] = (
     # Devices
-    Replacement("torch", FACTORIES + LIKE, devices.redirect_keyword, CPU),
-    Replacement("torch", ("Generator",), devices.redirect_generator, CPU),
-    Replacement("torch.Tensor", NEW, devices.redirect_keyword, CPU),
-    Replacement("torch.Tensor", ("to",), devices.redirect_first, CPU),
-    Replacement("torch.nn.Module", ("to",), devices.redirect_first, CPU),
-    Replacement("torch.utils._device.DeviceContext", ("__init__",), devices.redirect_first, CPU),
-    Replacement("torch.Tensor", ("cuda", "pin_memory"), devices.returns_self, NOTHING_TO_DO),
-    Replacement("torch.nn.Module", ("cuda",), devices.returns_self, NOTHING_TO_DO),
-    Replacement("torch.Tensor", ("record_stream",), devices.returns(None),
+    _device("torch", FACTORIES + LIKE, devices.redirect_keyword, CPU),
+    _device("torch", ("Generator",), devices.redirect_generator, CPU),
+    _device("torch.Tensor", NEW, devices.redirect_keyword, CPU),
+    _device("torch.Tensor", ("to",), devices.redirect_first, CPU),
+    _device("torch.nn.Module", ("to",), devices.redirect_first, CPU),
+    _device("torch.utils._device.DeviceContext", ("__init__",), devices.redirect_first, CPU),
+    _device("torch.Tensor", ("cuda", "pin_memory"), devices.returns_self, NOTHING_TO_DO),
+    _device("torch.nn.Module", ("cuda",), devices.returns_self, NOTHING_TO_DO),
+    _device("torch.Tensor", ("record_stream",), devices.returns(None),
                 "memory is not reused behind a stream's back"),
-    Replacement("torch.Tensor", ("type",), devices.cuda_type_name,
+    _device("torch.Tensor", ("type",), devices.cuda_type_name,
                 "optimizers compare it with 'torch.cuda.FloatTensor'"),
-    Replacement("torch.cuda", ("is_available", "is_initialized"), devices.returns(True), "Megatron asserts it"),
-    Replacement("torch.accelerator", ("is_available",), devices.returns(False),
+    _device("torch.cuda", ("is_available", "is_initialized"), devices.returns(True), "Megatron asserts it"),
+    _device("torch.accelerator", ("is_available",), devices.returns(False),
                 "torch asks here: no pinning threads in data loaders, no graph-capture checks in optimizers"),
-    Replacement("torch.cuda", ("device_count",), devices.device_count,
+    _device("torch.cuda", ("device_count",), devices.device_count,
                 "with 0, Megatron skips groups and seeds silently"),
-    Replacement("torch.cuda", ("current_device",), devices.returns(0), CPU),
-    Replacement("torch.cuda", ("set_device", "_lazy_init", "init", "empty_cache", "ipc_collect",
+    _device("torch.cuda", ("current_device",), devices.returns(0), CPU),
+    _device("torch.cuda", ("set_device", "_lazy_init", "init", "empty_cache", "ipc_collect",
                 "reset_peak_memory_stats"), devices.returns(None), NOTHING_TO_DO),
-    Replacement("torch.cuda", ("_lazy_call",), devices.run_now, NOTHING_TO_DO),
-    Replacement("torch.cuda", ("device",), devices.device_context, NOTHING_TO_DO),
-    Replacement("torch.cuda", ("get_device_properties",), devices.device_properties, "asked by validation"),
-    Replacement("torch.cuda", ("get_device_capability",), devices.returns((9, 0)), "asked by validation"),
-    Replacement("torch.cuda", ("get_device_name",), devices.returns("cpu"), "logged"),
-    Replacement("torch.cuda", ("memory_stats",), devices.memory_stats, LOGGED),
-    Replacement("torch.cuda", ("memory_allocated", "max_memory_allocated", "memory_reserved",
+    _device("torch.cuda", ("_lazy_call",), devices.run_now, NOTHING_TO_DO),
+    _device("torch.cuda", ("device",), devices.device_context, NOTHING_TO_DO),
+    _device("torch.cuda", ("get_device_properties",), devices.device_properties, "asked by validation"),
+    _device("torch.cuda", ("get_device_capability",), devices.device_capability, "asked by validation"),
+    _device("torch.cuda", ("get_device_name",), devices.returns("cpu"), "logged"),
+    _device("torch.cuda", ("memory_stats",), devices.memory_stats, LOGGED),
+    _device("torch.cuda", ("memory_allocated", "max_memory_allocated", "memory_reserved",
                 "max_memory_reserved", "device_memory_used"), devices.returns(0), LOGGED),
-    Replacement("torch.cuda", ("CUDAGraph", "MemPool", "ExternalStream"), devices.refused,
+    _device("torch.cuda", ("CUDAGraph", "MemPool", "ExternalStream"), devices.refused,
                 "no counterpart: constructing one is an error"),
     # Random numbers
-    Replacement("torch.cuda", ("default_generators",), devices.default_generators, ONE_GENERATOR),
-    Replacement("torch.cuda", ("get_rng_state",), devices.get_rng_state, ONE_GENERATOR),
-    Replacement("torch.cuda", ("set_rng_state",), devices.set_rng_state, ONE_GENERATOR),
-    Replacement("torch.cuda.random", ("get_rng_state",), devices.get_rng_state, ONE_GENERATOR),
-    Replacement("torch.cuda.random", ("set_rng_state",), devices.set_rng_state, ONE_GENERATOR),
-    Replacement("torch.cuda", ("manual_seed", "manual_seed_all"), devices.manual_seed, ONE_GENERATOR),
+    _device("torch.cuda", ("default_generators",), devices.default_generators, ONE_GENERATOR),
+    _device("torch.cuda", ("get_rng_state",), devices.get_rng_state, ONE_GENERATOR),
+    _device("torch.cuda", ("set_rng_state",), devices.set_rng_state, ONE_GENERATOR),
+    _device("torch.cuda.random", ("get_rng_state",), devices.get_rng_state, ONE_GENERATOR),
+    _device("torch.cuda.random", ("set_rng_state",), devices.set_rng_state, ONE_GENERATOR),
+    _device("torch.cuda", ("manual_seed", "manual_seed_all"), devices.manual_seed, ONE_GENERATOR),
     # Streams
-    Replacement("torch.cuda", ("Stream",), _is(streams.Stream), STREAMS),
-    Replacement("torch.cuda", ("Event",), _is(streams.Event), STREAMS),
-    Replacement("torch.cuda", ("stream", "StreamContext"), _is(streams.stream), STREAMS),
-    Replacement("torch.cuda", ("current_stream",), _is(streams.current_stream), STREAMS),
-    Replacement("torch.cuda", ("default_stream",), _is(streams.default_stream), STREAMS),
-    Replacement("torch.cuda", ("set_stream",), _is(streams.set_stream), STREAMS),
-    Replacement("torch.cuda", ("synchronize",), _is(streams.synchronize), STREAMS),
-    Replacement("torch.cuda", ("is_current_stream_capturing",), devices.returns(False), "nothing is captured"),
-    Replacement("torch.cuda.nvtx", ("range_push", "range_pop", "mark"), devices.returns(0), "no profiler"),
+    _device("torch.cuda", ("Stream",), _is(streams.Stream), STREAMS),
+    _device("torch.cuda", ("Event",), _is(streams.Event), STREAMS),
+    _device("torch.cuda", ("stream", "StreamContext"), _is(streams.stream), STREAMS),
+    _device("torch.cuda", ("current_stream",), _is(streams.current_stream), STREAMS),
+    _device("torch.cuda", ("default_stream",), _is(streams.default_stream), STREAMS),
+    _device("torch.cuda", ("set_stream",), _is(streams.set_stream), STREAMS),
+    _device("torch.cuda", ("synchronize",), _is(streams.synchronize), STREAMS),
+    _device("torch.cuda", ("is_current_stream_capturing",), devices.returns(False), "nothing is captured"),
+    _device("torch.cuda.nvtx", ("range_push", "range_pop", "mark"), devices.returns(0), "no profiler"),
     # Process groups
-    Replacement("torch.distributed", ("init_process_group",), distributed.init_process_group,
+    _device("torch.distributed", ("init_process_group",), distributed.init_process_group,
                 "nccl becomes gloo; no device or NCCL options. Collectives stay as asynchronous as asked"),
-    Replacement("torch.distributed", ("new_group",), distributed.new_group, "nccl becomes gloo; no NCCL options"),
-    Replacement("torch.distributed.distributed_c10d", ("ProcessGroupGloo",), distributed.one_gloo_device,
+    _device("torch.distributed", ("new_group",), distributed.new_group, "nccl becomes gloo; no NCCL options"),
+    _device("torch.distributed.distributed_c10d", ("ProcessGroupGloo",), distributed.one_gloo_device,
                 "each group would have a polling thread of its own, and Megatron makes dozens of groups"),
     # Megatron
-    Replacement("megatron.training.arguments", ("parse_and_validate_args",), refusals.checked_parsing,
+    _device("megatron.training.arguments", ("parse_and_validate_args",), refusals.checked_parsing,
                 "refuses, by name, what cannot work on CPU"),
-    Replacement("megatron.training.initialize", ("_warmup_jit_function",), devices.returns(None),
+    _device("megatron.training.initialize", ("_warmup_jit_function",), devices.returns(None),
                 "nothing is compiled; its random inputs would change the weights that are drawn later"),
-    Replacement("megatron.core.datasets.utils", ("compile_helpers",), megatron.compile_helpers,
-                "runs `make` in a wheel without Makefile, though the compiled helper ships"),
-    Replacement("megatron.core.tensor_parallel.random", ("CudaRNGStatesTracker",), megatron.quiet_rng_tracker,
+    _device("megatron.core.tensor_parallel.random", ("CudaRNGStatesTracker",), megatron.quiet_rng_tracker,
                 "warns that the CPU generator moved, which here is the CUDA one"),
-    Replacement("megatron.core.transformer.moe.moe_utils", ("maybe_move_tensor_to_cpu",),
+    _device("megatron.core.transformer.moe.moe_utils", ("maybe_move_tensor_to_cpu",),
                 megatron.maybe_move_tensor_to_cpu,
                 "makes lists of the alltoall dispatcher's split sizes only when they are on a GPU"),
-    Replacement("megatron.core.transformer.torch_norm", ("WrappedTorchNorm",), megatron.torch_norm,
-                "refuses sequence parallelism, for which it only has to mark its parameters"),
-    Replacement("megatron.core.inference.communication_utils", ("_is_cuda", "_is_cuda_contiguous"),
+    _device("megatron.core.inference.communication_utils", ("_is_cuda", "_is_cuda_contiguous"),
                 devices.returns(None), "asserts that tensors between pipeline stages are on a GPU"),
-    Replacement("megatron.core.optimizer.distrib_optimizer", ("DistributedOptimizer",),
-                megatron.distributed_optimizer,
-                "with torch's AdamW a checkpoint does not load (`assert len(steps) == 1`), and the loaded "
-                "`step` would be one tensor shared by all parameters"),
-    Replacement("megatron.core.dist_checkpointing.strategies.filesystem_async", ("FileSystemWriterAsync",),
-                megatron.checkpoint_writer,
-                "its copy to the CPU, before training goes on, is none: a background save would write later steps"),
+    _device("megatron.core.dist_checkpointing.strategies.filesystem_async", ("get_write_results_queue",),
+                megatron.results_queue,
+                "a process of its own, clear of CUDA's memory, takes seconds to start at each rank's first save"),
 )
 # fmt: on
+
+TABLE: tuple[Replacement, ...] = (*DEVICES, *map(_repair, repairs.REPAIRS))
 
 
 originals: dict[str, Any] = {}  # what has been replaced so far, by dotted name
@@ -150,6 +160,9 @@ def _resolve(path: str) -> Any:
 
 
 def _apply(replacement: Replacement, owner: Any) -> None:
+    if replacement.make is None:
+        patching.install([replacement.patch])
+        return
     for name in replacement.names:
         if not hasattr(owner, name):
             raise ReplacementError(
@@ -183,7 +196,12 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def install(allow_te: bool = False) -> None:
+# What a process that only pretends to have a GPU does as one that has: arguments are a GPU's, kernels are warmed up.
+_ON_CPU_ONLY = ("megatron.training.arguments", "megatron.training.initialize")
+
+
+def install(allow_te: bool = False, pretend: bool = False) -> None:
+    """See `cpu.activate` and `cpu.pretend_gpu`."""
     if not allow_te:
         # `import transformer_engine` then raises ModuleNotFoundError, installed or not.
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
@@ -191,6 +209,8 @@ def install(allow_te: bool = False) -> None:
     multiprocessing.forkserver.set_forkserver_preload(["dsv3_megatron.cpu.child"])
     pending: dict[str, list[Replacement]] = {}
     for replacement in TABLE:
+        if pretend and replacement.owner in _ON_CPU_ONLY:
+            continue
         if replacement.owner.startswith("megatron."):
             pending.setdefault(replacement.owner, []).append(replacement)
         else:

@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,10 @@ from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.cpu import CPU_FLAGS
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.errors import told
+
+# The same job with the modules that exist everywhere, whose parameters have the same shapes; the last word wins.
+MODULES_EVERYWHERE = (*CPU_FLAGS, "--moe-token-dispatcher-type", "alltoall")
 
 
 class FakeWorld:
@@ -34,16 +39,17 @@ class FakeWorld:
         placement: where `--pipeline-schedule` puts the stages, None for Megatron's own placement.
 
     The modules are those of the reference backend (`--transformer-impl local`), whose parameters have the
-    shapes of Transformer Engine's and which needs nothing installed.
+    shapes of Transformer Engine's and which needs nothing installed; with `own_modules` those that the words name.
     """
 
-    def __init__(self, words: list[str], rank: int, world_size: int, ranks_per_node: int) -> None:
-        """words: arguments of `dsv3_megatron.train`, without `--device`."""
+    def __init__(
+        self, words: list[str], rank: int, world_size: int, ranks_per_node: int, own_modules: bool = False
+    ) -> None:
+        """words: arguments of `dsv3_megatron.train`, without `--device`; own_modules: the backend that they name."""
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank}: the job has {world_size} ranks, 0 to {world_size - 1}")
         self.rank, self.world_size, self.ranks_per_node = rank, world_size, ranks_per_node
-        # The same job with the modules that exist everywhere; the last word wins.
-        self.words = [*words, *CPU_FLAGS]
+        self.words = list(words) if own_modules else [*without_kernels(words), *MODULES_EVERYWHERE]
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
@@ -179,11 +185,37 @@ class FakeWorld:
             del members[elsewhere]
 
 
+# Choices between kernels, which have no parameters, with the values that follow; the reference backend has none.
+_KERNELS = {
+    "--moe-grouped-gemm": 0,
+    "--moe-permute-fusion": 0,
+    "--cross-entropy-loss-fusion": 0,
+    "--cross-entropy-fusion-impl": 1,
+}
+
+
+def without_kernels(words: list[str]) -> list[str]:
+    """The words of the same model without the options of Transformer Engine's kernels."""
+    kept: list[str] = []
+    skip = 0
+    for word in words:
+        if skip:
+            skip -= 1
+            continue
+        name, equals, _ = word.partition("=")
+        if name in _KERNELS:
+            skip = 0 if equals else _KERNELS[name]
+        else:
+            kept.append(word)
+    return kept
+
+
 def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) -> Namespace:
     """What Megatron's own parsing and validation make of our argument list, on that rank."""
     from megatron.training import arguments
 
     from dsv3_megatron.arguments import add_arguments, complete
+    from dsv3_megatron.arguments.surroundings import detect
 
     env = {
         "RANK": str(rank),
@@ -191,14 +223,16 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(ranks_per_node),
     }
-    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(words)]):
+    with mock.patch.dict(os.environ, env):
+        words = complete(words, around=replace(detect(), files_here=False))  # they are on the cluster
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *words]):
         dualpipe.install()
         args = arguments.parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 arguments.validate_args(args)
-            except AssertionError as error:
-                raise ConfigError(f"Megatron refuses the arguments: {error}") from error
+            except (AssertionError, ValueError) as error:
+                raise ConfigError(f"Megatron refuses the arguments: {told(error)}") from error
     return args
 
 

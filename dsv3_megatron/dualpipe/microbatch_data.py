@@ -3,9 +3,12 @@
 A direction's microbatches enter at the first stage of one replica and leave at the last stage of its mirror (of itself
 under DualPipeV), so a rank's first chunk works on its own replica's data and its second chunk on the mirror's. Megatron
 gives every replica its own part of the global batch; mirrors swap theirs once at the start of a step.
+
+Nothing is read before it is needed, except what a mirror is waiting for.
 """
 
 import pickle
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +30,47 @@ def chunk_iterators(iterator: Iterator | None, num_microbatches: int, mirror: in
     """
     if iterator is None:
         return [None, None]
+    if mirror is None:
+        shared = _Shared(iterator, num_microbatches)
+        return [shared.reader(), shared.reader()]
     own = [next(iterator) for _ in range(num_microbatches)]
-    others = own if mirror is None else swap(own, mirror, group)
+    others = _pinned(swap(own, mirror, group))
     # Megatron's get_batch writes into the dict it is given: each chunk gets dicts of its own.
     return [iter([dict(batch) for batch in batches]) for batches in (own, others)]
+
+
+class _Shared:
+    """One iterator read by the two chunks of a rank, each in its own time: a microbatch is read when the first of them
+    asks for it and kept until the second has had it.
+    """
+
+    def __init__(self, iterator: Iterator, num_microbatches: int) -> None:
+        self.iterator, self.left = iterator, num_microbatches
+        self.waiting: list[deque] = []
+
+    def reader(self) -> Iterator:
+        """The microbatches of this step for one chunk."""
+        mine: deque = deque()
+        self.waiting.append(mine)
+        return self._read(mine)
+
+    def _read(self, mine: deque) -> Iterator:
+        while mine or self.left:
+            if not mine:
+                self.left -= 1
+                batch = next(self.iterator)
+                for queue in self.waiting:
+                    # Megatron's get_batch writes into the dict it is given: each chunk gets dicts of its own.
+                    queue.append(dict(batch))
+            yield mine.popleft()
+
+
+def _pinned(batches: Any) -> Any:
+    """Received batches in pinned memory, as a data loader's own are, so that they cross to the GPU unseen."""
+    return [
+        {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
+        for batch in batches
+    ]
 
 
 def swap(value: Any, peer: int, group: Any) -> Any:

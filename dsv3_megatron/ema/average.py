@@ -17,19 +17,28 @@ class WeightAverage:
 
     `update` returns at once. The parameters are read while the next forward and backward pass run, which do not
     change them; `wait` must be called before anything does. On a GPU a parameter crosses through a pinned buffer of the
-    largest one's size, on a stream of its own.
+    largest one's size, on a stream of its own; the average itself never crosses, and its memory is not pinned.
+
+    The sums are done on the CPU, by a number of threads of its own: launchers set OMP_NUM_THREADS=1 for the training
+    thread, with which the average of a large rank takes half a step.
 
     Args:
         parameters: this rank's own, by name; so the average is sharded as they are.
         decay: weight of the past, 0 < decay < 1. Unpublished for DeepSeek-V3.
+        num_threads: CPU threads of an update; None takes what PyTorch uses already.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], decay: float, num_threads: int | None = None
+    ) -> None:
         self.parameters = dict(parameters)
         self.decay = decay
+        self.num_threads = num_threads
         on_gpu = any(p.is_cuda for p in self.parameters.values())
+        # A new thread begins on device 0, whatever the device of the one that started it.
+        self._device = torch.cuda.current_device() if on_gpu else None
         self.average = {
-            name: torch.empty(p.shape, dtype=torch.float32, pin_memory=on_gpu).copy_(p.detach())
+            name: torch.empty(p.shape, dtype=torch.float32, device="cpu").copy_(p.detach())
             for name, p in self.parameters.items()
         }
         self._side = torch.cuda.Stream() if on_gpu else None
@@ -77,6 +86,7 @@ class WeightAverage:
             p.copy_(self.average[name])
 
     def _work(self) -> None:
+        self._prepare_thread()
         while True:
             written = self._jobs.get()
             try:
@@ -84,6 +94,16 @@ class WeightAverage:
             except BaseException as error:  # for the training thread to raise
                 self._error = error
             self._idle.set()
+
+    def _prepare_thread(self) -> None:
+        """This thread's device and number of CPU threads; both belong to the thread that asks for them."""
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            if self.num_threads is not None:
+                torch.set_num_threads(self.num_threads)
+        except BaseException as error:  # for the training thread to raise
+            self._error = error
 
     @torch.no_grad()
     def _update(self, written: Any) -> None:

@@ -1,11 +1,13 @@
 """Where the trainer keeps, saves, loads and evaluates the average."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.ema import checkpoint
+from dsv3_megatron.ema.arguments import threads_of
 from dsv3_megatron.ema.average import WeightAverage
 from dsv3_megatron.errors import RefusedArgument
 
@@ -17,7 +19,8 @@ def install() -> None:
     from dsv3_megatron.patching import install as install_patches
     from dsv3_megatron.training import hooks
 
-    install_patches(["generate_state_dict", "load_checkpoint", "evaluate_and_print_results"])
+    install_patches(["generate_state_dict", "evaluate_and_print_results"])
+    hooks.after_load(_after_load)
     hooks.before_step(_begin)
     hooks.before_update(_before_update)
     hooks.after_step(_after_step)
@@ -34,11 +37,16 @@ def _args() -> Any:
     return get_args()
 
 
+def _threads() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return threads_of(_args(), len(os.sched_getaffinity(0)), ranks)
+
+
 def _begin(call: dict[str, Any]) -> None:
     """Before the first step: the average starts from the weights, unless a checkpoint had one."""
     global _average
     if _average is None and _args().ema_decay is not None:
-        _average = WeightAverage(checkpoint.named_parameters(call["model"]), _args().ema_decay)
+        _average = WeightAverage(checkpoint.named_parameters(call["model"]), _args().ema_decay, _threads())
 
 
 def _before_update(call: dict[str, Any]) -> None:
@@ -58,6 +66,10 @@ def _after_step(call: dict[str, Any], result: Any) -> None:
     _average.update()
 
 
+def _after_load(call: dict[str, Any], iteration: int) -> None:
+    after_load(call["ddp_model"], iteration)
+
+
 def after_load(model: list[Any], iteration: int) -> None:
     """A checkpoint of this run's `--load` has been loaded: load its average too."""
     global _average
@@ -72,7 +84,7 @@ def after_load(model: list[Any], iteration: int) -> None:
         )
     if not has_average:
         return
-    loaded = WeightAverage(checkpoint.named_parameters(model), args.ema_decay or 0.5)
+    loaded = WeightAverage(checkpoint.named_parameters(model), args.ema_decay or 0.5, _threads())
     assert folder is not None
     checkpoint.load(folder, model, loaded.average)
     if args.skip_train:

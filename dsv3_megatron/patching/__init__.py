@@ -6,6 +6,7 @@ module's name is the patch's, unique among all, and it holds one `PATCH`. The fe
 looks different is an error (`PatchMismatch`), never a warning.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -24,6 +25,7 @@ __all__ = [
     "available",
     "install",
     "install_patch",
+    "load",
     "signature_of",
     "status",
 ]
@@ -148,6 +150,7 @@ def install_patch(patch: Patch) -> None:
         setattr(where, name, replacement)
 
 
+@functools.cache
 def modules() -> dict[str, str]:
     """Name of every patch to its module: what lies in the `patches` packages of the features."""
     package = importlib.import_module(__name__.partition(".")[0])
@@ -164,10 +167,15 @@ def modules() -> dict[str, str]:
 
 def available() -> list[Patch]:
     """All patches, by name."""
-    return [_load(name) for name in sorted(modules())]
+    return [load(name) for name in sorted(modules())]
 
 
-def _load(name: str) -> Patch:
+def load(name: str) -> Patch:
+    """The patch of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
     known = modules()
     if name not in known:
         raise ValueError(f"no patch named {name!r}; there are: {', '.join(sorted(known))}")
@@ -182,7 +190,7 @@ def _where(patch: Patch) -> str:
 def install(names: Iterable[str]) -> None:
     """Install patches by name; see `install_patch` for the errors."""
     for name in names:
-        install_patch(_load(name))
+        install_patch(load(name))
 
 
 def status() -> list[PatchStatus]:
@@ -201,7 +209,7 @@ def status() -> list[PatchStatus]:
 
 def unload(name: str) -> None:
     """Put the original back (for tests that need unpatched Megatron in a long-lived process)."""
-    patch = _load(name)
+    patch = load(name)
     for place in (patch.target, *patch.also):
         if place.partition(":")[0] in sys.modules:
             holder, attribute = _locate(place)

@@ -40,6 +40,7 @@ def run(options: Options) -> None:
     from dsv3_megatron.plan.step import plan
 
     planned = from_config(cfg, options.load_imbalance)
+    report.refuse_host_memory(planned.host, planned.host_available, planned.memory_efficient)
     result = plan(planned.job, planned.gpu, planned.counts)
     if options.pictures is not None:
         from dsv3_megatron.plan.pictures import write_all
@@ -47,10 +48,12 @@ def run(options: Options) -> None:
         for line in write_all(result, options.pictures, options.measured):
             print(line, file=sys.stderr)
     if options.output == "json":
-        print(json.dumps(report.as_dict(result)))
+        print(json.dumps(report.as_dict(result) | report.host_as_dict(planned.host)))
         return
     print(report.summary(result))
     print(f"\n{report.memory_table(result)}")
+    if planned.host is not None:
+        print(report.host_lines(planned.host, planned.host_available))
     if not result.fits:
         changes = report.what_would_fit(result, planned.counts)
         print("what would make it fit:")

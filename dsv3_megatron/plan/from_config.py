@@ -11,21 +11,32 @@ from omegaconf import DictConfig
 
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
+from dsv3_megatron.fp8.precision import recipe_of
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan.counting import count_parameters, quiet
 from dsv3_megatron.plan.hardware import Gpu, gpu_named
+from dsv3_megatron.plan.host_memory import HostMemory, host_memory
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Stage
-from dsv3_megatron.plan.parameters import ParameterCounts
+from dsv3_megatron.plan.parameters import ParameterCounts, held_by
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A configuration as the planner takes it."""
+    """A configuration as the planner takes it.
+
+    Attributes:
+        host: what a machine needs of its own memory, None without a distributed optimizer.
+        host_available: bytes of a machine, None where the cluster does not say.
+        memory_efficient: `--distrib-optim-fully-reshardable-mem-efficient`.
+    """
 
     job: Job
     gpu: Gpu
     counts: ParameterCounts
+    host: HostMemory | None = None
+    host_available: float | None = None
+    memory_efficient: bool = False
 
 
 def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
@@ -36,7 +47,37 @@ def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
     gpu = gpu_named(cfg.cluster.gpu)
     args = validated_args(cfg)
     counts = count_parameters(cfg, args.tensor_model_parallel_size)
-    return Planned(_job(cfg, args, counts, load_imbalance), gpu, counts)
+    job = _job(cfg, args, counts, load_imbalance)
+    gb = cfg.cluster.get("host_memory_gb")
+    return Planned(
+        job,
+        gpu,
+        counts,
+        _host(cfg, args, job, counts) if args.use_distributed_optimizer else None,
+        None if gb is None else gb * 1e9,
+        args.distrib_optim_fully_reshardable_mem_efficient,
+    )
+
+
+def _host(cfg: DictConfig, args: Namespace, job: Job, counts: ParameterCounts) -> HostMemory:
+    """Of a machine full of the fullest rank's like."""
+    from dsv3_megatron.plan.step import schedule_of
+
+    schedule = schedule_of(job)
+    stages = [
+        tuple(sorted({stage for stage, _ in schedule.stages_of(rank)})) for rank in range(schedule.num_ranks)
+    ]
+    held = max((held_by(job, counts, of_rank) for of_rank in stages), key=lambda h: h.experts + h.rest)
+    return host_memory(
+        held.experts,
+        held.rest,
+        cfg.cluster.gpus_per_node,
+        dense_ranks_per_stage=job.layout.tp * job.layout.cp,
+        reshardable=args.dist_ckpt_optim_fully_reshardable,
+        memory_efficient=args.distrib_optim_fully_reshardable_mem_efficient,
+        average=args.ema_decay is not None,
+        async_save=args.async_save,
+    )
 
 
 def validated_args(cfg: DictConfig) -> Namespace:
@@ -45,10 +86,9 @@ def validated_args(cfg: DictConfig) -> Namespace:
     Errors: RefusedArgument, from the trainer's refusals or Megatron's.
     """
     from dsv3_megatron import dualpipe
-    from dsv3_megatron.cpu import CPU_FLAGS
-    from dsv3_megatron.dryrun.world import megatron_args
+    from dsv3_megatron.dryrun.world import MODULES_EVERYWHERE, megatron_args, without_kernels
 
-    words = [*to_megatron_argv(at_full_batch(cfg)), *CPU_FLAGS]
+    words = [*without_kernels(to_megatron_argv(at_full_batch(cfg))), *MODULES_EVERYWHERE]
     try:
         with quiet():
             return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
@@ -84,12 +124,13 @@ def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalan
         stages=stages,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
-        precision=_precision(cfg, args),
-        recompute=_recompute(cfg, args),
+        precision=_precision(args),
+        recompute=_recompute(args),
         distributed_optimizer=args.use_distributed_optimizer,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         transformer_impl=cfg.get("transformer_impl") or "transformer_engine",
+        dispatcher=cfg.get("moe_token_dispatcher_type"),
         moe_router_num_groups=args.moe_router_num_groups or 1,
         moe_router_group_topk=args.moe_router_group_topk or 1,
         load_imbalance=load_imbalance,
@@ -166,27 +207,23 @@ def _pattern(args: Namespace) -> list[Any]:
     return list(frequency)
 
 
-def _ours(cfg: DictConfig) -> bool:
-    """`--fp8-recipe dsv3`, which is spelled out differently for each backend."""
-    return cfg.get("fp8_recipe") == "dsv3"
-
-
-def _precision(cfg: DictConfig, args: Namespace) -> Precision:
+def _precision(args: Namespace) -> Precision:
     low = args.bf16 or args.fp16
     moment = getattr(args, "exp_avg_dtype", None)
-    fp8 = bool(args.fp8) or _ours(cfg)
+    recipe = recipe_of(args)
     return Precision(
         compute=2 if low else 4,
-        fp8=fp8,
-        fp8_dispatch=_ours(cfg),
+        fp8=bool(args.fp8) or recipe is not None,
+        fp8_caches=recipe is not None,
+        fp8_dispatch=recipe is not None and recipe.dispatch == "e4m3",
         main_gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not low else 2,
         master=4 if low else 0,
         moment=moment.itemsize if moment is not None else 4,
     )
 
 
-def _recompute(cfg: DictConfig, args: Namespace) -> frozenset[str]:
-    again = {"moe_act"} if _ours(cfg) else set()  # R§3.3.3: SwiGLU's output is not kept
+def _recompute(args: Namespace) -> frozenset[str]:
+    again = {"moe_act"} if recipe_of(args) else set()  # R§3.3.3: SwiGLU's output is not kept
     if args.recompute_granularity == "full":
         return frozenset({"full"})
     if args.recompute_granularity == "selective":

@@ -40,13 +40,16 @@ class Precision:
 
     Attributes:
         compute: parameters, activations and messages between stages.
-        fp8: linear layers on E4M3 operands, caches as in report §3.3.3.
-        fp8_dispatch: the dispatch sends E4M3 too (not upstream in Megatron).
+        fp8: linear layers on E4M3 operands, which are what they keep of their inputs.
+        fp8_caches: attention's output in E5M6, SwiGLU's input in E4M3 with its output computed again (report §3.3.3;
+            `--fp8-recipe dsv3`, not upstream in Megatron).
+        fp8_dispatch: the dispatch sends E4M3 too (likewise).
         main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32.
     """
 
     compute: int = 2
     fp8: bool = False
+    fp8_caches: bool = False
     fp8_dispatch: bool = False
     main_gradient: int = 4
     master: int = 4
@@ -114,6 +117,9 @@ class Job:
         recompute: names of `--recompute-modules`; "full" for whole layers.
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
+        dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each node of its experts, which forwards it over
+            NVLink; "alltoall" sends a copy for each expert. None, where the configuration does not say, is planned as
+            "flex": DeepSeek's own all-to-all, and what the table is fitted to.
         moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
         load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
         balance_loss: the sequence-wise balance loss is on.
@@ -133,6 +139,7 @@ class Job:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     transformer_impl: str = "transformer_engine"
+    dispatcher: str | None = None
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1
     load_imbalance: float = 1.0

@@ -1,8 +1,8 @@
 """Seconds of the operators of one layer and microbatch on one rank, from their shapes.
 
 A matrix product takes its FLOPs at an achieved fraction of the peak; norms, SwiGLU, quantisation and copies take
-their bytes at HBM's rate; an all-to-all takes the slower of its InfiniBand and its NVLink bytes (R§3.2.2: a token
-crosses InfiniBand once per node, and is forwarded over NVLink inside it).
+their bytes at HBM's rate; an all-to-all takes the slower of its InfiniBand and its NVLink bytes. Through DeepEP a token
+crosses InfiniBand once per node, and is forwarded over NVLink inside it (R§3.2.2).
 """
 
 from dataclasses import dataclass
@@ -226,13 +226,16 @@ class Operators:
 
 
 def destinations(job: Job, domain: int) -> tuple[float, float]:
-    """Expected number of other nodes and of other ranks that a token is sent to, with even load.
+    """Expected number of copies of a token that cross InfiniBand, and of those that cross NVLink, with even load.
 
     A node is an NVLink domain. Routing keeps a token to `group_topk` of the expert groups (R§2.1.2); groups and
-    experts lie in order over the ranks. The second number counts ranks of the token's own and of all other nodes:
-    what is forwarded over NVLink.
+    experts lie in order over the ranks. DeepEP sends one copy to each other node, and forwards one to each rank, of the
+    token's own and of all other nodes; an all-to-all sends one for each expert, to where the expert is.
     """
     s, ep = job.sizes, job.layout.ep
+    if job.dispatcher == "alltoall":
+        node = min(domain, ep)
+        return s.moe_router_topk * (ep - node) / ep, s.moe_router_topk * (node - 1) / ep
     groups, chosen = job.moe_router_num_groups, job.moe_router_group_topk
     num_nodes = max(1, ep // domain)
     per_group = s.moe_router_topk / chosen

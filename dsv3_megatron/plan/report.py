@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from dsv3_megatron.plan.host_memory import HostMemory, problem
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts
@@ -31,6 +32,7 @@ def summary(plan: Plan) -> str:
         ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
         ("", f"{'fp8' if job.precision.fp8 else 'bf16' if job.precision.compute == 2 else 'fp32'}, recompute "
              f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
+        ("dispatch", _dispatch(job)),
         ("step", f"{plan.step_s:.3f} s"),
         ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
         ("  gradients, optimizer, parameters",
@@ -42,6 +44,15 @@ def summary(plan: Plan) -> str:
     ]  # fmt: skip
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _dispatch(job: Job) -> str:
+    """What tokens are sent in and by whom; which is assumed where the configuration does not say."""
+    sent = "E4M3" if job.precision.fp8_dispatch else "BF16" if job.precision.compute == 2 else "FP32"
+    copies = "one copy per expert" if job.dispatcher == "alltoall" else "one copy per node"
+    if job.dispatcher is None:
+        copies += ", as DeepSeek's own; Megatron's alltoall sends one per expert (moe_token_dispatcher_type=alltoall)"
+    return f"{sent}, {copies}"
 
 
 def memory_table(plan: Plan) -> str:
@@ -62,6 +73,35 @@ def memory_table(plan: Plan) -> str:
     verdict = "fits" if plan.fits else "does not fit"
     lines.append(f"GiB; the fullest rank {verdict}: {worst:.1f} of {plan.gpu.memory / GIB:.1f}")
     return "\n".join(lines)
+
+
+def host_as_dict(host: HostMemory | None) -> dict[str, float]:
+    """For `output=json`: GiB of a machine's own memory."""
+    if host is None:
+        return {}
+    return {
+        "host_save_gib": host.save / GIB,
+        "host_load_gib": host.load / GIB,
+        "host_average_gib": host.average / GIB,
+    }
+
+
+def host_lines(host: HostMemory, available: float | None) -> str:
+    """One line."""
+    there = "unknown: cluster.host_memory_gb" if available is None else f"{available / GIB:.0f} GiB"
+    average = f", {host.average / GIB:.0f} for the average of the weights" if host.average else ""
+    return (
+        f"host memory of a machine: {host.save / GIB:.0f} GiB to save a checkpoint, {host.load / GIB:.0f} to load one"
+        f"{average}; it has {there}"
+    )
+
+
+def refuse_host_memory(host: HostMemory | None, available: float | None, memory_efficient: bool) -> None:
+    """Raise PlanError where checkpoints do not fit a machine."""
+    found = None if host is None or available is None else problem(host, available, memory_efficient)
+    if found is not None:
+        why, use = found
+        raise PlanError(f"cluster.host_memory_gb={(available or 0) / 1e9:g}: {why}. Use {use}.")
 
 
 def what_would_fit(plan: Plan, counts: ParameterCounts) -> list[str]:
@@ -87,7 +127,7 @@ def _changes(job: Job) -> list[tuple[str, Job]]:
          replace(job, recompute=job.recompute | report)),
         ("the same with precision=fp8_dsv3",
          replace(job, recompute=job.recompute | report,
-                 precision=replace(job.precision, fp8=True, fp8_dispatch=True))),
+                 precision=replace(job.precision, fp8=True, fp8_caches=True, fp8_dispatch=True))),
         ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe]",
          replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj", "moe"})),
         ("recompute_granularity=full recompute_method=uniform recompute_num_layers=1",

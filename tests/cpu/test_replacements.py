@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from dsv3_megatron import cpu
+from dsv3_megatron import cpu, patching
 from dsv3_megatron.cpu import document, replacements
 from dsv3_megatron.cpu.replacements import Replacement, ReplacementError
+from dsv3_megatron.patching import repairs
 
 
 def python(code: str, *words: str) -> subprocess.CompletedProcess:
@@ -71,19 +72,43 @@ def test_what_has_no_counterpart_is_refused_by_name():
         torch.cuda.CUDAGraph()
 
 
-@pytest.mark.parametrize("row", replacements.TABLE, ids=lambda row: f"{row.owner}.{row.names[0]}")
+def rows(*kinds):
+    return [
+        pytest.param(row, id=f"{row.owner}.{row.names[0]}") for row in replacements.TABLE if row.kind in kinds
+    ]
+
+
+@pytest.mark.parametrize("row", rows("device", "repair"))
+def test_every_row_says_of_which_kind_it_is(row):
+    assert len(rows("device", "repair")) == len(replacements.TABLE)
+    assert row.kind in ("device", "repair") and row.why
+    # A repair is a listed patch of some feature, and nothing that only the CPU runtime has.
+    assert (row.kind == "repair") == (row.make is None) == (row.patch in patching.modules())
+    assert (row.kind == "repair") == (row.patch in repairs.REPAIRS)
+
+
+def test_a_row_without_a_kind_cannot_be_written():
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        Replacement("torch.cuda", ("is_available",), lambda original: original, "a test")  # type: ignore[call-arg, arg-type]
+
+
+@pytest.mark.parametrize("row", rows("device"))
 def test_every_target_exists_and_is_replaced(row):
     owner = replacements._resolve(row.owner)
-    assert row.why
     for name in row.names:
         original = replacements.originals[f"{row.owner}.{name}"]
-        # Three stand-ins change the original object and return it.
-        in_place = name in ("CudaRNGStatesTracker", "DistributedOptimizer", "FileSystemWriterAsync")
-        assert (getattr(owner, name) is original) == in_place
+        # One stand-in changes the original object and returns it.
+        assert (getattr(owner, name) is original) == (name == "CudaRNGStatesTracker")
+
+
+@pytest.mark.parametrize("name", repairs.REPAIRS)
+def test_every_repair_is_installed_once_its_module_is_imported(name):
+    importlib.import_module(repairs.targets()[name][0])
+    assert next(row.state for row in patching.status() if row.name == name) == "installed"
 
 
 def test_a_missing_target_is_an_error():
-    row = Replacement("torch.cuda", ("no_such_function",), lambda original: original, "a test")
+    row = Replacement("device", "torch.cuda", ("no_such_function",), lambda original: original, "a test")
     with pytest.raises(ReplacementError, match=r"torch\.cuda\.no_such_function.*does not have"):
         replacements._apply(row, torch.cuda)
 
@@ -93,7 +118,7 @@ def test_a_missing_megatron_symbol_stops_the_import(tmp_path):
 import sys
 from dsv3_megatron import cpu
 from dsv3_megatron.cpu import replacements
-row = replacements.Replacement("megatron.core.enums", ("Gone",), lambda original: original, "a test")
+row = replacements.Replacement("device", "megatron.core.enums", ("Gone",), lambda original: original, "a test")
 replacements.TABLE += (row,)
 cpu.activate()
 import megatron.core.enums
@@ -171,11 +196,6 @@ def test_command_runs_scripts_and_modules(tmp_path):
     assert run.returncode == 0 and "Linux" in run.stdout
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and "usage:" in run.stderr
-
-
-def test_helpers_are_not_compiled_again():
-    utils = importlib.import_module("megatron.core.datasets.utils")
-    assert utils.compile_helpers() is None  # upstream it runs make in the wheel and exits
 
 
 def test_active_in_this_process():

@@ -94,3 +94,61 @@ def test_on_a_gpu_it_is_pinned_and_equal() -> None:
         average.update()
     average.wait()
     assert all(torch.equal(average.average[name], expected[name]) for name in weights)
+
+
+def test_the_sums_have_threads_of_their_own() -> None:
+    """As many as asked for, in the average's thread only: the training thread keeps what its launcher gave it."""
+    before, seen = torch.get_num_threads(), []
+    average = WeightAverage(parameters(torch.float32), decay=0.5, num_threads=before + 2)
+    original = average._update
+
+    def counted(written: object) -> None:
+        seen.append(torch.get_num_threads())
+        original(written)
+
+    average._update = counted  # type: ignore[method-assign]
+    average.update()
+    average.wait()
+    assert seen == [before + 2] and torch.get_num_threads() == before
+
+
+def test_only_the_staging_buffers_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins that say where a tensor is and count what is pinned; the update itself is not run."""
+    pinned: list[int] = []
+    empty = torch.empty
+
+    def counting(*size, pin_memory: bool = False, **kwargs):
+        made = empty(*size, **kwargs)
+        if pin_memory:
+            pinned.append(made.numel() * made.element_size())
+        return made
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    devices: list[int] = []
+    monkeypatch.setattr(torch, "empty", counting)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    weights = {name: p.as_subclass(OnGpu) for name, p in parameters(torch.bfloat16).items()}
+    average = WeightAverage(weights, decay=0.5)
+    largest = max(p.numel() for p in weights.values())
+    assert pinned == [2 * largest]
+    assert sum(value.numel() * 4 for value in average.average.values()) > sum(pinned)
+    for _ in range(100):
+        if devices:
+            break
+        threading.Event().wait(0.02)
+    assert devices == [3]  # and not device 0, where a new thread begins
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "ranks", "threads"),
+    [(5, 8, 8, 5), (None, 96, 8, 11), (None, 256, 8, 16), (None, 2, 4, 1)],
+)
+def test_threads_of_a_rank(asked: int | None, cores: int, ranks: int, threads: int) -> None:
+    from argparse import Namespace
+
+    from dsv3_megatron.ema.arguments import threads_of
+
+    assert threads_of(Namespace(ema_threads=asked), cores, ranks) == threads

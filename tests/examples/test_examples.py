@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron.core.transformer import transformer_config
 
 from dsv3_megatron.arguments import complete, megatron_parser, refusals
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.dryrun import FakeWorld, weights_of
 from dsv3_megatron.dryrun.world import megatron_args, model_config
+from dsv3_megatron.preflight.machine import Machine
+from dsv3_megatron.preflight.start import with_packages_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
@@ -80,10 +81,9 @@ def test_dry_run(
 
     # On its own cluster nothing is refused.
     there = Surroundings(world_size=gpus, ranks_per_node=8)
-    with monkeypatch.context() as patch:
+    # Here there is no Transformer Engine that Megatron could look at.
+    with monkeypatch.context() as patch, with_packages_of(Machine(te="2.20")):
         patch.setattr(refusals, "detect", lambda: there)
-        # Here there is no Transformer Engine whose version Megatron could look at.
-        patch.setattr(transformer_config, "is_te_min_version", lambda version: True)
         completed = complete(arguments)
         # Megatron accepts them as they are, Transformer Engine's backend and all.
         assert model_config(megatron_args(arguments, 0, gpus, 8)).transformer.bf16

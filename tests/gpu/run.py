@@ -40,7 +40,7 @@ def main() -> int:
     import pytest
 
     os.environ["DSV3_TEST_DEVICE"] = "gpu"  # read by tests/conftest.py: no CPU stand-ins
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # pairs and messages overlap
     options = ["-m", "gpu", "-p", "tests.gpu.report", f"--gpu-report={REPORT_DIR}", *sys.argv[1:]]
     return int(pytest.main(["tests", *options]))
 

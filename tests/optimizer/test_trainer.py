@@ -16,16 +16,34 @@ OPTIONS = (
 WORDS = [*MICRO, *OPTIONS.split()]
 
 
-def train(rank: int, world_size: int, words: list[str]) -> tuple[float, set[torch.dtype]]:
-    """Mean loss of the last two steps, and the types of the optimizer's states."""
+def train(
+    rank: int, world_size: int, words: list[str], fp8_branch: bool = False
+) -> tuple[float, set[torch.dtype]]:
+    """Mean loss of the last two steps, and the types of the optimizer's states.
+
+    fp8_branch: as under FP8 with Transformer Engine, where Megatron holds the fp32 masters and gives their gradients as
+        `grad`, not `decoupled_grad`.
+    """
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
     from dsv3_megatron import metrics
     from dsv3_megatron.optimizer import AdamW
     from dsv3_megatron.train import main
 
+    if fp8_branch:
+        validate = OptimizerConfig.__post_init__
+
+        def __post_init__(self: OptimizerConfig) -> None:
+            self.fp8_recipe = "custom"
+            validate(self)
+            assert not self.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+        OptimizerConfig.__post_init__ = __post_init__  # type: ignore[method-assign]
     types: set[Any] = set()
     original = AdamW.step
 
     def step(self: AdamW) -> None:
+        assert self.use_decoupled_grad != fp8_branch and self.master_weights != fp8_branch
         original(self)
         types.update((name, tensor.dtype) for state in self.state.values() for name, tensor in state.items())
 
@@ -47,3 +65,21 @@ def test_training_saving_and_resuming(tmp_path: Path) -> None:
     for (loss, types), (resumed_loss, resumed_types) in zip(whole, again, strict=True):
         assert types == resumed_types == moments
         assert loss == resumed_loss
+
+
+def test_the_branch_of_fp8(tmp_path: Path) -> None:
+    """Megatron's masters in place of the optimizer's: the same losses, bf16 moments, and a resumed run goes on."""
+    save = ["--save", str(tmp_path), "--save-interval", "2", "--dist-ckpt-optim-fully-reshardable"]
+    words = ["--train-iters", "4"]
+    plain = run_distributed(train, world_size=2, init=False, words=words)
+    whole = run_distributed(train, world_size=2, init=False, words=[*words, *save], fp8_branch=True)
+    for later in tmp_path.glob("iter_0000004/*"):
+        later.unlink()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    again = run_distributed(
+        train, world_size=2, init=False, words=[*words, "--load", str(tmp_path)], fp8_branch=True
+    )
+    moments = {("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16)}
+    for (loss, types), (resumed_loss, _), (plain_loss, _) in zip(whole, again, plain, strict=True):
+        assert types == moments
+        assert loss == resumed_loss == plain_loss

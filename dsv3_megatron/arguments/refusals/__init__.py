@@ -9,8 +9,12 @@ from argparse import Namespace
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import (
     backend,
+    checkpoint,
     ema,
+    files,
     layout,
+    length,
+    machine,
     model,
     overlap,
     recipe,
@@ -26,6 +30,9 @@ __all__ = ["REFUSALS", "Refusal", "check"]
 
 REFUSALS: tuple[Refusal, ...] = (
     *run.ROWS,
+    *files.ROWS,
+    *length.ROWS,
+    *checkpoint.ROWS,
     *model.ROWS,
     *layout.ROWS,
     *overlap.ROWS,
@@ -35,6 +42,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *sft.ROWS,
     *resilience.ROWS,
     *backend.ROWS,
+    *machine.ROWS,
 )
 
 

@@ -1,0 +1,86 @@
+"""Host memory of a machine while a checkpoint is saved and loaded, and for the average of the weights.
+
+`--dist-ckpt-optim-fully-reshardable` turns the sharded optimizer state into whole tensors: fp32 weights and both
+moments, 12 bytes per parameter of a rank, in host memory. Without the memory-efficient form *every* rank gathers all of
+its parameters' state to save it; with it only one rank of each data-parallel group does, over gloo. To load, every rank
+holds all of it either way (Megatron `DistributedOptimizer.sharded_param_state_fully_reshardable`).
+"""
+
+from dataclasses import dataclass
+
+GATHERED = 12  # bytes per parameter: fp32 weight, exp_avg, exp_avg_sq
+AVERAGE = 4  # bytes per parameter of the average of the weights
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the fullest machine, beside what Python and data loaders take.
+
+    Attributes:
+        save, load: while a fully reshardable checkpoint is written or read.
+        average: of `--ema-decay`, all the time; its copy while an asynchronous save is under way is in `save`.
+    """
+
+    save: float
+    load: float
+    average: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """The most that a job needs which saves and loads."""
+        return max(self.save, self.load) + self.average
+
+
+def host_memory(
+    experts: float,
+    rest: float,
+    ranks_per_node: int,
+    *,
+    dense_ranks_per_stage: int = 1,
+    reshardable: bool = True,
+    memory_efficient: bool = False,
+    average: bool = False,
+    async_save: bool = False,
+) -> HostMemory:
+    """Of a machine whose ranks all hold as much as the fullest one.
+
+    Args:
+        experts, rest: parameters of a rank: routed experts, and all others.
+        ranks_per_node: ranks of a machine.
+        dense_ranks_per_stage: TP × CP: as many ranks of a stage are the first of their data-parallel group.
+        reshardable: `--dist-ckpt-optim-fully-reshardable`; without it shards are written as they are, and nothing is
+            gathered.
+        memory_efficient: `--distrib-optim-fully-reshardable-mem-efficient`.
+        average: `--ema-decay`.
+        async_save: `--async-save`: the average is copied for the background writer.
+    """
+    everywhere = (experts + rest) * ranks_per_node
+    # Experts of one machine's ranks can all be the first of their groups; of dense weights TP × CP ranks are.
+    first = experts * ranks_per_node + rest * min(ranks_per_node, dense_ranks_per_stage)
+    gathered = GATHERED if reshardable else 0
+    copy = AVERAGE * everywhere if average and async_save else 0
+    return HostMemory(
+        save=gathered * (first if memory_efficient else everywhere) + copy,
+        load=gathered * everywhere,
+        average=AVERAGE * everywhere if average else 0,
+    )
+
+
+def problem(memory: HostMemory, available: float, memory_efficient: bool) -> tuple[str, str] | None:
+    """Why a machine with so many bytes is too small, and what to use; None where it is not."""
+    there = f"of host memory on a machine, which has {available / 1e9:.0f}"
+    if memory.load + memory.average > available:
+        return (
+            f"loading a checkpoint takes {(memory.load + memory.average) / 1e9:.0f} GB {there}: every rank holds the "
+            "whole optimizer state of its parameters",
+            "more pipeline or expert-parallel ranks, or machines with more memory",
+        )
+    if memory.save + memory.average > available:
+        return (
+            f"saving a checkpoint takes {(memory.save + memory.average) / 1e9:.0f} GB {there}: every rank gathers the "
+            "whole optimizer state of its parameters",
+            "more pipeline or expert-parallel ranks, or no --async-save"
+            if memory_efficient
+            else "--distrib-optim-fully-reshardable-mem-efficient",
+        )
+    return None

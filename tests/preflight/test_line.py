@@ -1,0 +1,166 @@
+"""Launch lines as people write them, the command around the check, and machines as data: no Megatron."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dsv3_megatron.arguments.requirements import TE, USES, has_symbol, lacking
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.preflight import __main__ as command
+from dsv3_megatron.preflight.findings import Finding, from_megatron, from_message
+from dsv3_megatron.preflight.line import read
+from dsv3_megatron.preflight.machine import USAGE, Machine
+
+ARGUMENTS = ("--spec", "dsv3", "--bf16")
+
+
+@pytest.mark.parametrize(
+    ("line", "trainer", "nodes", "per_node"),
+    [
+        ("torchrun --nnodes 4 --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 --bf16", "train", 4, 8),
+        ("torchrun --nproc_per_node=2 --standalone -m dsv3_megatron train --spec dsv3 --bf16", "train", 1, 2),
+        ("python -m torch.distributed.run --nnodes 2:2 --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 --bf16",
+         "train", 2, 8),
+        ("srun --kill-on-bad-exit=1 torchrun --nnodes 2 --nproc-per-node gpu -m dsv3_megatron.train --spec dsv3 --bf16",
+         "train", 2, None),
+        ("torchrun --nproc-per-node 8 /opt/Megatron-LM/pretrain_gpt.py --spec dsv3 --bf16", "pretrain_gpt", 1, 8),
+        ("dsv3 train --spec dsv3 --bf16", "train", None, None),
+        ("--spec dsv3 --bf16", "train", None, None),
+    ],
+)  # fmt: skip
+def test_every_form(line: str, trainer: str, nodes: int | None, per_node: int | None) -> None:
+    for words in (line.split(), [line]):
+        found = read(words)
+        assert (found.trainer, found.nodes, found.per_node) == (trainer, nodes, per_node)
+        assert found.words == ARGUMENTS
+
+
+def test_hydra_lines_and_variables() -> None:
+    overrides = ("model=v3_671b", "layout=pp16_ep64")
+    for line in (
+        "torchrun -m dsv3_megatron.train_hydra",
+        "python -m dsv3_megatron.train_hydra",
+        "dsv3 train-hydra",
+        "",
+    ):
+        found = read(["NCCL_DEBUG=INFO", *line.split(), *overrides])
+        assert found.trainer == "hydra" and found.words == overrides and found.env == {"NCCL_DEBUG": "INFO"}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "no launch line"),
+        ("python train.py --spec dsv3", "starts no trainer of ours"),
+        ("torchrun --nnodes some -m dsv3_megatron.train", "--nnodes some"),
+        ("torchrun --nproc-per-node 8", "torchrun:"),
+        ("torchrun --no-such-option 3 -m other", "torchrun:"),
+    ],
+)
+def test_a_line_that_cannot_be_read(line: str, says: str) -> None:
+    with pytest.raises(RefusedArgument, match=says):
+        read(line.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"te": "new"},
+        {"apex": "yes"},
+        {"gpu": "h900"},
+        {"nodes": "0"},
+        {"gpus_per_node": "x"},
+        {"host_memory": "big"},
+    ],
+)
+def test_a_machine_that_is_none(words: dict[str, str]) -> None:
+    [name] = words
+    with pytest.raises(RefusedArgument, match=f"^{name}={words[name]}: "):
+        Machine.of(words)
+
+
+def test_our_words_may_stand_anywhere_and_collide_with_none() -> None:
+    from dsv3_megatron.conf import groups
+
+    said, line = command._split(["--", "te=2.12", "torchrun", "-m", "x", "model=tiny", "output=json"])
+    assert said == {"te": "2.12", "output": "json"} and line == ["torchrun", "-m", "x", "model=tiny"]
+    assert not set(USAGE) & set(groups())
+    from dsv3_megatron.arguments import megatron_parser
+
+    names = {o.lstrip("-").replace("-", "_") for a in megatron_parser()._actions for o in a.option_strings}
+    assert not (set(USAGE) | {"output"}) & names
+
+
+@pytest.mark.parametrize(
+    ("version", "missing"),
+    [
+        ("2.7", {use.key for use in USES if use.package == TE}),
+        ("2.8.0", {"bf16_moments_in_place"}),
+        ("2.12.0", {"bf16_moments_in_place"}),
+        ("2.13.0+cu13", set()),
+        ("2.20.2", set()),
+    ],
+)
+def test_a_version_is_judged_by_what_it_has(version: str, missing: set[str]) -> None:
+    assert set(lacking(TE, version)) == missing
+
+
+def test_symbols() -> None:
+    assert has_symbol("json:dumps(indent)") and not has_symbol("json:dumps(no_such)")
+    assert has_symbol("json:JSONEncoder.encode~isinstance") and not has_symbol(
+        "json:JSONEncoder.encode~no_such_word"
+    )
+    assert has_symbol("json:dumps") and not has_symbol("json:nothing") and not has_symbol("no_such_module:x")
+    with pytest.raises(ValueError, match="not of the form"):
+        has_symbol("json.dumps")
+    assert len({use.key for use in USES}) == len(USES)
+
+
+def test_findings_have_their_parts() -> None:
+    text = (
+        "--fp8-recipe dsv3: the installed Transformer Engine has no X. Use Transformer Engine 2.8 or newer."
+    )
+    assert from_message(text + "\nunrecognized arguments: --manuel-gc; did you mean --manual-gc?") == [
+        Finding(
+            "error",
+            "--fp8-recipe dsv3",
+            "the installed Transformer Engine has no X",
+            "Transformer Engine 2.8 or newer",
+        ),
+        Finding("error", "--manuel-gc", "no such argument", "--manual-gc"),
+    ]
+    found = from_megatron(AssertionError("Must use --overlap-param-gather with --overlap-grad-reduce"))
+    assert found.argument == "--overlap-param-gather" and found.severity == "error"
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in USAGE)
+    assert command.main(["python", "train.py", "output=json"]) == 2
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["ok"] is False and said["findings"][0]["severity"] == "error"
+    assert set(said["findings"][0]) == {"severity", "argument", "why", "use"}
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["python", "train.py"])
+
+
+@pytest.mark.parametrize(("words", "status"), [("--manual-gc", 0), ("--no-such-word", 1)])
+def test_exit_status_and_json_of_the_process(words: str, status: int) -> None:
+    line = (
+        "nodes=1 gpus_per_node=2 -- torchrun -m dsv3_megatron.train --spec dsv3 --transformer-impl local --bf16 "
+        "--num-layers 4 --mock-data --train-iters 2 --global-batch-size 4 " + words
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3_megatron.preflight", *line.split(), "output=json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["ok"] == (status == 0)
+    errors = [finding["argument"] for finding in said["findings"] if finding["severity"] == "error"]
+    assert errors == ([] if status == 0 else ["--no-such-word"])
