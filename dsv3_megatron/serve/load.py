@@ -129,7 +129,7 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from dsv3_megatron.convert.logits import transformer_fields
+    from dsv3_megatron.convert.logits import check_kept, transformer_fields
     from dsv3_megatron.specs.builder import DSV3ModelBuilder, DSV3ModelConfig
 
     params_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -150,7 +150,9 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
         vocab_size=arch.vocab_size,
         seq_length=arch.max_position_embeddings,
         position_embedding_type="rope",
+        rotary_base=arch.rotary_base,
     )
+    check_kept(fields, config.transformer)
     return DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 

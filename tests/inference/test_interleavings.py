@@ -60,7 +60,9 @@ class Episode:
 
 def check(model, pool, episodes, **settings):
     # Few pages: requests wait, are paused, lose their pages and get others. Few tokens a step: prompts go in chunks.
-    served = engine(model, max_batch=4, max_step_tokens=24, cache_bytes=settings.pop("pages") * 64 * 24 * 4, **settings)
+    served = engine(
+        model, max_batch=4, max_step_tokens=24, cache_bytes=settings.pop("pages") * 64 * 24 * 4, **settings
+    )
     context = served.context
     pages = context.kv_block_allocator.total_avail
     completed = cut = 0
