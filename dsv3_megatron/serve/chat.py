@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     source = open_model(options)
     tokenizer = source.need_tokenizer("dsv3 chat")
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
     tokenizer.chat(
-        [{"role": "user", "content": ""}]
-    )  # whether there is a template, before anything is loaded
+        [*system, {"role": "user", "content": "Hello"}]
+    )  # is there a template? before anything is loaded
     sampling = sampling_of(options, source)
     with opened_engine(options, source, prefix_caching=True) as engine:
         chat = Chat(engine, tokenizer, sampling, options.system, sys.stdout)
@@ -150,7 +151,7 @@ class Chat:
                 self._engine.step()
                 if interrupts:
                     self._engine.abort(request)
-        self._say(stream.finish() + "\n")
+            self._say(stream.finish() + "\n")
         return stream.text
 
     def _say(self, text: str) -> None:

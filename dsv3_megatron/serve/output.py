@@ -71,7 +71,7 @@ class Answers:
             return 0
         content = self.file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8").splitlines()
+        lines = whole.decode("utf-8").split("\n")[:-1]  # not splitlines: a text may hold U+2028
         if len(lines) > len(self._prompts):
             raise RefusedArgument(
                 f"--output {self.file}: has {len(lines)} answers to {len(self._prompts)} prompts; name another"

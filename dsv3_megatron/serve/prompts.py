@@ -29,7 +29,7 @@ def read_prompts(file: Path, source: Source, max_length: int) -> list[Prompt]:
         RefusedArgument: names file and line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedArgument(f"--prompts {file}: {error}") from error
     prompts = []

@@ -9,9 +9,10 @@ answers under way to the end.
 
 import argparse
 import importlib.util
+import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.serve.options import (
@@ -22,7 +23,6 @@ from dsv3_megatron.serve.options import (
     opened_engine,
 )
 from dsv3_megatron.serve.source import Source
-from dsv3_megatron.serve.tokenizer import check_messages
 
 if TYPE_CHECKING:
     from dsv3_megatron.inference.server.app import Served
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.max_requests < 1:
         raise RefusedArgument(f"--max-requests {options.max_requests}: must be 1 or more")
     source = open_model(options)
+    if is_first_rank():
+        _check_address(options.host, options.port)
     name = options.model_name or source.folder.resolve().name
     # Imported after `open_model`, which prepares the CPU.
     from dsv3_megatron.inference.server.messages import IdsTokenizer, ServedEngine
@@ -59,6 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.grace_seconds,
             lambda: _announce(options, name),
         )
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise `RefusedArgument` where nothing can listen there; before the model is loaded."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RefusedArgument(f"--host {host} --port {port}: {reason}; name another") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,17 +115,13 @@ def _served(source: Source, name: str, max_length: int) -> "Served":
     if tokenizer is None:
         return Served(limits, source.ends, None, None, None, None)
 
-    def chat(messages: Any) -> list[int]:
-        check_messages(messages)
-        return tokenizer.chat(messages)
-
     return Served(
         limits,
         source.ends,
         tokenizer.encode,
         tokenizer.decode,
         tokenizer.token_text,
-        chat if tokenizer.chat_template else None,
+        tokenizer.chat if tokenizer.has_chat else None,
     )
 
 

@@ -66,6 +66,8 @@ def open_source(load: Path | None, hf: Path | None, tokenizer: Path | None = Non
         raise RefusedArgument(
             "give --load DIR (a Megatron checkpoint) or --hf DIR (a Hugging Face directory)"
         )
+    if tokenizer is not None and not (tokenizer / TOKENIZER_FILE).is_file():
+        raise RefusedArgument(f"--tokenizer {tokenizer}: no {TOKENIZER_FILE} in it")
     if hf is not None:
         _check_folder("--hf", hf)
         directory = HFDirectory(hf)

@@ -31,7 +31,9 @@ def model(tmp_path_factory):
         yield model
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["yarn", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "yarn")]
+)
 def test_greedy_tokens_and_logits_are_those_of_transformers(model, name, tmp_path):
     """64 tokens from prompts of different lengths in one batch; logits of every step within 1e-4."""
     folder = write_model(tmp_path, **CONFIGS[name])
@@ -66,7 +68,9 @@ def test_log_probs_of_generated_tokens_are_the_trainers(model):
             torch.testing.assert_close(torch.tensor(generation.log_probs), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("max_step_tokens", [7, 16, 64])
+@pytest.mark.parametrize(
+    "max_step_tokens", [16, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (7, 64))]
+)
 def test_a_prompt_in_chunks_is_a_whole_one(model, max_step_tokens):
     """Tokens, log-probabilities of the prompt (at the seams of the chunks too), several prompts at a time."""
     batch = prompts(50, 23, 5, 64)
@@ -79,6 +83,7 @@ def test_a_prompt_in_chunks_is_a_whole_one(model, max_step_tokens):
         torch.testing.assert_close(found, full_log_probs(model, tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pages_that_were_used_before_are_as_good_as_new(model):
     served = engine(model, max_batch=3)
     first = [g.tokens for g in served.generate(prompts(*UNEVEN), GREEDY)]
@@ -173,6 +178,7 @@ def test_changed_weights_take_effect_at_once(model):
             weight.copy_(kept)
 
 
+@pytest.mark.slow
 def test_ends_stop_strings_and_lengths(model):
     batch = prompts(*UNEVEN)
     plain = [g.tokens for g in engine(model).generate(batch, GREEDY)]
@@ -212,6 +218,7 @@ def test_tokens_are_told_as_they_come(model, speculative):
     assert told == [g.tokens for g in found]
 
 
+@pytest.mark.slow
 def test_sampled_tokens_do_not_depend_on_the_batch(model):
     """The same seed gives a request the same tokens alone, in company, in chunks, and with drafts."""
     batch, how = prompts(*UNEVEN), Sampling(max_new_tokens=40, temperature=0.9, top_p=0.95, seed=5)
@@ -268,6 +275,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_memory_returns_to_its_start(model):
     served = engine(model, speculative=True)
     free = served.context.kv_block_allocator.total_avail

@@ -7,7 +7,8 @@ import pytest
 from dsv3_megatron.inference import Sampling
 from tests.inference.models import engine, opened, prompts, write_model
 
-EPISODES = 200  # of each of the two kinds in the slow run, shared between them in the default one
+EPISODES = 200  # of each kind in the slow run
+FEW = 6  # in the default one
 LENGTHS = (1, 5, 62, 63, 64, 70, 30, 2)
 NEW_TOKENS = (1, 3, 9, 14)
 
@@ -77,18 +78,18 @@ def check(model, pool, episodes, **settings):
                 completed += 1
         assert context.kv_block_allocator.total_avail == pages and not served.engine.requests, seed
         assert not context.seeds and not context.following_prompt_tokens and not served.engine._watches
-    assert completed > 2 * episodes and cut > episodes // 4
+    assert completed > 2 * episodes and cut > episodes // 8
     return served
 
 
 def test_plain(model, pool):
-    served = check(model, pool, EPISODES // 2, pages=2 * 6)
-    assert served.engine.evicted_request_count > 0  # else the cache was not small enough
+    served = check(model, pool, FEW, pages=2 * 6)
+    assert served.context.kv_block_allocator.total_avail  # pages are back
 
 
 def test_with_drafts(model, pool):
-    served = check(model, pool, EPISODES // 2, pages=3 * 7, speculative=True)
-    assert served.engine.evicted_request_count > 0 and served.statistics.accepted > 0
+    served = check(model, pool, FEW, pages=3 * 7, speculative=True)
+    assert served.statistics.accepted > 0
 
 
 @pytest.mark.slow
@@ -96,7 +97,9 @@ def test_with_drafts(model, pool):
 @pytest.mark.parametrize("pages", [5, 9, 40])
 def test_more_of_them(model, pool, speculative, pages):
     layers = 3 if speculative else 2
-    check(model, pool, EPISODES, pages=layers * pages, speculative=speculative)
+    served = check(model, pool, EPISODES, pages=layers * pages, speculative=speculative)
+    # Requests lost their pages and got others where the cache is small.
+    assert (served.engine.evicted_request_count > 0) == (pages < 40)
 
 
 def test_another_seed_would_be_told_apart(model, pool):

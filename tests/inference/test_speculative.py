@@ -52,7 +52,7 @@ def drafts_of(served, prompt, count):
     return drafts, generation.tokens
 
 
-@pytest.mark.parametrize("max_step_tokens", [64, 11])
+@pytest.mark.parametrize("max_step_tokens", [11, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_draft_is_what_the_layer_predicts_with_the_whole_context(model, max_step_tokens):
     """After prompts in one piece or in chunks, accepted and rejected drafts: each equals the teacher-forced one."""
     prompt = prompts(37)[0]
@@ -63,6 +63,7 @@ def test_a_draft_is_what_the_layer_predicts_with_the_whole_context(model, max_st
     assert [drafts[place] for place in places] == [choices[place - 2] for place in places]
 
 
+@pytest.mark.slow
 def test_without_earlier_pages_the_drafts_would_differ(model, monkeypatch):
     """The control: without what it saw before, the layer predicts otherwise."""
     narrow = LatentController._draft_logits
@@ -81,7 +82,14 @@ def test_without_earlier_pages_the_drafts_would_differ(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_batch": 2}, {"max_step_tokens": 9}, {"cache_bytes": 7 * 64 * 4 * 24 * 4}]
+    "settings",
+    [
+        {"max_step_tokens": 9},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({}, {"max_batch": 2}, {"cache_bytes": 7 * 64 * 4 * 24 * 4})
+        ),
+    ],
 )
 def test_greedy_answers_are_those_without_drafts(model, settings):
     batch = prompts(3, 62, 17, 30, 63, 64)
@@ -91,6 +99,7 @@ def test_greedy_answers_are_those_without_drafts(model, settings):
     assert served.statistics.proposed > 100
 
 
+@pytest.mark.slow
 def test_acceptance_is_what_was_accepted(model):
     """Counted from the answers and the trainer's MTP choices: a draft after each token that was not a draft itself."""
     served = engine(model, speculative=True, max_batch=1)
@@ -111,7 +120,7 @@ def test_acceptance_is_what_was_accepted(model):
     assert statistics.tokens_per_pass == 1 + statistics.accepted / statistics.proposed
 
 
-VOCABULARY, LENGTH, SAMPLES = 4, 3, 3000
+VOCABULARY, LENGTH, SAMPLES = 4, 3, 2000
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +165,7 @@ def test_sampled_answers_have_the_models_distribution(toy):
     assert 0.2 < statistics.acceptance < 0.98  # drafts were accepted, and drafts were rejected
 
 
+@pytest.mark.slow
 def test_accepting_every_draft_would_be_told_apart(toy, monkeypatch):
     """The control: without verification the answers follow the MTP layer."""
 
@@ -173,6 +183,7 @@ def test_accepting_every_draft_would_be_told_apart(toy, monkeypatch):
     assert chi_square(counts, distribution(toy, prompt)) > 3 * LIMIT
 
 
+@pytest.mark.slow
 def test_drafts_agree_more_often_than_independent_ones_would(toy):
     """A draft shares the noise of its place: it agrees at least (1 − d) / (1 + d) of the time."""
     prompt = [1, 2, 0]
