@@ -96,7 +96,7 @@ def test_answers_and_history(served):
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(served):
-    chat, out = chatting(served)
+    chat, _ = chatting(served)
     whole = ask(served, [{"role": "user", "content": "def add"}])
     say = chat._say
 

@@ -166,7 +166,7 @@ def test_a_prompt_is_the_beginning_of_its_sample(tokenizer_dir: Path) -> None:
 
     ours = Ours(tokenizer_dir)
     called = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You write Python."},
         {"role": "user", "content": "Name the function."},
         {"role": "assistant", "content": "", "tool_calls": called},

@@ -167,7 +167,7 @@ class Form:
             "tokens": tokens,
             "token_logprobs": [log_prob for _, log_prob, _ in piece.tokens],
             "top_logprobs": [
-                None if top is None else {choice.token_text(int(i)): value for i, value in top.items()}
+                None if top is None else _by_text(choice, top)
                 for _, _, top in piece.tokens
             ],
             "text_offset": offsets[:-1],
@@ -190,3 +190,12 @@ class Form:
 def error_body(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
     """The body of a refusal or a failure."""
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def _by_text(choice: Choice, top: TopLogprobs) -> TopLogprobs:
+    """Text of each token → log-probability, the larger one of tokens with the same text (parts of characters)."""
+    found: TopLogprobs = {}
+    for token, value in top.items():
+        text = choice.token_text(int(token))
+        found[text] = max(value, found.get(text, value))
+    return found
