@@ -166,10 +166,7 @@ class Form:
         return {
             "tokens": tokens,
             "token_logprobs": [log_prob for _, log_prob, _ in piece.tokens],
-            "top_logprobs": [
-                None if top is None else _by_text(choice, top)
-                for _, _, top in piece.tokens
-            ],
+            "top_logprobs": [None if top is None else _by_text(choice, top) for _, _, top in piece.tokens],
             "text_offset": offsets[:-1],
         }
 
