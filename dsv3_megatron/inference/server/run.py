@@ -24,6 +24,7 @@ __all__ = ["Address", "LatentLLM", "run_server"]
 
 BACKLOG = 1024  # connections that the system keeps until they are accepted
 WATCH_S = 0.2
+END_S = 60.0  # for engines and coordinator to end, when no answers are under way
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ class LatentLLM(MegatronAsyncLLM):
             raise
 
     async def close(self) -> None:
-        """End the engines and the coordinator."""
-        await self.shutdown()
+        """End the engines and the coordinator; without their consent where they do not answer."""
+        try:
+            await asyncio.wait_for(self.shutdown(), END_S)
+        except TimeoutError:
+            _say(f"closing: the engines did not end within {END_S:g} s")
         coordinator = self._engine.inference_coordinator_process
         coordinator.join(timeout=2)
         if coordinator.is_alive():  # it has nothing left to do, but takes its time to take everything down
@@ -142,16 +146,15 @@ async def _run(
     finally:
         stop.set()
         await asyncio.gather(http, return_exceptions=True)
+        # The coordinator dies of an answer to a client that is gone (ROUTER_MANDATORY), and aborted requests may
+        # still have one to come: the client goes last.
+        if not server.failed:
+            await llm.close()
         client.stop()
-    if server.failed:
-        _say(f"error: {server.failed}")
-        return 1
-    if http.exception() is not None:
-        _say(f"error: {http.exception()}")
-        await llm.close()
-        return 1
-    await llm.close()
-    return 0
+    error = server.failed or http.exception()
+    if error:
+        _say(f"error: {error}")
+    return int(bool(error))
 
 
 async def _until_end(
