@@ -91,7 +91,7 @@ def fitting_combinations() -> list[list[str]]:
     for model in groups()["model"]:
         for layout in groups()["layout"]:
             try:
-                cfg = compose([f"model={model}", f"layout={layout}"])
+                compose([f"model={model}", f"layout={layout}"])
             except ConfigError:
                 continue
             fitting.append([f"model={model}", f"layout={layout}"])
