@@ -65,6 +65,7 @@ _VALUES = {
 
 # One of these is among a trainer's options; tools for checkpoints and data have none.
 OF_TRAINERS = ("--micro-batch-size", "--global-batch-size", "--train-iters", "--train-samples", "--lr")
+SCORES = "--moe-router-score-function"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def translate(launch: Launch, parser: ArgumentParser) -> list[Step]:
             steps.append(Step(shown, "left out", (), "counts empty layers, see --noop-layers"))
         elif option == "--moe-layer-freq" and "--first-k-dense-replace" in launch.options:
             steps.append(Step(shown, "left out", (), "see --first-k-dense-replace"))
+        elif name == "--moe-router-pre-softmax" and launch.options.get(SCORES) == ["sigmoid"]:
+            steps.append(Step(shown, "left out", (), "of softmax scores; the script's are sigmoids"))
         elif option == "--spec":
             steps.append(Step(shown, "becomes", ("--spec", "dsv3"), "the layers' specification"))
         elif name in known:

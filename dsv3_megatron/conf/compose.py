@@ -1,6 +1,7 @@
 """From overrides (`model=tiny train_iters=50`) to one checked configuration."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsv3_megatron.conf.check import check, model_parallel_size, parallelism, positive, size, world_size
 from dsv3_megatron.conf.errors import ConfigError, nearest
-from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
+from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage, paid_extra
 
 CONF_DIR = Path(__file__).resolve().parent
 # Keys that describe machine, placement and files; everything else at the top level is an argument.
@@ -21,6 +22,7 @@ SECTIONS = {
     "placement": ("last_stage_extra",),
     "corpus": ("dir",),
 }
+EXTRA = "placement.last_stage_extra"
 # Arguments of which Megatron takes one: the one on the command line displaces what a file sets.
 ALTERNATIVES = (
     ("train_tokens", "train_iters", "train_samples"),
@@ -54,16 +56,18 @@ def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
     Errors: ConfigError naming the override and the nearest valid one, or the sizes that do not divide.
     """
     parsed = _parse(overrides)
+    given = {override.key_or_group for override in parsed}
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="dsv3"):
             cfg = hydra_compose("config", overrides=[_hydra_override(o) for o in parsed])
+        _refuse_unused_corpus(cfg, given)
         cfg = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     _check_sections(cfg)
-    _displace_alternatives(cfg, {override.key_or_group for override in parsed})
+    _displace_alternatives(cfg, given)
     _resolve_processes(cfg, processes)
-    _resolve_layout(cfg)
+    _resolve_layout(cfg, given)
     check(cfg)
     return cfg
 
@@ -149,17 +153,59 @@ def _resolve_processes(cfg: DictConfig, started: int | None) -> None:
         )
 
 
-def _resolve_layout(cfg: DictConfig) -> None:
-    """Fill `pipeline_model_parallel_layout: auto`; one stage needs no layout."""
-    if cfg.get("pipeline_model_parallel_layout") != "auto":
+def _resolve_layout(cfg: DictConfig, given: set[str]) -> None:
+    """Fill `pipeline_model_parallel_layout: auto`; one stage needs no layout.
+
+    given: what the overrides set. A placement among them that no layout comes from is an error.
+    """
+    layout = cfg.get("pipeline_model_parallel_layout")
+    if layout != "auto":
+        _refuse_unused_placement(
+            cfg, given, f"the stages are those of pipeline_model_parallel_layout={layout}"
+        )
         return
     virtual = cfg.get("num_virtual_stages_per_pipeline_rank") or 1
     stages = size(cfg, "pipeline") * virtual
     if cfg.get("pipeline_schedule") == "dualpipev":
         stages *= 2
     if stages == 1:
+        _refuse_unused_placement(cfg, given, "the pipeline has one stage")
         cfg.pipeline_model_parallel_layout = None
         return
-    counts = layers_per_stage(cfg.num_layers, stages, cfg.placement.last_stage_extra)
+    counts = layers_per_stage(positive(cfg, "num_layers"), stages, _last_stage_extra(cfg, stages, given))
     cfg.pipeline_model_parallel_layout = layer_layout(counts, cfg.get("mtp_num_layers") or 0)
     cfg.num_virtual_stages_per_pipeline_rank = None  # the layout says it
+
+
+def _section(cfg: DictConfig, name: str) -> dict[str, Any]:
+    return dict(cfg.get(name) or {})
+
+
+def _last_stage_extra(cfg: DictConfig, stages: int, given: set[str]) -> int:
+    """What the last stage counts as holding already. A layout's file may name more than a small model can pay."""
+    extra = _section(cfg, "placement").get("last_stage_extra") or 0
+    if not isinstance(extra, int) or isinstance(extra, bool) or extra < 0:
+        raise ConfigError(f"{EXTRA}={extra}: a whole number of layers is needed, 0 or more")
+    paid = paid_extra(cfg.num_layers, stages, extra)
+    if EXTRA in given and paid != extra:
+        raise ConfigError(
+            f"{EXTRA}={extra}: num_layers={cfg.num_layers} over {stages} stages can pay {paid} at most; use that or "
+            "less"
+        )
+    return extra
+
+
+def _refuse_unused_corpus(cfg: DictConfig, given: set[str]) -> None:
+    """cfg: not resolved yet, so that it shows what comes from the corpus."""
+    values = OmegaConf.to_container(cfg, resolve=False)
+    if "corpus.dir" in given and "${corpus.dir}" not in str(values):
+        raise ConfigError("corpus.dir would do nothing: no argument comes from it. Use data=indexed with it")
+
+
+def _refuse_unused_placement(cfg: DictConfig, given: set[str], because: str) -> None:
+    if EXTRA in given:
+        value = _section(cfg, "placement").get("last_stage_extra")
+        raise ConfigError(
+            f"{EXTRA}={value} would do nothing: {because}. Leave it out, or use "
+            "pipeline_model_parallel_layout=auto with pipeline_model_parallel_size=2 or more"
+        )

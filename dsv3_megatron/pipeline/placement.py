@@ -16,14 +16,19 @@ def layers_per_stage(num_layers: int, num_stages: int, last_stage_extra: int = 0
             f"pipeline_model_parallel_size: {num_stages} stages are too many for num_layers={num_layers}; use"
             " a layout with fewer stages, or a larger model"
         )
-    extra = last_stage_extra
-    # A small model cannot pay a large extra without emptying its last stage below nothing.
-    while extra > 0 and (num_layers + extra) // num_stages < extra:
-        extra -= 1
+    extra = paid_extra(num_layers, num_stages, last_stage_extra)
     quotient, remainder = divmod(num_layers + extra, num_stages)
     counts = [quotient + (stage < remainder) for stage in range(num_stages)]
     counts[-1] -= extra
     return counts
+
+
+def paid_extra(num_layers: int, num_stages: int, last_stage_extra: int) -> int:
+    """What of `last_stage_extra` the layers can pay without taking more from the last stage than it would have."""
+    extra = last_stage_extra
+    while extra > 0 and (num_layers + extra) // num_stages < extra:
+        extra -= 1
+    return extra
 
 
 def layer_layout(counts: list[int], mtp_num_layers: int) -> str:

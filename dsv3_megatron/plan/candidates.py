@@ -15,6 +15,7 @@ from functools import lru_cache
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.pipeline import Schedule, build_schedule
 from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.pipeline.placement import paid_extra
 from dsv3_megatron.plan.activations import footprint
 from dsv3_megatron.plan.compare import group_size, place
 from dsv3_megatron.plan.hardware import Gpu
@@ -64,9 +65,11 @@ class Candidate:
             f"pipeline_model_parallel_size={layout.pp}",
             f"expert_model_parallel_size={layout.ep}",
             f"micro_batch_size={job.micro_batch_size}",
-            f"placement.last_stage_extra={self.last_stage_extra}",
             "pipeline_model_parallel_layout=auto",
         ]
+        if layout.num_stages > 1:
+            paid = paid_extra(job.sizes.num_layers, layout.num_stages, self.last_stage_extra)
+            words.append(f"placement.last_stage_extra={paid}")
         if layout.tp > 1:
             words += ["sequence_parallel=true", "expert_tensor_parallel_size=1"]
         if layout.schedule == INTERLEAVED:

@@ -30,6 +30,7 @@ from tests.arguments.test_options import words_of
 COUNT, LIMIT_S = 200, 60
 HYDRA = ["model=micro", "layout=cpu_single", "device=cpu", "seq_length=32", "max_position_embeddings=32"]
 HYDRA += ["global_batch_size=8", "train_iters=3"]
+SCHEDULES = ("dualpipe", "dualpipev", "zb1p")  # one rank has none of them
 RIGHT = {"--seed": "5", "--log-interval": "2", "--timing-log-level": "1", "--lr": "2e-3"}
 
 
@@ -172,6 +173,7 @@ def related(n: int) -> list[tuple[dict[str, str], tuple[str, ...]]]:
         ({"--moe-layer-freq": f"[0]*1+[1]*{3 + n}"}, ("--moe-layer-freq",)),
         ({"--eval-interval": str(n), "--eval-iters": "1", "--full-validation": ""}, ("--full-validation",)),
         ({"--wandb-project": f"p{n}"}, ("--wandb-project",)),
+        ({"--pipeline-schedule": SCHEDULES[n % 3]}, ("--pipeline-schedule",)),
         ({"--train-tokens": str(1000 * n)}, ("--train-tokens", "--train-iters")),
     ]
 
@@ -203,6 +205,8 @@ def of_groups(draw: st.DrawFn) -> Wrong:
                 Wrong(True, (f"seed='{n}",), ("seed",)),
                 Wrong(True, (f"device=tpu{n}",), ("device",)),
                 Wrong(True, (f"num_experts=[{n}]",), ("num_experts",)),
+                Wrong(True, (f"placement.last_stage_extra={n}",), ("placement.last_stage_extra",)),
+                Wrong(True, (f"corpus.dir=x{n}",), ("corpus.dir",)),
                 Wrong(True, (f"global_batch_size={n}.5",), ("global_batch_size",)),
             ]
         )
@@ -223,6 +227,14 @@ class Started(BaseException):
 
 def _hangs(*_: Any) -> None:
     raise TimeoutError(f"nothing for {LIMIT_S} s")
+
+
+def _forget_the_start() -> None:
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
 
 
 @contextlib.contextmanager
@@ -255,9 +267,7 @@ def outcome(
             except SystemExit as left:
                 status = left.code
             except Started:
-                from megatron.training.global_vars import destroy_global_vars
-
-                destroy_global_vars()
+                _forget_the_start()
                 status = "started"
     return status, [line for line in said.getvalue().splitlines() if line.strip()]
 
@@ -300,6 +310,8 @@ def test_a_right_configuration_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Started
 
     monkeypatch.setattr(megatron.training, "pretrain", pretrain)
-    for hydra in (False, True):
-        status, lines = outcome(Wrong(hydra, (), ()), [("--seed", "5")], monkeypatch)
-        assert status == "started" and lines == [], lines
+    # A sequence may have any length where nothing cuts it: --max-position-embeddings follows it unless given, and what
+    # cuts it (tensor and context parallelism) refuses by itself.
+    for hydra, words in ((False, ()), (False, ("--seq-length=4101",)), (True, ())):
+        status, lines = outcome(Wrong(hydra, words, ()), [("--seed", "5")], monkeypatch)
+        assert status == "started" and lines == [], (words, lines)

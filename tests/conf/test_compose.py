@@ -104,6 +104,47 @@ def test_wrong_overrides_name_the_nearest_valid_one(override: str, message: str)
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["layout=cpu_single", "placement.last_stage_extra=3"],
+            "=3 would do nothing: the pipeline has one stage",
+        ),
+        (["layout=cpu_single", "+placement.last_stage_extra=0"], "=0 would do nothing"),
+        (
+            ["pipeline_model_parallel_layout='Ett|ttmL'", "placement.last_stage_extra=1"],
+            "=1 would do nothing: the stages are those of pipeline_model_parallel_layout=Ett|ttmL",
+        ),
+        (["placement.last_stage_extra=x"], "=x: a whole number of layers is needed"),
+        (["placement.last_stage_extra=-1"], "=-1: a whole number of layers is needed"),
+        (["placement.last_stage_extra=50"], "=50: num_layers=4 over 2 stages can pay 4 at most"),
+    ],
+)
+def test_a_placement_that_no_layout_comes_from_is_refused(more: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(more)
+    assert str(error.value).startswith("placement.last_stage_extra") and message in str(error.value)
+
+
+def test_a_corpus_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"corpus\.dir would do nothing"):
+        compose(["corpus.dir=x"])
+    assert compose(["data=indexed", "corpus.dir=x"]).tokenizer_model == "x"
+
+
+def test_a_placement_that_a_layout_comes_from() -> None:
+    """The control: the same words where stages are dealt out; what a layout's file names may be more than is paid."""
+    layouts = [
+        compose([f"placement.last_stage_extra={extra}"]).pipeline_model_parallel_layout for extra in (0, 2)
+    ]
+    assert layouts == ["Ett|ttmL", "Et*3|tmL"]
+    assert compose(
+        ["layout=pp8_ep8", "num_layers=8", "num_experts=8", "global_batch_size=256"]
+    )  # whose file says 3
+    assert compose(["~placement"]).pipeline_model_parallel_layout == layouts[0]
+
+
 def test_context_parallel_cuts_the_sequence_in_pairs() -> None:
     with pytest.raises(
         ConfigError, match="seq_length=130 is not a multiple of 2 × context_parallel_size = 4"

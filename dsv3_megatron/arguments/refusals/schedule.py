@@ -88,7 +88,9 @@ ROWS = (
         FEATURE,
         "--pipeline-model-parallel-size",
         "{pipeline_model_parallel_size}",
-        lambda a, s: _mirrored(a) and a.pipeline_model_parallel_size % 2 == 1,
+        lambda a, s: (
+            _mirrored(a) and a.pipeline_model_parallel_size > 1 and a.pipeline_model_parallel_size % 2 == 1
+        ),
         "dualpipe mirrors pipeline rank k with rank P−1−k and needs an even number",
         "an even size, or --pipeline-schedule dualpipev",
         "--pipeline-schedule dualpipe --pipeline-model-parallel-size 3",
