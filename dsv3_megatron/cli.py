@@ -42,6 +42,9 @@ VERBS = {
     "balance": Verb(
         "balance.show:main", "redundant experts from a run's logged loads: a plan and its picture"
     ),
+    "chat": Verb("serve.chat:main", "talk to a fine-tuned model in a terminal"),
+    "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
+    "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
     "adopt": Verb(
         "adopt.__main__:main", "what a launch script of Megatron-LM or a fork becomes under --spec dsv3"

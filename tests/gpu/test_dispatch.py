@@ -1,11 +1,12 @@
 """Two-hop dispatch and experts that move, on 2, 4 and 8 GPUs: losses of alltoall with fixed experts."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.gpu.test_trainer import _needs, losses
+from tests.gpu.device import needs_gpus
+from tests.gpu.test_trainer import Record, compare, train
+from tests.gpu.trainer import largest_loss_difference
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +22,7 @@ LAYOUTS = {
         "dualpipe",
     ],
 }
-BALANCED = ["--expert-placement", "balanced", "--expert-placement-interval", "5"]
+BALANCED = ["--expert-placement", "balanced", "--expert-placement-interval", "2"]
 
 
 def two_hop(num_gpus: int) -> list[str]:
@@ -30,24 +31,22 @@ def two_hop(num_gpus: int) -> list[str]:
 
 
 @pytest.mark.parametrize("num_gpus", LAYOUTS)
-def test_two_hop(num_gpus: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    _needs(num_gpus)
+def test_two_hop(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
+    needs_gpus(num_gpus)
     words = LAYOUTS[num_gpus]
-    plain = losses(num_gpus, "local", tmp_path / "alltoall", *words)
-    ours = losses(num_gpus, "local", tmp_path / "two_hop", *words, *two_hop(num_gpus))
-    again = losses(num_gpus, "local", tmp_path / "again", *words, *two_hop(num_gpus))
-    worst = max(abs(a - b) / b for a, b in zip(ours, plain, strict=True))
-    record_property("largest_relative_difference", f"{worst:.2e}")
-    record_property("same_bits_when_run_again", ours == again)
-    assert ours[0] == pytest.approx(plain[0], rel=1e-4) and worst < 0.01
+    plain = train(tmp_path / "alltoall", "local", num_gpus, *words)
+    ours = train(tmp_path / "two_hop", "local", num_gpus, *words, *two_hop(num_gpus))
+    again = train(tmp_path / "again", "local", num_gpus, *words, *two_hop(num_gpus))
+    record_property("same_bits_when_run_again", ours.losses == again.losses)
+    compare(ours, plain, record_property)
 
 
 @pytest.mark.parametrize("num_gpus", LAYOUTS)
-def test_balanced(num_gpus: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    _needs(num_gpus)
+def test_balanced(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
+    needs_gpus(num_gpus)
     words = LAYOUTS[num_gpus]
-    fixed = losses(num_gpus, "local", tmp_path / "fixed", *words)
-    moved = losses(num_gpus, "local", tmp_path / "balanced", *words, *BALANCED)
-    worst = max(abs(a - b) / b for a, b in zip(moved, fixed, strict=True))
+    fixed = train(tmp_path / "fixed", "local", num_gpus, *words)
+    moved = train(tmp_path / "balanced", "local", num_gpus, *words, *BALANCED)
+    worst = largest_loss_difference(moved.losses, fixed.losses)
     record_property("largest_relative_difference", f"{worst:.2e}")
     assert worst < 1e-3
