@@ -96,9 +96,8 @@ def one_layer(rank: int, world_size: int, dispatcher: str, fp8: bool) -> dict[st
     return {"wire": counted[0], "own": own}
 
 
-@pytest.mark.parametrize(
-    "fp8", [pytest.param(False, id="bf16", marks=pytest.mark.slow), pytest.param(True, id="fp8")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_v3s_routing_on_eight_nodes(fp8):
     wire = {}
     for dispatcher in ("two_hop", "alltoall"):
