@@ -19,7 +19,7 @@ from typing import Any
 from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.hardware import GPUS, Achieved, Gpu
 from dsv3_megatron.plan.job import Job
-from dsv3_megatron.plan.operators import Operators, destinations
+from dsv3_megatron.plan.operators import Operators, copies
 from dsv3_megatron.plan.stage_times import pair
 from dsv3_megatron.plan.step import plan
 
@@ -60,7 +60,7 @@ def _fit_communication(gpu: Gpu) -> dict[str, Any]:
     """A line through the means of the FP8 and the BF16 all-to-alls: seconds against bytes over InfiniBand."""
     job, ms = deepseek.JOB, deepseek.TRACE_COMMUNICATION
     fp8, bf16 = (ms["dispatch"] + ms["combine_b"]) / 2e3, (ms["combine"] + ms["dispatch_b"]) / 2e3
-    nodes, _ = destinations(job, gpu.nvlink_domain)
+    nodes, _ = copies(job, gpu.nvlink_domain)
     size = nodes * job.tokens * job.sizes.hidden_size
     rate = size * (2 - (1 + 4 / 128)) / (bf16 - fp8)
     return {"beside_token": (bf16 - 2 * size / rate) / job.tokens, "beside_ib": rate / gpu.ib}

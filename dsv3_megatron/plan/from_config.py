@@ -86,9 +86,9 @@ def validated_args(cfg: DictConfig) -> Namespace:
     Errors: RefusedArgument, from the trainer's refusals or Megatron's.
     """
     from dsv3_megatron import dualpipe
-    from dsv3_megatron.dryrun.world import MODULES_EVERYWHERE, megatron_args, without_kernels
+    from dsv3_megatron.dryrun.world import megatron_args, with_modules_everywhere
 
-    words = [*without_kernels(to_megatron_argv(at_full_batch(cfg))), *MODULES_EVERYWHERE]
+    words = with_modules_everywhere(to_megatron_argv(at_full_batch(cfg)))
     try:
         with quiet():
             return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
@@ -130,9 +130,11 @@ def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalan
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         transformer_impl=cfg.get("transformer_impl") or "transformer_engine",
-        dispatcher=cfg.get("moe_token_dispatcher_type"),
         moe_router_num_groups=args.moe_router_num_groups or 1,
         moe_router_group_topk=args.moe_router_group_topk or 1,
+        dispatcher=cfg.get("moe_token_dispatcher_type") or args.moe_token_dispatcher_type,
+        dispatch_chunks=args.moe_two_hop_chunks or Job.dispatch_chunks,
+        communication_sms=cfg.get("communication_sms"),
         load_imbalance=load_imbalance,
         balance_loss=bool(args.moe_aux_loss_coeff),
         whole_iteration_graph=args.cuda_graph_impl == "full_iteration",

@@ -117,10 +117,11 @@ class Job:
         recompute: names of `--recompute-modules`; "full" for whole layers.
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
-        dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each node of its experts, which forwards it over
-            NVLink; "alltoall" sends a copy for each expert. None, where the configuration does not say, is planned as
-            "flex": DeepSeek's own all-to-all, and what the table is fitted to.
         moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
+        dispatcher: as `--moe-token-dispatcher-type`: "flex" (DeepEP, HybridEP, and DeepSeek's own, which the table is
+            fitted to) and "two_hop" send a token once to each node of its experts, which forwards it over NVLink;
+            "alltoall" sends a copy for each expert.
+        dispatch_chunks: pieces of "two_hop".
         load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
         balance_loss: the sequence-wise balance loss is on.
         communication_sms: that dispatch and combine take from a pair's computation while they run; None: those of the
@@ -139,9 +140,10 @@ class Job:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     transformer_impl: str = "transformer_engine"
-    dispatcher: str | None = None
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1
+    dispatcher: str = "flex"
+    dispatch_chunks: int = 10
     load_imbalance: float = 1.0
     balance_loss: bool = True
     communication_sms: int | None = None

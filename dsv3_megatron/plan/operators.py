@@ -1,8 +1,8 @@
 """Seconds of the operators of one layer and microbatch on one rank, from their shapes.
 
 A matrix product takes its FLOPs at an achieved fraction of the peak; norms, SwiGLU, quantisation and copies take
-their bytes at HBM's rate; an all-to-all takes the slower of its InfiniBand and its NVLink bytes. Through DeepEP a token
-crosses InfiniBand once per node, and is forwarded over NVLink inside it (R§3.2.2).
+their bytes at HBM's rate; an all-to-all takes the slower of its InfiniBand and its NVLink bytes (R§3.2.2: a token
+crosses InfiniBand once per node, and is forwarded over NVLink inside it; Megatron's alltoall sends it once per expert).
 """
 
 from dataclasses import dataclass
@@ -91,15 +91,16 @@ class Operators:
         routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, {"moe"}, rows)
         shared = self._mlp(s.moe_shared_expert_intermediate_size, job.tokens / tp, {"moe", "shared_experts"})
         mlp = tuple(r + t for r, t in zip(routed, shared, strict=True))
-        fp8, bf16 = (self.all_to_all(size, beside) for size in (self._dispatch_bytes, 2.0))
+        there = self.all_to_all(self._dispatch_bytes, beside)
+        back = self.all_to_all(2.0, beside, back=True)
         return LayerTimes(
             *self._attention(),
             *mlp,  # type: ignore[misc]
-            dispatch=fp8,
-            combine=bf16,
-            dispatch_b=bf16,
-            combine_b=fp8,
-            again=fp8 + bf16 if job.recompute & {"full", "moe"} else 0,
+            dispatch=there,
+            combine=back,
+            dispatch_b=back,
+            combine_b=there,
+            again=there + back if job.recompute & {"full", "moe"} else 0,
         )
 
     @property
@@ -182,17 +183,20 @@ class Operators:
 
     # --- communication
 
-    def all_to_all(self, bytes_per_element: float, beside: bool = False) -> float:
-        """Dispatch or combine of one layer."""
+    def all_to_all(self, bytes_per_element: float, beside: bool = False, back: bool = False) -> float:
+        """Dispatch of one layer, or (`back`) combine."""
         job, gpu, a = self.job, self.gpu, self.gpu.achieved
         if job.layout.ep == 1:
             return 0
         tokens = job.tokens / job.layout.tp * job.load_imbalance
         size = bytes_per_element * job.sizes.hidden_size * tokens
-        nodes, ranks = destinations(job, gpu.nvlink_domain)
-        latency = tokens * a.beside_token if beside and nodes else a.latency
-        slowness = (a.beside_ib if beside else a.ib), a.nvlink
-        return latency + max(nodes * size / (gpu.ib * slowness[0]), ranks * size / (gpu.nvlink * slowness[1]))
+        over_ib, over_nvlink = copies(job, gpu.nvlink_domain, back)
+        latency = tokens * a.beside_token if beside and over_ib else a.latency
+        ib = over_ib * size / (gpu.ib * (a.beside_ib if beside else a.ib))
+        nvlink = over_nvlink * size / (gpu.nvlink * a.nvlink)
+        # In chunks: the first one's first hop and the last one's second have nothing beside them.
+        edges = a.latency + min(ib, nvlink) / job.dispatch_chunks if job.dispatcher == "two_hop" else 0
+        return latency + max(ib, nvlink) + edges
 
     def tensor_parallel(self, bytes_per_element: float) -> float:
         """One all-gather or reduce-scatter of the hidden states over the tensor-parallel ranks."""
@@ -226,22 +230,35 @@ class Operators:
 
 
 def destinations(job: Job, domain: int) -> tuple[float, float]:
-    """Expected number of copies of a token that cross InfiniBand, and of those that cross NVLink, with even load.
+    """Expected number of other nodes and of other ranks that a token's experts are on, with even load.
 
     A node is an NVLink domain. Routing keeps a token to `group_topk` of the expert groups (R§2.1.2); groups and
-    experts lie in order over the ranks. DeepEP sends one copy to each other node, and forwards one to each rank, of the
-    token's own and of all other nodes; an all-to-all sends one for each expert, to where the expert is.
+    experts lie in order over the ranks. The second number counts ranks of the token's own and of all other nodes.
     """
     s, ep = job.sizes, job.layout.ep
-    if job.dispatcher == "alltoall":
-        node = min(domain, ep)
-        return s.moe_router_topk * (ep - node) / ep, s.moe_router_topk * (node - 1) / ep
     groups, chosen = job.moe_router_num_groups, job.moe_router_group_topk
     num_nodes = max(1, ep // domain)
     per_group = s.moe_router_topk / chosen
     nodes = _distinct(groups, chosen, per_group, num_nodes)
     ranks = _distinct(groups, chosen, per_group, ep)
     return nodes * (num_nodes - 1) / num_nodes if num_nodes > 1 else 0, ranks * (ep - 1) / ep
+
+
+def copies(job: Job, domain: int, back: bool = False) -> tuple[float, float]:
+    """Copies of a token that cross InfiniBand and NVLink on the way to the experts, or (`back`) of the outputs.
+
+    "flex" (DeepEP): a node and a rank once. "two_hop": the same, but back a row per expert crosses NVLink, so that the
+    sum of a node has one order; and what has come to a rank with its own index stays there. "alltoall": one per expert.
+    """
+    topk, ep = job.sizes.moe_router_topk, job.layout.ep
+    num_nodes = max(1, ep // domain)
+    other_index = 1 - num_nodes / ep
+    if job.dispatcher == "alltoall":
+        return topk * (1 - 1 / num_nodes), topk / num_nodes * other_index
+    nodes, ranks = destinations(job, domain)
+    if job.dispatcher == "two_hop":
+        ranks = (topk if back else ranks * ep / (ep - 1)) * other_index
+    return nodes, ranks
 
 
 def _distinct(groups: int, chosen: int, per_group: float, places: int) -> float:

@@ -11,7 +11,7 @@ from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.compare import place, with_layout
 from dsv3_megatron.plan.hardware import GPUS, without_communication
 from dsv3_megatron.plan.job import Job, PlanError, Stage
-from dsv3_megatron.plan.operators import Operators, destinations
+from dsv3_megatron.plan.operators import Operators, copies, destinations
 from dsv3_megatron.plan.stage_times import costs, pair, stage_times
 from dsv3_megatron.plan.step import Plan, plan
 
@@ -246,7 +246,7 @@ def test_fields_are_all_used() -> None:
 
 def per_token(job: Job) -> float:
     """Bytes over InfiniBand of a token's dispatch and combine, forward."""
-    nodes, _ = destinations(job, 8)
+    nodes, _ = copies(job, 8)
     size = 1 + 4 / 128 if job.precision.fp8_dispatch else 2
     return nodes * job.sizes.hidden_size * (size + 2)
 
@@ -257,10 +257,9 @@ def test_copies_per_expert_or_per_node() -> None:
     So E4M3 by all-to-all is as many bytes as BF16 through DeepEP, and combine is twice as many.
     """
     flex, plain = replace(JOB, dispatcher="flex"), replace(JOB, dispatcher="alltoall")
-    assert destinations(replace(JOB, dispatcher=None), 8) == destinations(flex, 8)
-    assert destinations(flex, 8)[0] == pytest.approx(3.5)
-    assert destinations(plain, 8) == pytest.approx((7.0, 8 * 7 / 64))
-    assert destinations(replace(plain, layout=replace(JOB.layout, ep=8)), 8) == pytest.approx((0, 7))
+    assert copies(flex, 8)[0] == pytest.approx(3.5)
+    assert copies(plain, 8) == pytest.approx((7.0, 8 * 7 / 64))
+    assert copies(replace(plain, layout=replace(JOB.layout, ep=8)), 8) == pytest.approx((0, 7))
     in_bf16 = replace(flex, precision=replace(JOB.precision, fp8_dispatch=False))
     assert per_token(plain) == pytest.approx(7 * 7168 * (1.03125 + 2))
     assert per_token(in_bf16) == pytest.approx(3.5 * 7168 * 4)
