@@ -1,6 +1,7 @@
 """Fine-tune the demo's model on signatures from docstrings, and measure held-out answers before and after.
 
-The last line on stdout is one JSON object; after it comes, on stderr, the command to talk to the model. Pre-trains first where `--pretrained-run` is not there yet (`make demo`).
+The last line on stdout is one JSON object; after it comes, on stderr, the command to talk to the model. Pre-trains
+first where `--pretrained-run` is not there yet (`make demo`).
 """
 
 import argparse
