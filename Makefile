@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
+.PHONY: help bench-inference setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -77,6 +77,9 @@ bench-placement: setup  ## what moving all experts to other ranks costs beside a
 
 bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (20 GB of disk)
 	$(PY) -m dsv3_megatron.studies.convert_speed
+
+bench-inference: setup  ## tokens per second of the engine beside transformers' generate, on the CPU
+	OMP_NUM_THREADS=1 $(PY) -m dsv3_megatron.studies.inference_speed
 
 bench-train: setup  ## training throughput of the demo's model, DualPipe against Megatron's 1F1B
 	$(PY) -m dsv3_megatron.studies.throughput --rounds 3

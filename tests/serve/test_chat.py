@@ -3,6 +3,7 @@
 import builtins
 import io
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 from dsv3_megatron.data.vocabulary import ASSISTANT, USER
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.inference import Sampling
-from dsv3_megatron.serve.chat import Chat, main
+from dsv3_megatron.serve.chat import Chat, _parser, main
 from dsv3_megatron.serve.source import open_source
 from dsv3_megatron.serve.tokenizer import Tokenizer
+from dsv3_megatron.studies.sft.__main__ import chat_command
 from tests.inference.models import engine, opened
 
 NEW = 10
@@ -76,6 +78,13 @@ def test_the_command(hf, say, capsys):
     assert reset == "new conversation" and first == second
     assert unknown.startswith("/nonsense: there are /reset")
     assert "of the drafts accepted" in shown.err
+
+
+def test_the_command_that_the_demo_prints():
+    words = shlex.split(chat_command(Path("runs/a folder")))
+    assert words[:2] == ["dsv3", "chat"]
+    options = _parser().parse_args(words[2:])
+    assert options.load == Path("runs/a folder/checkpoints") and options.device == "cpu"
 
 
 def test_answers_and_history(served):

@@ -1,11 +1,13 @@
 """Fine-tune the demo's model on signatures from docstrings, and measure held-out answers before and after.
 
-The last line on stdout is one JSON object. Pre-trains first where `--pretrained-run` is not there yet (`make demo`).
+The last line on stdout is one JSON object; after it comes, on stderr, the command to talk to the model. Pre-trains
+first where `--pretrained-run` is not there yet (`make demo`).
 """
 
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted: {error or 'SIGINT'}; the same command goes on", file=sys.stderr)
         return 130
     print(f"[demo] picture: {args.run_dir / 'accuracy.png'}")
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    print(f"[demo] talk to it: {chat_command(args.run_dir)}", file=sys.stderr)  # stdout ends with the JSON
     return 0
+
+
+def chat_command(run_dir: Path) -> str:
+    """The command that talks to the fine-tuned model."""
+    return f"dsv3 chat --load {shlex.quote(str(run_dir / 'checkpoints'))} --device cpu"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
