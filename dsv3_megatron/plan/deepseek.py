@@ -46,7 +46,7 @@ JOB = Job(
     layout=Layout(num_gpus=2048, pp=16, ep=64, schedule="dualpipe"),
     stages=STAGES,  # how many layers a stage has is unpublished: ours, as in conf/layout/pp16_ep64.yaml
     global_batch_size=15360,
-    precision=Precision(fp8=True, fp8_dispatch=True),
+    precision=Precision(fp8=True, fp8_caches=True, fp8_dispatch=True, recipe="dsv3"),
     recompute=RECOMPUTE,
     moe_router_num_groups=8,
     moe_router_group_topk=4,
