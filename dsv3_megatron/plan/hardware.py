@@ -21,13 +21,13 @@ class Achieved:
         hbm, nvlink, ib: bandwidths; NVLink of collectives and of DeepEP.
         hybridep_nvlink: of HybridEP's kernels.
         deepep_wide: DeepEP's dispatch and combine in an NVLink domain of more than 8, which it was not written for.
-        nccl_nvlink, nccl_ib: of NCCL's all-to-all.
+        nccl_nvlink, nccl_wide, nccl_ib: of NCCL's all-to-all, in a domain of 8, in a wider one, over InfiniBand.
         latency: seconds of an all-to-all or message besides its bytes.
         beside_token, beside_ib: of an all-to-all between domains that runs beside computation on
             `communication_sms`: seconds per token whatever its bytes, and the fraction of InfiniBand.
         pair_gap: seconds per layer of an overlapped pair in which neither stream works (launches, events).
         communication_sms: taken from computation while a pair runs.
-        sustained: speed of the tensor cores in a long run against the short trace (clocks under load).
+        full_watts: power at which the tensor cores would keep the clocks of a short trace; with less they slow down.
     """
 
     fp8_gemm: float
@@ -40,14 +40,14 @@ class Achieved:
     hybridep_nvlink: float = 0.69
     deepep_wide: tuple[float, float] = (400 / 900, 190 / 900)
     nccl_nvlink: float = 0.597
+    nccl_wide: float = 0.35
     nccl_ib: float = 0.65
-    small_gemm_rows: float = 64
     latency: float = 0.2e-3
     beside_token: float = 0.617e-6
     beside_ib: float = 0.737
-    pair_gap: float = 0.885e-3
+    pair_gap: float = 0.77e-3
     communication_sms: int = 20
-    sustained: float = 1.0
+    full_watts: float
 
     @property
     def fp4_gemm(self) -> float:
@@ -55,19 +55,22 @@ class Achieved:
 
 
 HOPPER = Achieved(
-    fp8_gemm=0.483,
+    fp8_gemm=0.504,
     bf16_gemm=0.70,
-    attention_forward=0.619,
-    attention_backward=0.501,
+    attention_forward=0.584,
+    attention_backward=0.4885,
     hbm=0.80,
-    sustained=0.87,
+    full_watts=786,
 )
 BLACKWELL = Achieved(
     fp8_gemm=0.545,
-    bf16_gemm=0.49,
-    attention_forward=0.415,
-    attention_backward=0.321,
+    bf16_gemm=0.645,
+    attention_forward=0.553,
+    attention_backward=0.428,
     hbm=0.666,
+    beside_token=0,
+    beside_ib=0.95,
+    full_watts=1333,
 )
 
 
@@ -82,6 +85,7 @@ class Gpu:
         node: GPUs of one machine.
         nvlink_domain: GPUs that reach each other over NVLink, of one machine or of many.
         sms: streaming multiprocessors.
+        watts: power limit.
         host: the machine's processor: "x86" or "grace".
         overhead: bytes that are not tensors: CUDA context, NCCL buffers, fragmentation.
     """
@@ -98,8 +102,14 @@ class Gpu:
     node: int = 8
     nvlink_domain: int = 8
     sms: int = 132
+    watts: float = 700
     host: str = "x86"
     overhead: float = 5 * 2**30
+
+    @property
+    def sustained(self) -> float:
+        """Speed of the tensor cores in a long run against a short trace: clocks follow the power limit."""
+        return min(1.0, self.watts / self.achieved.full_watts)
 
 
 _MIB = 2**20
@@ -107,8 +117,8 @@ _HOPPER = {"bf16": 989.5e12, "fp8": 1979e12, "achieved": HOPPER}
 _BLACKWELL = {"sms": 148, "achieved": BLACKWELL, "hbm": 8e12, "nvlink": 900e9}
 _RACK = {"node": 4, "nvlink_domain": 72, "host": "grace"}
 _80_GB = 81_559 * _MIB  # as the driver reports it
-_B200 = {"bf16": 2250e12, "fp8": 4500e12, "fp4": 9000e12, "memory": 183_359 * _MIB, **_BLACKWELL}
-_GB200 = {"bf16": 2450e12, "fp8": 4900e12, "fp4": 9800e12, "memory": 186 * 2**30, **_BLACKWELL, **_RACK}
+_B200 = {"bf16": 2250e12, "fp8": 4500e12, "fp4": 9000e12, "memory": 183_359 * _MIB, "watts": 1000, **_BLACKWELL}
+_GB200 = {"watts": 1200, "bf16": 2450e12, "fp8": 4900e12, "fp4": 9800e12, "memory": 186 * 2**30, **_BLACKWELL, **_RACK}
 # Blackwell Ultra: more memory, faster FP4, twice the InfiniBand.
 _ULTRA = {"memory": 275_040 * _MIB, "ib": 100e9}
 GPUS = {
@@ -120,12 +130,12 @@ GPUS = {
         Gpu(name="h200", hbm=4.8e12, memory=141e9, nvlink=450e9, **_HOPPER),  # type: ignore[arg-type]
         # H20: Hopper with 78 SMs, and memory and links as they were.
         Gpu(
-            name="h20", bf16=148e12, fp8=296e12, hbm=4.0e12, memory=97_871 * _MIB, nvlink=450e9, sms=78, achieved=HOPPER
+            name="h20", bf16=148e12, fp8=296e12, hbm=4.0e12, memory=97_871 * _MIB, nvlink=450e9, sms=78, watts=500, achieved=HOPPER
         ),
         Gpu(name="b200", **_B200),  # type: ignore[arg-type]
-        Gpu(name="b300", **(_B200 | _ULTRA | {"fp4": 13_500e12})),  # type: ignore[arg-type]
+        Gpu(name="b300", **(_B200 | _ULTRA | {"fp4": 13_500e12, "watts": 1100})),  # type: ignore[arg-type]
         Gpu(name="gb200", **_GB200),  # type: ignore[arg-type]
-        Gpu(name="gb300", **(_GB200 | _ULTRA | {"fp4": 14_700e12})),  # type: ignore[arg-type]
+        Gpu(name="gb300", **(_GB200 | _ULTRA | {"fp4": 14_700e12, "watts": 1400})),  # type: ignore[arg-type]
     )
 }
 # Limits for tests: nothing costs anything on the way.

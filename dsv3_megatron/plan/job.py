@@ -26,6 +26,8 @@ class Software:
         own_kernels: DeepSeek's: everything is fused, and nothing waits for the host; with it the rest says nothing.
         te: Transformer Engine's version.
         router_fusion, permute_fusion: `--moe-router-fusion`, `--moe-permute-fusion`.
+        fused_attention: cuDNN has MLA's head sizes on this GPU; without it whole attention matrices are written.
+        cross_entropy: "te", "native" (Megatron's fused one) or "", unfused.
         norm_quantises: quantisation is fused into the norms (cuDNN's, `NVTE_NORM_FWD_USE_CUDNN`).
         bound: each process stays on the cores and memory beside its GPU (`numactl`, `bindpcie`).
         graphs: parts that are CUDA graphs: "attn", "mlp", "moe", "router", "preprocess", "shared_experts".
@@ -35,6 +37,8 @@ class Software:
     te: tuple[int, int] = (2, 12)
     router_fusion: bool = True
     permute_fusion: bool = True
+    fused_attention: bool = True
+    cross_entropy: str = "native"
     norm_quantises: bool = False
     bound: bool = True
     graphs: frozenset[str] = frozenset()
@@ -74,6 +78,7 @@ class Precision:
         fp8_dispatch: the dispatch sends E4M3 too (likewise).
         recipe: of the FP8 or FP4 operands: "dsv3", or one of `RECIPES`; "" without.
         fp8_attention: queries, keys and values in E4M3 (Transformer Engine's `fp8_dot_product_attention`).
+        fp8_head: the output head too (Megatron's `--fp8-output-proj`).
         fp8_parameters: the parameters themselves are E4M3 (`--fp8-param-gather`), with no copy in `compute`.
         main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32.
     """
@@ -84,6 +89,7 @@ class Precision:
     fp8_dispatch: bool = False
     recipe: str = ""
     fp8_attention: bool = False
+    fp8_head: bool = False
     fp8_parameters: bool = False
     main_gradient: int = 4
     master: int = 4

@@ -147,7 +147,7 @@ def megatron(
         moe_router_group_topk=4,
         communication_sms=communication_sms,
         whole_iteration_graph=whole_iteration_graph,
-        software=software or Software(),
+        software=software or Software(cross_entropy="te"),
     )
 
 
@@ -169,7 +169,7 @@ _H100 = megatron(
     num_gpus=1024, tp=2, pp=8, ep=64, batch=8192, layers=_32_STAGES, precision=BLOCKWISE, overlap_pairs=True,
     recompute={"mla_up_proj", "mlp", "moe_act", "layernorm"}, overlap_grad_reduce=False, dispatcher="deepep",
 )  # fmt: skip
-_NEMO = Software(te=(2, 2), router_fusion=False)
+_NEMO = Software(te=(2, 2), router_fusion=False, cross_entropy="te")
 _H100_DROP = megatron(
     num_gpus=1024, tp=2, pp=16, ep=64, batch=8192, layers=[3] + [4] * 14 + [2], precision=BF16, mtp=1, drop=True,
     recompute={"mla_up_proj"}, dispatcher="alltoall", software=_NEMO,
@@ -214,10 +214,10 @@ _B200 = megatron(
     num_gpus=256, pp=16, ep=8, batch=4096, layers=_16_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
     dispatcher="hybridep", communication_sms=32,
 )  # fmt: skip
-_B200_PLAIN = replace(_B200, dispatcher="alltoall", global_batch_size=2048, software=Software(te=(2, 9)))
+_B200_PLAIN = replace(_B200, dispatcher="alltoall", global_batch_size=2048, software=Software(te=(2, 9), cross_entropy="te"))
 _B300_TWO = megatron(
     num_gpus=256, pp=8, ep=8, micro=2, batch=4096, layers=_8_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
-    dispatcher="hybridep", communication_sms=32, software=Software(graphs=ATTN_ROUTER),
+    dispatcher="hybridep", communication_sms=32, software=Software(graphs=ATTN_ROUTER, cross_entropy="te"),
 )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ _NVL8 = (
     _rated("256 B200, MXFP8, PP8 VPP2 EP32, DeepEP, overlap", "b200",
            megatron(num_gpus=256, pp=8, ep=32, batch=4096, layers=_16_STAGES, precision=MXFP8_BRIDGE,
                     recompute={"mla_up_proj", "mlp"}, dispatcher="deepep", overlap_pairs=True,
-                    software=Software(graphs=ATTN_ROUTER)),
+                    software=Software(graphs=ATTN_ROUTER, cross_entropy="te")),
            3328, "judge", f"{_BRIDGE}, 26.04.01",
            "overlap, recompute and graphs of attention and router as in the recipe of v0.5.0"),
     _rated("256 B300, MXFP8, PP16 EP8, HybridEP", "b300", _B200, 3131, "judge", f"{_BRIDGE}, 26.04",
@@ -274,27 +274,27 @@ _NVL8 = (
 
 _GB200_DROP = megatron(
     num_gpus=128, tp=2, pp=4, ep=32, batch=1024, layers=[15, 16, 16, 14], precision=BF16, drop=True,
-    recompute={"core_attn"}, dispatcher="alltoall", software=_NEMO,
+    recompute={"core_attn"}, dispatcher="alltoall", software=replace(_NEMO, fused_attention=False),
 )  # fmt: skip
 _GB200_PP4 = megatron(
     num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, precision=MXFP8_BRIDGE, recompute={"mlp"},
-    dispatcher="hybridep", communication_sms=32, software=Software(graphs=ATTN_ROUTER),
+    dispatcher="hybridep", communication_sms=32, software=Software(graphs=ATTN_ROUTER, cross_entropy="te"),
 )  # fmt: skip
 _GB200_PP8 = megatron(
     num_gpus=256, pp=8, ep=32, batch=2048, layers=[1] + [2] * 30 + [0], precision=MXFP8, mtp=0,
     recompute={"mlp", "moe_act"}, dispatcher="hybridep", communication_sms=32,
-    software=Software(te=(2, 9), graphs=ATTN_ROUTER),
+    software=Software(te=(2, 9), graphs=ATTN_ROUTER, cross_entropy="te"),
 )  # fmt: skip
 _WHOLE = megatron(
-    num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
-    dispatcher="hybridep", overlap_pairs=True, communication_sms=32, whole_iteration_graph=True,
-    software=Software(norm_quantises=True),
+    num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, precision=replace(MXFP8_BRIDGE, fp8_head=True),
+    recompute={"mla_up_proj"}, dispatcher="hybridep", overlap_pairs=True, communication_sms=32, whole_iteration_graph=True,
+    software=Software(norm_quantises=True, cross_entropy="te"),
 )  # fmt: skip
 _GB300 = replace(
     _WHOLE,
     layout=replace(_WHOLE.layout, pp=2, ep=32, num_model_chunks=8),
     recompute=frozenset(),
-    precision=replace(MXFP8_BRIDGE, fp8_attention=True),
+    precision=replace(MXFP8_BRIDGE, fp8_head=True, fp8_attention=True),
 )
 
 
@@ -303,7 +303,7 @@ def _ladder() -> tuple[Run, ...]:
     up, plain = frozenset({"mlp", "mla_up_proj"}), frozenset({"mlp", "moe_act"})
     first = replace(
         _GB200_PP8, recompute=up, dispatcher="alltoall",
-        software=Software(te=(2, 6), router_fusion=False, bound=False),
+        software=Software(te=(2, 6), router_fusion=False, bound=False, cross_entropy="te"),
     )  # fmt: skip
     steps: list[tuple[str, float, dict[str, object], dict[str, object]]] = [
         ("all-to-all", 494.46, {}, {}),
@@ -335,10 +335,11 @@ MEGATRON_FLOPS_PER_TOKEN = 1003e12 / 4018
 _OF_STEP = "no MTP, as in the guide's layout; Transformer Engine's version from the changes that a step names"
 _NVL72 = (
     Run("128 GB200, BF16, TP2 PP4 EP32, all-to-all, token drop", "gb200", _GB200_DROP, 34.229, "fitted",
-        f"{_DGXC}, 25.05", "capacity 1 with padding as in NeMo's recipe; layers 15, 16, 16, 14; MTP; router not fused"),
+        f"{_DGXC}, 25.05", "as on H100; layers 15, 16, 16, 14; attention not fused: its container's cuDNN, 9.8, has none of MLA's head "
+        "sizes on Blackwell, and only this recipe recomputes core attention"),
     Run("256 GB200, BF16, PP4 VPP4 EP64, all-to-all, token drop", "gb200",
         megatron(num_gpus=256, pp=4, ep=64, batch=2048, layers=_16_STAGES, precision=BF16_GRADIENTS, drop=True,
-                 recompute={"mla_up_proj"}, dispatcher="alltoall", software=Software(te=(2, 8))),
+                 recompute={"mla_up_proj"}, dispatcher="alltoall", software=Software(te=(2, 8), cross_entropy="te")),
         11.07148, "judge", f"{_DGXC}, 25.10", "token drop and all-to-all, as the 25.09 summary says of GB200; MTP"),
     *_ladder(),
     _rated("256 GB200, BF16, PP8 VPP4 EP32, HybridEP", "gb200",
@@ -351,23 +352,24 @@ _NVL72 = (
     _rated("256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP", "gb200", _GB200_PP4, 4256, "judge", f"{_BRIDGE}, 26.04.01",
            "recompute and graphs as in the recipe of v0.4.1"),
     _rated("256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP, overlap, one graph", "gb200", _WHOLE, 4912, "fitted",
-           f"{_BRIDGE}, 26.08", "recompute, overlap, 32 SMs and one graph per step as in the recipe of v0.5.0"),
+           f"{_BRIDGE}, 26.08", "recompute, overlap, 32 SMs, one graph and head in FP8 as in the recipe of v0.5.0"),
     _rated("256 GB200, MXFP8, PP8 VPP4 EP32, HybridEP, no MTP", "gb200", replace(_GB200_PP8, global_batch_size=4096,
            precision=MXFP8_BRIDGE), 4018, "judge", f"{_BRIDGE}, 25.11",
            "layers per stage, recompute and graphs as in the guide's last step"),
     _rated("256 GB200, BF16, PP4 VPP4 EP64, HybridEP, no MTP", "gb200",
            replace(_GB200_PP4, precision=BF16_GRADIENTS, recompute=frozenset({"mla_up_proj"}),
                    stages=stages(_16_STAGES, 0), sizes=replace(deepseek.SIZES, mtp_num_layers=0),
-                   software=Software(te=(2, 9), graphs=frozenset({"router", "preprocess", "shared_experts"}))),
+                   software=Software(te=(2, 9), cross_entropy="te",
+                                     graphs=frozenset({"router", "preprocess", "shared_experts"}))),
            3139, "judge", f"{_BRIDGE}, 25.11", "recompute and graphs of the router as in the recipe of v0.2.0"),
     _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "gb300", _GB300, 6288, "judge",
-           f"{_BRIDGE}, 26.08", "no recompute, FP8 attention, overlap and one graph as in the recipe of v0.5.0"),
+           f"{_BRIDGE}, 26.08", "no recompute, FP8 attention and head, overlap and one graph as in the recipe of v0.5.0"),
     _rated("the same, GBS 15360", "gb300", replace(_GB300, global_batch_size=15360), 6422, "judge",
            f"{_BRIDGE}, 26.06", "as above"),
     _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, two sequences", "gb300",
            replace(_GB300, micro_batch_size=2, recompute=frozenset({"mla_up_proj"}), precision=MXFP8_BRIDGE,
                    layout=replace(_GB300.layout, overlap_pairs=False), whole_iteration_graph=False,
-                   software=Software()),
+                   software=Software(cross_entropy="te")),
            4992, "judge", f"{_BRIDGE}, 26.04.01", "no overlap, no graphs, as in the recipe of v0.4.1"),
 )  # fmt: skip
 
