@@ -37,6 +37,9 @@ VERBS = {
     "recipe": Verb("plan.recipe.show:main", "a recipe's learning rate, batch size, γ and λ over its tokens"),
     "ranks": Verb("plan.recipe.ranks:main", "which ranks each phase of a batch ramp can use"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
+    "adopt": Verb(
+        "adopt.__main__:main", "what a launch script of Megatron-LM or a fork becomes under --spec dsv3"
+    ),
     "data": Verb("data.prepare:main", "text files to a tokenised corpus"),
     "sft": Verb("sft.prepare:main", "conversations to packed rows for fine-tuning"),
     "kernels": Verb("fp8.kernels.compile:main", "compile the FP8 kernels for sm_90, without a GPU"),

@@ -20,6 +20,31 @@ class ConfigError(RefusedArgument):
     """A configuration that cannot run; the message names the option, its value and what to use."""
 
 
+def ends_in_one_line(
+    report: Callable[[Exception], str],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`exits_cleanly`, for a `main` in which other exceptions happen too: these become one line and exit status 1.
+
+    Args:
+        report: makes the line of an exception, "" where another rank tells it; keeps the traceback in a file.
+    """
+
+    def decorate(main: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(main)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return exits_cleanly(main)(*args, **kwargs)
+            except Exception as error:
+                line = report(error)
+                if line:
+                    print(line, file=sys.stderr, flush=True)
+                raise SystemExit(1) from None
+
+        return command
+
+    return decorate
+
+
 def told(error: BaseException) -> str:
     """What an error says; of an assertion without a text, its line."""
     if str(error):

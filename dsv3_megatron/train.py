@@ -10,14 +10,22 @@ refused before anything is built (docs/support.md).
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_megatron.arguments.device import split_device
-from dsv3_megatron.arguments.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.errors import RefusedArgument, ends_in_one_line
 
 
-@exits_cleanly
+def report(error: Exception) -> str:
+    """The line of an exception of Megatron's, see `arguments.failures`."""
+    from dsv3_megatron.arguments.failures import report
+
+    return report(error)
+
+
+@ends_in_one_line(report)
 def command() -> None:
     """Entry point of `python -m dsv3_megatron.train`."""
     main()
@@ -54,10 +62,14 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.training.arguments import parse_and_validate_args
 
     from dsv3_megatron import dualpipe, metrics, optimizer, patching, resilience
-    from dsv3_megatron.arguments import add_arguments
+    from dsv3_megatron.arguments import add_arguments, megatron_parser
+    from dsv3_megatron.arguments.failures import explain
+    from dsv3_megatron.arguments.refusals.length import check_length
+    from dsv3_megatron.checkpoint.install import install as begin_with_checkpoint
     from dsv3_megatron.ema.trainer import install as keep_average
     from dsv3_megatron.patching import repairs
     from dsv3_megatron.recipe.install import install as follow_schedules
+    from dsv3_megatron.resilience.lock import held
     from dsv3_megatron.resilience.watch import watching
     from dsv3_megatron.sft.arguments import check as check_sft_data
     from dsv3_megatron.sft.dataset import install as read_conversations
@@ -71,11 +83,13 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     optimizer.install()
     metrics.install()
     follow_schedules()
+    begin_with_checkpoint()
     keep_average()
     read_conversations()
     patching.install(["build_pretraining_data_loader"])
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
+        check_length(args)
         check_sft_data(args)
         resilience.install(args)
         model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
@@ -83,10 +97,14 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
         config = pretrain_cfg_container_from_args(args, model)
     except RefusedArgument:
         raise
-    except (AssertionError, ValueError) as error:
+    except Exception as error:
         # Megatron checks arguments with assertions: what they say is for the user to read, not a crash.
-        raise RefusedArgument(f"Megatron refuses these arguments: {error or repr(error)}") from error
-    with watching(args.rank_timeout_s):
+        raise RefusedArgument(
+            f"Megatron refuses these arguments: {explain(error, megatron_parser())}"
+        ) from error
+    writes = args.save is not None and not args.skip_train
+    hold = held(Path(args.save), args.rank, args.rank_timeout_s) if writes else nullcontext()
+    with hold, watching(args.rank_timeout_s):
         pretrain(
             config,
             train_valid_test_datasets,

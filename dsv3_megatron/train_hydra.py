@@ -16,12 +16,18 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3_megatron.conf import ConfigError, compose, groups, to_argv, to_command
-from dsv3_megatron.errors import exits_cleanly
+from dsv3_megatron.errors import ends_in_one_line
 
 SHOWN = ("command", "job")
 
 
-@exits_cleanly
+def _report(error: Exception) -> str:
+    from dsv3_megatron.train import report
+
+    return report(error)
+
+
+@ends_in_one_line(_report)
 def main(words: Sequence[str] | None = None) -> None:
     """Compose the overrides in `words` (default: the command line), then train or print.
 

@@ -4,13 +4,17 @@ The result is an ordinary Megatron command line, so the trainer, the patched `pr
 "equivalent command" all run the very same arguments.
 """
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 
-from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_given
+from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_given, words_for
 from dsv3_megatron.arguments.errors import RefusedArgument
+from dsv3_megatron.arguments.options import OPTIONS, notes, option_name, refusals
 from dsv3_megatron.arguments.refusals import check
 from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, Setting
+from dsv3_megatron.arguments.surroundings import Surroundings, detect
+from dsv3_megatron.checkpoint.arguments import taken
 from dsv3_megatron.fp8 import arguments as fp8_arguments
 
 SHORT_SPEC = ["dsv3"]
@@ -18,7 +22,10 @@ FULL_SPEC = ["dsv3_megatron.specs", "dsv3"]
 
 
 def complete(
-    argv: Sequence[str], parser: ArgumentParser | None = None, known_only: bool = False
+    argv: Sequence[str],
+    parser: ArgumentParser | None = None,
+    known_only: bool = False,
+    around: Surroundings | None = None,
 ) -> list[str]:
     """The command line with `--spec` spelled out and every DeepSeek-V3 setting that was not given.
 
@@ -26,6 +33,7 @@ def complete(
         argv: words after the program's name; `--spec dsv3`, the two-word form, or no `--spec` at all.
         parser: the parser that will read the result; Megatron's with our options when None.
         known_only: leave unknown words for somebody else to refuse.
+        around: the machine; detected when None.
 
     Raises:
         RefusedArgument: a word is unknown, contradicts DeepSeek-V3, or the combination is unsupported.
@@ -34,10 +42,31 @@ def complete(
     argv = _spell_out_spec(list(argv), parse_given(parser, argv, known_only))
     argv = fp8_arguments.spell_out(argv, parse_given(parser, argv, known_only))
     given = parse_given(parser, argv, known_only)
+    argv = [*argv, *words_from_checkpoint(given, parser)]
+    given = parse_given(parser, argv, known_only)
     refuse_contradictions(given, parser)
     completed = argv + missing_words(given)
-    check(parse(parser, completed, known_only))
+    args = parse(parser, completed, known_only)
+    around = around or detect()
+    check(args, around)
+    tell(notes(given, args, parser, around))
     return completed
+
+
+def words_from_checkpoint(given: Namespace, parser: ArgumentParser) -> list[str]:
+    """The words for what was not given and a converted checkpoint says; they are told on rank 0."""
+    start, values = taken(given)
+    words = [word for dest, value in values.items() for word in words_for(parser, dest, value)]
+    if words:
+        tell([f"> from {start}: {' '.join(words)}"])
+    return words
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Print lines on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, flush=True)
 
 
 def missing_words(given: Namespace) -> list[str]:
@@ -55,7 +84,7 @@ def missing_words(given: Namespace) -> list[str]:
 
 
 def refuse_contradictions(given: Namespace, parser: ArgumentParser) -> None:
-    """Raise `RefusedArgument` for every given setting that is not DeepSeek-V3's, all in one message."""
+    """Raise `RefusedArgument` for every given setting that is not DeepSeek-V3's or cannot be, all in one message."""
     allowed = list(getattr(given, "allow_deviation", []))
     _check_deviations(allowed)
     wrong = [
@@ -65,10 +94,12 @@ def refuse_contradictions(given: Namespace, parser: ArgumentParser) -> None:
         and setting.dest not in allowed
         and not setting.accepts(getattr(given, setting.dest), given)
     ]
-    if wrong:
-        raise RefusedArgument(
-            "\n".join(contradiction(s, getattr(given, s.dest), given, parser) for s in wrong)
-        )
+    messages = [contradiction(s, getattr(given, s.dest), given, parser) for s in wrong]
+    told = {setting.dest for setting in wrong}
+    others = Namespace(**{dest: value for dest, value in vars(given).items() if dest not in told})
+    messages += refusals(others, parser)
+    if messages:
+        raise RefusedArgument("\n".join(messages))
 
 
 def contradiction(setting: Setting, value: object, args: Namespace, parser: ArgumentParser) -> str:
@@ -83,14 +114,9 @@ def contradiction(setting: Setting, value: object, args: Namespace, parser: Argu
         text += f" or give {' '.join(setting.words(args))}"
     if setting.kind == "recipe":
         text += f"; to differ on purpose add --allow-deviation {setting.dest}"
+    elif OPTIONS.by_name[setting.dest].about == "model":
+        text += " only if DeepSeek-V3's is meant; another value is another model, which --spec dsv3 does not train"
     return text + "."
-
-
-def option_name(dest: str, value: object, parser: ArgumentParser) -> str:
-    """The option that gives `dest` this value, e.g. `--fp8-format` for `fp8`."""
-    actions = [action for action in parser._actions if action.dest == dest and action.option_strings]
-    exact = [action for action in actions if action.const is value and action.nargs == 0]
-    return (exact or actions)[0].option_strings[0]
 
 
 def _shown(value: object) -> str:

@@ -18,6 +18,7 @@ def complete_command_line(parser: ArgumentParser) -> None:
     from dsv3_megatron.arguments.command_line import add_arguments
     from dsv3_megatron.arguments.complete import complete
     from dsv3_megatron.patching import repairs
+    from dsv3_megatron.resilience.lock import hold_until_exit
 
     add_arguments(parser)
     words = sys.argv[1:]
@@ -27,6 +28,11 @@ def complete_command_line(parser: ArgumentParser) -> None:
         args = parser.parse_known_args()[0]
         refuse_what_only_our_trainer_does(args)
         _use_schedule(args)
+        hold_until_exit(args.save, args.skip_train, args.rank_timeout_s)
+        if args.load is not None or args.pretrained_checkpoint is not None:
+            from dsv3_megatron.checkpoint.install import install as begin_with_checkpoint
+
+            begin_with_checkpoint()
         repairs.install()
         if args.train_tokens is not None:
             from dsv3_megatron.recipe.install import install

@@ -103,8 +103,16 @@ USES: tuple[Use, ...] = (
         TE,
         "2.8",
         "Linear(save_original_input=)",
-        "the Linear after attention keeps its input",
+        "the Linear after attention, and the one after SwiGLU, keep their input",
         "transformer_engine.pytorch:Linear(save_original_input)",
+    ),
+    Use(
+        "grouped_save_original_input",
+        TE,
+        "2.8",
+        "GroupedLinear(save_original_input=)",
+        "--fp8-recipe dsv3: the routed experts' Linear after SwiGLU keeps its input",
+        "transformer_engine.pytorch:GroupedLinear(save_original_input)",
     ),
     Use(
         "block_scaling",
@@ -113,22 +121,6 @@ USES: tuple[Use, ...] = (
         "Float8BlockScaling with QParams",
         "--fp8-recipe blockwise, dsv3",
         "transformer_engine.common.recipe:Float8BlockScaling",
-    ),
-    Use(
-        "custom_recipe",
-        TE,
-        "2.9",
-        "CustomRecipe",
-        "--fp8-recipe dsv3",
-        "transformer_engine.common.recipe:CustomRecipe",
-    ),
-    Use(
-        "compact_gather",
-        TE,
-        "2.12",
-        "block-scaled tensors that are gathered as they are",
-        "--fp8-recipe dsv3 with --sequence-parallel",
-        "transformer_engine.pytorch.distributed:_start_all_gather_fp8_blockwise",
     ),
     Use(
         "bf16_moments_in_place",
@@ -157,7 +149,7 @@ USES: tuple[Use, ...] = (
 )
 
 # What `--fp8-recipe dsv3` takes of Transformer Engine.
-DSV3_RECIPE = ("block_scaling", "custom_recipe")
+DSV3_RECIPE = ("block_scaling", "save_original_input", "grouped_save_original_input")
 
 
 def oldest(package: str) -> str:

@@ -1,6 +1,7 @@
 """One table of every DeepSeek-V3 setting: the Megatron option that sets it, its value, and how firm it is.
 
-`size`     the dimensions of the 671B model, and what depends on them; filled in, never contradicted.
+`size`     the dimensions of the 671B model, what depends on them, and constants that other models of the family have
+           otherwise; filled in, never contradicted.
 `fixed`    what makes the model a DeepSeek-V3 and its routing exact; another value is refused.
 `recipe`   how it was trained; another value is refused too, unless `--allow-deviation NAME` says so.
 `run`      what this run needs and Megatron has no usable default for; filled in, never contradicted.
@@ -106,9 +107,25 @@ def _tokenizer_type(args: Namespace) -> Any:
     return "NullTokenizer" if getattr(args, "mock_data", False) else "HuggingFaceTokenizer"
 
 
-def _scaling_factor(args: Namespace) -> float:
-    """MLA multiplies its softmax scale by mscale² whatever the rope type: 1.0 before the long context."""
-    return 40.0 if getattr(args, "rope_type", "rope") == "yarn" else 1.0
+def _under_yarn(dest: str, default: float) -> Callable[[Namespace], float]:
+    """Free under YaRN, where the family's models differ.
+
+    MLA multiplies its softmax scale by mscale² whatever the rope type, so 1.0 before the long context.
+    """
+
+    def value(args: Namespace) -> float:
+        return getattr(args, dest, default) if getattr(args, "rope_type", "rope") == "yarn" else 1.0
+
+    return value
+
+
+def _is_softmax(args: Namespace) -> bool:
+    """`--moe-router-pre-softmax` asks for V2-Lite's gate: softmax over all experts, no groups, no bias."""
+    return bool(getattr(args, "moe_router_pre_softmax", False))
+
+
+def _with_gate(sigmoid: Any, softmax: Any) -> Callable[[Namespace], Any]:
+    return lambda args: softmax if _is_softmax(args) else sigmoid
 
 
 def _rope_fusion(args: Namespace) -> Any:
@@ -142,8 +159,9 @@ def _grouped_gemm(args: Namespace) -> Any:
 
 
 def _communication_sms(args: Namespace) -> Any:
-    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself."""
-    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" else NOT_SET
+    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself, and Megatron still takes former names."""
+    former = hasattr(args, "moe_deepep_num_sms") or hasattr(args, "moe_hybridep_num_sms")
+    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" and not former else NOT_SET
 
 
 def _cp_comm_type(args: Namespace) -> Any:
@@ -198,8 +216,8 @@ SETTINGS: tuple[Setting, ...] = (
         MODEL + ": one shared expert",
     ),
     Setting("moe_router_topk", 8, "--moe-router-topk", "size", MODEL),
-    Setting("moe_router_num_groups", 8, "--moe-router-num-groups", "size", MODEL),
-    Setting("moe_router_group_topk", 4, "--moe-router-group-topk", "size", MODEL),
+    Setting("moe_router_num_groups", _with_gate(8, 1), "--moe-router-num-groups", "size", MODEL),
+    Setting("moe_router_group_topk", _with_gate(4, 1), "--moe-router-group-topk", "size", MODEL),
     Setting("mtp_num_layers", 1, "--mtp-num-layers", "size", "R§2.2, §4.2: depth D = 1; 0 turns MTP off"),
     Setting("init_method_std", 0.006, "--init-method-std", "size", MODEL),
     Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "run", "byte-level BPE (R§4.1)"),
@@ -288,14 +306,20 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "rotary_scaling_factor",
-        _scaling_factor,
+        _under_yarn("rotary_scaling_factor", 40.0),
         "--rotary-scaling-factor",
-        "fixed",
+        "size",
         "R§4.3: 40 with YaRN, none before",
     ),
-    Setting("mscale", 1.0, "--mscale", "fixed", "R§4.3; V3 config.json"),
-    Setting("mscale_all_dim", 1.0, "--mscale-all-dim", "fixed", "R§4.3; V3 config.json"),
-    Setting("rotary_base", 10000, "", "fixed", "V3 config.json"),
+    Setting("mscale", _under_yarn("mscale", 1.0), "--mscale", "size", "R§4.3; V3 config.json"),
+    Setting(
+        "mscale_all_dim",
+        _under_yarn("mscale_all_dim", 1.0),
+        "--mscale-all-dim",
+        "size",
+        "R§4.3; V3 config.json",
+    ),
+    Setting("rotary_base", 10000, "", "size", "V3 config.json; Moonlight and Kimi-K2 have 50000"),
     Setting("rotary_percent", 1.0, "", "fixed", "R§2.1.1"),
     Setting("rotary_seq_len_interpolation_factor", None, "", "fixed", "R§4.3: YaRN instead"),
     Setting("use_rope_scaling", False, "", "fixed", "R§4.3: YaRN instead"),
@@ -309,7 +333,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     # Layers.
     Setting("normalization", "RMSNorm", "--normalization", "fixed", MODEL),
-    Setting("layernorm_epsilon", 1e-6, "--norm-epsilon", "fixed", "V3 config.json"),
+    Setting("layernorm_epsilon", 1e-6, "--norm-epsilon", "size", "V3 config.json; Moonlight has 1e-5"),
     Setting("layernorm_zero_centered_gamma", False, "", "fixed", MODEL),
     Setting("apply_residual_connection_post_layernorm", False, "", "fixed", MODEL),
     Setting("swiglu", True, "--swiglu", "fixed", MODEL),
@@ -329,19 +353,25 @@ SETTINGS: tuple[Setting, ...] = (
     # Routing.
     Setting(
         "moe_router_score_function",
-        "sigmoid",
+        _with_gate("sigmoid", "softmax"),
         "--moe-router-score-function",
         "fixed",
         ROUTING,
     ),
     Setting(
         "moe_router_enable_expert_bias",
-        True,
+        _with_gate(True, NOT_SET),
         "--moe-router-enable-expert-bias",
         "fixed",
         ROUTING,
     ),
-    Setting("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor", "recipe", ROUTING),
+    Setting(
+        "moe_router_topk_scaling_factor",
+        2.5,
+        "--moe-router-topk-scaling-factor",
+        "size",
+        ROUTING + "; Moonlight has 2.446, Kimi-K2 2.827",
+    ),
     Setting(
         "moe_router_load_balancing_type",
         "seq_aux_loss",
@@ -366,7 +396,7 @@ SETTINGS: tuple[Setting, ...] = (
         "R§3.3: gating stays in high precision",
         ("fp64",),
     ),
-    Setting("moe_router_pre_softmax", False, "", "fixed", ROUTING),
+    Setting("moe_router_pre_softmax", False, "", "size", "V3 Gate.forward; on in V2-Lite"),
     Setting("moe_router_force_load_balancing", False, "", "recipe", ROUTING),
     Setting("moe_router_force_biased", None, "", "recipe", ROUTING),
     Setting(

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, TE, TORCH, installed_version, lacking
 
 SUPPORTED_MEGATRON = ("0.19.0", "0.20.0")
+OPTIONAL = ("wandb", "nvidia_resiliency_ext")  # packages that single options of Megatron need
 MAX_CONNECTIONS, CUDA_DEFAULT_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS", "8"
 
 
@@ -24,8 +26,12 @@ class Surroundings:
         on_cpu: the CPU runtime is active.
         has_te: Transformer Engine is installed.
         te_lacks: what the installed Transformer Engine lacks for `--fp8-recipe dsv3`.
+        te_fp32_scales: NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 is set.
         has_deepep: DeepEP is installed.
         megatron_version: of megatron-core.
+        files_here: the files and folders that options name are to be found on this machine.
+        missing: which of `OPTIONAL` are not installed.
+        checkpoint: a `checkpoint.start.Start` in place of the one that --load or --pretrained-checkpoint names.
         lacks: keys of `requirements.USES` that the installed packages do not have.
         has_apex: NVIDIA's Apex with its fused weight gradient is installed.
         torch, cuda, cudnn: versions; "" where unknown, of which nothing is said.
@@ -39,8 +45,12 @@ class Surroundings:
     on_cpu: bool = False
     has_te: bool = True
     te_lacks: str = ""
+    te_fp32_scales: bool = False
     has_deepep: bool = True
     megatron_version: str = SUPPORTED_MEGATRON[0]
+    files_here: bool = True
+    missing: frozenset[str] = frozenset()
+    checkpoint: Any = None
     lacks: frozenset[str] = frozenset()
     has_apex: bool = False
     torch: str = ""
@@ -72,8 +82,10 @@ def detect() -> Surroundings:
         on_cpu=on_cpu,
         has_te=has_te,
         te_lacks=te_recipe.lacking() if has_te and not on_cpu else "",
+        te_fp32_scales=te_recipe.has_fp32_scales(os.environ),
         has_deepep=is_installed("deep_ep"),
         megatron_version=importlib.metadata.version("megatron-core"),
+        missing=frozenset(name for name in OPTIONAL if not is_installed(name)),
         lacks=lacking(TE) if has_te and not on_cpu else frozenset(),
         has_apex=has_fused_wgrad(),
         torch=installed_version(TORCH) or "",

@@ -8,10 +8,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_given
-from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions
+from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions, words_from_checkpoint
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import check
 from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, same
+from dsv3_megatron.resilience.lock import hold_until_exit
 
 
 def when_specs_are_imported() -> None:
@@ -24,7 +25,8 @@ def when_specs_are_imported() -> None:
     words = sys.argv[1:]
     if not _names_our_spec(words) or not _megatron_has_parsed():
         return
-    check_command_line(words)
+    args = check_command_line(words)
+    hold_until_exit(args.save, args.skip_train, args.rank_timeout_s)
     from dsv3_megatron import metrics, optimizer
     from dsv3_megatron.patching import repairs
 
@@ -33,8 +35,8 @@ def when_specs_are_imported() -> None:
     metrics.install()
 
 
-def check_command_line(words: list[str]) -> None:
-    """Check the words after the program's name.
+def check_command_line(words: list[str]) -> Namespace:
+    """Check the words after the program's name; all arguments.
 
     Raises:
         RefusedArgument: a DeepSeek-V3 setting is missing (the message lists the words to add) or
@@ -42,14 +44,18 @@ def check_command_line(words: list[str]) -> None:
     """
     parser = megatron_parser()
     given = parse_given(parser, words, known_only=True)
+    from_checkpoint = words_from_checkpoint(given, parser)
+    given = parse_given(parser, [*words, *from_checkpoint], known_only=True)
     refuse_contradictions(given, parser)
-    missing = missing_words(given, parser)
+    missing = from_checkpoint + missing_words(given, parser)
     if missing:
         raise RefusedArgument(
             "--spec dsv3_megatron.specs dsv3 with an unpatched Megatron-LM: Megatron's defaults are not "
             "DeepSeek-V3's, and these are not given. Add (sizes may differ):\n  " + " ".join(missing)
         )
-    check(parse(parser, words, known_only=True))
+    args = parse(parser, words, known_only=True)
+    check(args)
+    return args
 
 
 def missing_words(given: Namespace, parser: ArgumentParser) -> list[str]:

@@ -7,15 +7,27 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-__all__ = ["DSV3SelfAttention", "ReferenceSelfAttention"]
+__all__ = ["LATENT_EPSILON", "DSV3SelfAttention", "ReferenceSelfAttention"]
+
+# Of the norms on compressed queries, keys and values, whatever --norm-epsilon is: the released code and transformers
+# build these two without the configured one. Equal in DeepSeek's models; Moonlight's other norms have 1e-5.
+LATENT_EPSILON = 1e-6
 
 
 class DSV3SelfAttention(MLASelfAttention):
-    """MLA that builds the norms and up projections which the spec names.
+    """MLA that builds the norms and up projections which the spec names, and those norms with `LATENT_EPSILON`.
 
     Megatron chooses them by its own rules, and those want a norm in front of an uncompressed query too, which
     DeepSeek's models without query compression (q_lora_rank none) do not have.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Transformer Engine has them inside the up projections.
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            module = getattr(self, name, None)
+            if module is not None and hasattr(module, "eps"):
+                module.eps = LATENT_EPSILON
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")

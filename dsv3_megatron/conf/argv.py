@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dsv3_megatron.arguments.foreign import foreign_options, hint
 from dsv3_megatron.conf.compose import SECTIONS, groups
 from dsv3_megatron.conf.errors import ConfigError, nearest
 
@@ -118,6 +119,9 @@ def _hint(name: str) -> str:
     for flag, action in _flags_named_otherwise():
         if action.dest == name:
             return f"; the command line calls it {flag}"
+    option = "--" + name.replace("_", "-")
+    if option in foreign_options():
+        return f": {hint(option, parser())}"
     return nearest(name, [*options(), "device", *groups()])
 
 

@@ -111,17 +111,23 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def command_line(arguments: dict[str, Any]) -> str:
-    """The arguments as words of a shell command."""
-    words = [
-        word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    """The arguments as words of a shell command; what is True is a flag."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
     return shlex.join(words)
 
 
 def hydra_model(arguments: dict[str, Any]) -> str:
     """The arguments as a file of the Hydra group `model`."""
     lines = ["# @package _global_", "defaults:", "  - override /recipe: v3_pretrain", ""]
-    return "\n".join([*lines, *(f"{name}: {value}" for name, value in arguments.items())])
+    return "\n".join([*lines, *(f"{name}: {_yaml(value)}" for name, value in arguments.items())])
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,39 @@
-"""The sizes of a DeepSeek-V3 model: from and to Hugging Face's config.json and Megatron's arguments."""
+"""The sizes of a model of DeepSeek-V3's family: from and to Megatron's arguments, and (`hf_config.py`) config.json."""
 
-import dataclasses
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.convert.errors import ConversionError
+from dsv3_megatron.convert.hf_config import fields_from_hf, fields_to_hf
+from dsv3_megatron.convert.rope import Yarn
 
 __all__ = ["Architecture", "Yarn"]
 
-# Keys of config.json that are another model when they have another value.
-_FIXED: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
+
+# What Megatron's arguments say of every model of the family.
+_OF_THE_FAMILY: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "group_query_attention": False,
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "untie_embeddings_and_output_weights": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_pre_softmax": False,
+    # Without YaRN:
+    "rope_type": "rope",
+    "rotary_scaling_factor": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
 }
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """Long-context rope (report §4.3); fields as in config.json."""
-
-    factor: float
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32
-    beta_slow: float = 1
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Architecture:
         q_lora_rank: None for queries without compression.
         mtp_num_layers: MTP layers whose weights exist.
         yarn: None for plain rope.
+        moe_router_score_function: "sigmoid" (V3: bias for the choice, weights normalised), or "softmax" (V2: neither).
     """
 
     num_layers: int
@@ -68,9 +69,10 @@ class Architecture:
     mtp_num_layers: int
     vocab_size: int
     max_position_embeddings: int
-    rotary_base: float
+    rotary_base: int
     layernorm_epsilon: float
     yarn: Yarn | None
+    moe_router_score_function: str = "sigmoid"
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer has experts; MTP layers (from `num_layers` on) are as the last one."""
@@ -85,81 +87,18 @@ class Architecture:
             mtp_num_layers: MTP layers that have tensors; what config.json says of them is not read.
 
         Raises:
-            ConversionError: a key is missing, or describes a model that is not DeepSeek-V3.
+            ConversionError: a key is missing or unknown, or describes a model that is not of the family.
         """
-        for key, wanted in _FIXED.items():
-            if config.get(key, wanted) != wanted:
-                raise ConversionError(f"config.json: {key}={config[key]!r} is not DeepSeek-V3 ({wanted!r})")
-        heads = config.get("num_attention_heads")
-        if config.get("num_key_value_heads", heads) not in (heads, None):
-            raise ConversionError(
-                f"config.json: num_key_value_heads={config['num_key_value_heads']} must equal "
-                f"num_attention_heads={heads}: MLA has no groups"
-            )
-        try:
-            num_layers = config["num_hidden_layers"]
-            return cls(
-                num_layers=num_layers,
-                num_dense_layers=min(config["first_k_dense_replace"], num_layers),
-                hidden_size=config["hidden_size"],
-                ffn_hidden_size=config["intermediate_size"],
-                num_attention_heads=config["num_attention_heads"],
-                q_lora_rank=config["q_lora_rank"],
-                kv_lora_rank=config["kv_lora_rank"],
-                qk_head_dim=config["qk_nope_head_dim"],
-                qk_pos_emb_head_dim=config["qk_rope_head_dim"],
-                v_head_dim=config["v_head_dim"],
-                num_experts=config["n_routed_experts"],
-                moe_ffn_hidden_size=config["moe_intermediate_size"],
-                num_shared_experts=config["n_shared_experts"],
-                moe_router_topk=config["num_experts_per_tok"],
-                moe_router_num_groups=config["n_group"],
-                moe_router_group_topk=config["topk_group"],
-                moe_router_topk_scaling_factor=float(config["routed_scaling_factor"]),
-                mtp_num_layers=mtp_num_layers,
-                vocab_size=config["vocab_size"],
-                max_position_embeddings=config["max_position_embeddings"],
-                rotary_base=_rope_theta(config),
-                layernorm_epsilon=config["rms_norm_eps"],
-                yarn=_yarn(config),
-            )
-        except KeyError as error:
-            raise ConversionError(f"config.json: {error.args[0]} is missing") from error
+        return cls(**fields_from_hf(config), mtp_num_layers=mtp_num_layers)
 
-    def to_hf(self) -> dict[str, Any]:
-        """The keys of config.json that describe the model, as the release has them."""
-        yarn = self.yarn
-        scaling = None if yarn is None else {"type": "yarn", **vars(yarn)}
-        return {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            **_FIXED,
-            "num_hidden_layers": self.num_layers,
-            "first_k_dense_replace": self.num_dense_layers,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_attention_heads,
-            "q_lora_rank": self.q_lora_rank,
-            "kv_lora_rank": self.kv_lora_rank,
-            "qk_nope_head_dim": self.qk_head_dim,
-            "qk_rope_head_dim": self.qk_pos_emb_head_dim,
-            "v_head_dim": self.v_head_dim,
-            "n_routed_experts": self.num_experts,
-            "moe_intermediate_size": self.moe_ffn_hidden_size,
-            "n_shared_experts": self.num_shared_experts,
-            "num_experts_per_tok": self.moe_router_topk,
-            "n_group": self.moe_router_num_groups,
-            "topk_group": self.moe_router_group_topk,
-            "routed_scaling_factor": self.moe_router_topk_scaling_factor,
-            "num_nextn_predict_layers": self.mtp_num_layers,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rope_theta": self.rotary_base,
-            "rope_scaling": scaling,
-            "rms_norm_eps": self.layernorm_epsilon,
-            "attention_dropout": 0.0,
-            "use_cache": True,
-        }
+    def to_hf(self, model_type: str | None = None) -> dict[str, Any]:
+        """The keys of config.json that describe the model, see `fields_to_hf`."""
+        return fields_to_hf(vars(self), model_type)
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """Whether the routers have a bias for the choice of experts."""
+        return self.moe_router_score_function == "sigmoid"
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `dsv3_megatron.train`, named as in Hydra (underscores for hyphens)."""
@@ -186,8 +125,10 @@ class Architecture:
             "padded_vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position_embeddings,
             "norm_epsilon": self.layernorm_epsilon,
-            "rotary_base": int(self.rotary_base),
+            "rotary_base": self.rotary_base,
         }
+        if not self.has_expert_bias:
+            arguments |= {"moe_router_score_function": "softmax", "moe_router_pre_softmax": True}
         if self.yarn is not None:
             arguments |= {
                 "rope_type": "yarn",
@@ -203,11 +144,16 @@ class Architecture:
 
     def namespace(self) -> Namespace:
         """What Megatron's parsed arguments say of the model; `from_megatron` reads it again."""
-        values = self.arguments()
+        values = _OF_THE_FAMILY | self.arguments()
         values["moe_layer_freq"] = [int(self.is_moe(layer)) for layer in range(self.num_layers)]
         values["q_lora_rank"] = self.q_lora_rank
         values["layernorm_epsilon"] = values.pop("norm_epsilon")
         values["mtp_num_layers"] = self.mtp_num_layers or None
+        values["moe_router_enable_expert_bias"] = self.has_expert_bias
+        # Also what is as usual: a run that loads the weights is compared with it.
+        values.setdefault("rope_type", "rope")
+        if self.yarn is not None:
+            values |= {name: value for name, value in vars(self.yarn).items() if name != "factor"}
         return Namespace(**values)
 
     @classmethod
@@ -228,12 +174,6 @@ class Architecture:
                 raise ConversionError(
                     f"moe_layer_freq={pattern}: config.json can only say that the first layers are dense"
                 )
-            yarn = None
-            if getattr(args, "rope_type", "rope") == "yarn":
-                usual = Yarn(
-                    args.rotary_scaling_factor, mscale=args.mscale, mscale_all_dim=args.mscale_all_dim
-                )
-                yarn = Yarn(**{name: getattr(args, name, value) for name, value in vars(usual).items()})
             return cls(
                 num_layers=args.num_layers,
                 num_dense_layers=dense,
@@ -257,7 +197,8 @@ class Architecture:
                 max_position_embeddings=args.max_position_embeddings,
                 rotary_base=args.rotary_base,
                 layernorm_epsilon=args.layernorm_epsilon,
-                yarn=yarn,
+                yarn=_yarn(args),
+                moe_router_score_function=_score_function(args),
             )
         except AttributeError as error:
             raise ConversionError(f"the checkpoint's arguments lack {error.name}") from error
@@ -270,36 +211,24 @@ def _moe_pattern(args: Namespace) -> list[int]:
     return list(frequency)
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` (as released) and `rope_parameters` (transformers 5), whichever there is."""
-    both = [dict(config[key]) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
-    for rope in both:
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    if len(both) == 2:
-        shared = both[0].keys() & both[1].keys()
-        differ = sorted(key for key in shared if both[0][key] != both[1][key])
-        if differ:
-            raise ConversionError(f"config.json: rope_scaling and rope_parameters disagree on {differ}")
-        return both[0] | both[1]
-    return both[0] if both else {"rope_type": "default"}
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    theta = _rope(config).get("rope_theta", config.get("rope_theta", 10000))
-    return int(theta) if float(theta).is_integer() else float(theta)
-
-
-def _yarn(config: Mapping[str, Any]) -> Yarn | None:
-    rope = _rope(config)
-    kind = rope["rope_type"]
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ConversionError(f"config.json: rope type {kind!r} is not DeepSeek-V3's: yarn, or none")
-    fields = [field.name for field in dataclasses.fields(Yarn)]
-    missing = [name for name in fields if name not in rope]
-    if missing:
+def _yarn(args: Namespace) -> Yarn | None:
+    if getattr(args, "rope_type", "rope") == "yarn":
+        usual = Yarn(args.rotary_scaling_factor, mscale=args.mscale, mscale_all_dim=args.mscale_all_dim)
+        return Yarn(**{name: getattr(args, name, value) for name, value in vars(usual).items()})
+    if getattr(args, "rotary_scaling_factor", 1.0) > 1 and getattr(args, "mscale_all_dim", 0.0):
         raise ConversionError(
-            f"config.json: yarn without {missing}; what they default to differs between readers"
+            f"rotary_scaling_factor={args.rotary_scaling_factor} without rope_type=yarn: Megatron then multiplies the "
+            "softmax scale and leaves the positions alone, for which config.json has no word"
         )
-    return Yarn(**{name: rope[name] for name in fields})
+    return None
+
+
+def _score_function(args: Namespace) -> str:
+    found = getattr(args, "moe_router_score_function", "sigmoid")
+    pre_softmax = bool(getattr(args, "moe_router_pre_softmax", False))
+    if found not in ("sigmoid", "softmax") or (found == "softmax" and not pre_softmax):
+        raise ConversionError(
+            f"moe_router_score_function={found}, moe_router_pre_softmax={pre_softmax}: config.json has words for "
+            "sigmoid, and for softmax before the choice of experts"
+        )
+    return found

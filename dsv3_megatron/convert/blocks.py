@@ -23,15 +23,16 @@ def dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(weight: Tensor, powers_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """(E4M3, scale) of a weight [out, in], with the largest absolute value of each block at 448.
 
-    An element is off by at most 2⁻⁴ of itself, or 2⁻¹⁰ of its block's scale where that is more.
+    An element is off by at most 2⁻⁴ of itself, or 2⁻¹⁰ of its block's scale where that is more. With `powers_of_two`
+    scales are rounded up to one, so that the largest value is above 224.
     """
     q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scale = torch.empty(scale_shape(tuple(weight.shape)))
     for rows, blocks in _steps(weight.shape):
-        q[rows], scale[blocks] = quantize_block(weight[rows], eps=0.0)
+        q[rows], scale[blocks] = quantize_block(weight[rows], eps=0.0, pow2=powers_of_two)
     return q, scale
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3_megatron.convert import plain_pickle
+from dsv3_megatron.checkpoint import plain_pickle
 from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.inventory import Slot
 

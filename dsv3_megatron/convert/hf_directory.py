@@ -16,6 +16,7 @@ from torch import Tensor
 from dsv3_megatron.convert.architecture import Architecture
 from dsv3_megatron.convert.blocks import dequantized, scale_shape
 from dsv3_megatron.convert.errors import ConversionError
+from dsv3_megatron.convert.fused_experts import unfused
 from dsv3_megatron.convert.inventory import Weight, duplicates, weights
 from dsv3_megatron.convert.safetensors_file import Entry, SafetensorsFile
 
@@ -26,6 +27,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
 FP8 = torch.float8_e4m3fn
+# quantization_config as released: possible values, the first one also where the key is absent.
+_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3",),
+    "weight_block_size": ([128, 128],),
+    "scale_fmt": (None, "ue8m0"),  # V3.1: scales are powers of two, in fp32 all the same
+}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -56,7 +64,7 @@ class HFDirectory:
             for copy, original in duplicates(self.architecture).items()
             if copy in self._file_of
         }
-        self._check_block_size()
+        self._check_quantization()
         self._check()
 
     def file_of(self, name: str) -> SafetensorsFile:
@@ -90,13 +98,20 @@ class HFDirectory:
         """Let go of a tensor's pages."""
         self.file_of(name).forget(name)
 
-    def _check_block_size(self) -> None:
-        quantization = self.config.get("quantization_config") or {}
-        size = quantization.get("weight_block_size", [128, 128])
-        if list(size) != [128, 128]:
+    def _check_quantization(self) -> None:
+        """What `weight_scale_inv` means follows from the values of these."""
+        found = self.config.get("quantization_config") or {}
+        if not isinstance(found, dict):
             raise ConversionError(
-                f"{self.folder / CONFIG}: weight_block_size={size}; only [128, 128] is DeepSeek-V3's"
+                f"{self.folder / CONFIG}: quantization_config={found!r}: an object is needed"
             )
+        for key, values in _QUANTIZATION.items():
+            value = found.get(key, values[0])
+            if value not in values:
+                raise ConversionError(
+                    f"{self.folder / CONFIG}: quantization_config.{key}={value!r}; conversion reads "
+                    f"{' or '.join(map(repr, values))}. Convert the files to bf16 first"
+                )
 
     def _check(self) -> None:
         """Every tensor of the model is there, in its shape and a possible dtype, and nothing else."""
@@ -140,6 +155,7 @@ def _open_shards(folder: Path) -> tuple[dict[str, SafetensorsFile], dict[str, st
         if not (folder / SINGLE).exists():
             raise ConversionError(f"{folder}: neither {INDEX} nor {SINGLE} is there")
         only = SafetensorsFile(folder / SINGLE)
+        _split_experts(only)
         return {SINGLE: only}, dict.fromkeys(only.entries, SINGLE)
     listed = _json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict):
@@ -158,7 +174,25 @@ def _open_shards(folder: Path) -> tuple[dict[str, SafetensorsFile], dict[str, st
     for name, file in listed.items():
         if name not in files[file].entries:
             raise ConversionError(f"{folder / file}: {name} is missing; {INDEX} has it there")
-    return files, dict(listed)
+    file_of: dict[str, str] = {}
+    for file, shard in files.items():
+        _split_experts(shard)
+        for name in shard.entries:
+            if name in file_of:
+                raise ConversionError(f"{folder / file}: {name} is there, and in {file_of[name]} too")
+            file_of[name] = file
+    return files, file_of
+
+
+def _split_experts(file: SafetensorsFile) -> None:
+    """Experts that lie together in one tensor become tensors of their own."""
+    try:
+        split = list(unfused(file.entries.values()))
+    except ConversionError as error:
+        raise ConversionError(f"{file.path}: {error}") from error
+    file.entries = {entry.name: entry for entry in split}
+    if len(file.entries) != len(split):
+        raise ConversionError(f"{file.path}: an expert is there twice, by itself and fused with others")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def _layer(arch: Architecture, prefix: str, is_moe: bool) -> Iterator[tuple[str,
         yield from _swiglu(f"{prefix}mlp.", hidden, arch.ffn_hidden_size)
         return
     yield f"{prefix}mlp.router.weight", (arch.num_experts, hidden)
-    yield f"{prefix}mlp.router.expert_bias", (arch.num_experts,)
+    if arch.has_expert_bias:
+        yield f"{prefix}mlp.router.expert_bias", (arch.num_experts,)
     shared = arch.num_shared_experts * arch.moe_ffn_hidden_size
     yield from _swiglu(f"{prefix}mlp.shared_experts.", hidden, shared)
     for expert in range(arch.num_experts):

@@ -1,4 +1,4 @@
-"""Logits of both sides on the CPU in fp32: transformers' DeepSeek-V3, and the specs' reference backend."""
+"""Logits of both sides on the CPU in fp32: transformers' model of config.json, and the specs' reference backend."""
 
 import sys
 import warnings
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsv3_megatron.convert.architecture import Architecture
 from dsv3_megatron.convert.errors import ConversionError
+from dsv3_megatron.convert.hf_config import family_of
 from dsv3_megatron.convert.hf_directory import HFDirectory
 
 __all__ = [
@@ -62,19 +63,19 @@ def prompt_tokens(folder: Path, vocab_size: int, prompts: Sequence[str] | None) 
 def of_transformers(source: HFDirectory, tokens: Sequence[Tensor]) -> list[Tensor]:
     """fp32 logits [1, s, vocabulary] of transformers' model with this directory's weights, FP8 multiplied out."""
     try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        import transformers
     except ImportError as error:
         raise ConversionError(
             "logits need transformers: pip install 'transformers>=4.53', or --no-logits"
         ) from error
-    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    config = DeepseekV3Config(**settings)
+    model_class = getattr(transformers, family_of(source.config).architecture)
+    config = model_class.config_class(**_settings(source.config))
     weights = {
         name: source.tensor(name, torch.float32)
         for name in source.weights
         if not name.startswith(f"model.layers.{source.architecture.num_layers}.")
     }
-    model, report = DeepseekV3ForCausalLM.from_pretrained(
+    model, report = model_class.from_pretrained(
         None,
         config=config,
         state_dict=weights,
@@ -87,6 +88,15 @@ def of_transformers(source: HFDirectory, tokens: Sequence[Tensor]) -> list[Tenso
         raise ConversionError(f"{source.folder}: transformers could not load the weights: {wrong}")
     model.eval()
     return [model(ids).logits for ids in tokens]
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json as transformers' configuration class takes it: what names another class or its files left out."""
+    names = ("model_type", "architectures", "auto_map", "quantization_config")
+    settings = {key: value for key, value in config.items() if key not in names}
+    for key in ("routed_scaling_factor", "rms_norm_eps"):  # the class is strict about 1 and 1.0
+        settings[key] = float(settings[key])
+    return settings
 
 
 @torch.no_grad()
@@ -118,12 +128,15 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
+        fields = transformer_fields(arch)
         config = DSV3ModelConfig(
-            transformer=MLATransformerConfig(**transformer_fields(arch)),
+            transformer=MLATransformerConfig(**fields),
             vocab_size=arch.vocab_size,
             seq_length=arch.max_position_embeddings,
             position_embedding_type="rope",
+            rotary_base=arch.rotary_base,
         )
+        _check_kept(fields, config.transformer)
         model = DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
         wanted = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
         model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
@@ -132,6 +145,13 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _check_kept(fields: dict[str, Any], config: Any) -> None:
+    """Megatron's model configuration writes its own defaults over fields of that name in the transformer's."""
+    lost = {name: getattr(config, name) for name, value in fields.items() if getattr(config, name) != value}
+    if lost:
+        raise ConversionError(f"Megatron's model was to be built with other values than {lost}")
 
 
 def transformer_fields(arch: Architecture) -> dict[str, Any]:
@@ -177,9 +197,10 @@ def transformer_fields(arch: Architecture) -> dict[str, Any]:
             "moe_router_topk": arch.moe_router_topk,
             "moe_router_num_groups": arch.moe_router_num_groups,
             "moe_router_group_topk": arch.moe_router_group_topk,
-            "moe_router_score_function": "sigmoid",
+            "moe_router_score_function": arch.moe_router_score_function,
+            "moe_router_pre_softmax": arch.moe_router_score_function == "softmax",
             "moe_router_topk_scaling_factor": arch.moe_router_topk_scaling_factor,
-            "moe_router_enable_expert_bias": True,
+            "moe_router_enable_expert_bias": arch.has_expert_bias,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
             "moe_token_dispatcher_type": "alltoall",

@@ -1,7 +1,7 @@
 """Megatron `torch_dist` checkpoint, saved in any layout → Hugging Face directory, tensor by tensor, shard by shard."""
 
 import json
-import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,18 @@ from dsv3_megatron.convert.dist_checkpoint import DistCheckpoint
 from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.hf_directory import CONFIG, INDEX, SCALE
 from dsv3_megatron.convert.inventory import Slot, Weight, duplicates, is_quantized, weights
-from dsv3_megatron.convert.output import WORKERS, PartialOutput, naming
+from dsv3_megatron.convert.output import WORKERS, PartialOutput
 from dsv3_megatron.convert.progress import Progress
+from dsv3_megatron.convert.release_files import (
+    GENERATION_CONFIG,
+    carry_over,
+    generation_config,
+    with_token_ids,
+)
 from dsv3_megatron.convert.safetensors_file import header_of, write_tensor
 from dsv3_megatron.convert.to_megatron import HF_FILES
+from dsv3_megatron.data.tokenizer_files import TokenizerError, read_json, without_paths
+from dsv3_megatron.fp8.tiles import ceil_to_power_of_two
 
 __all__ = ["MegatronWeights", "megatron_to_hf"]
 
@@ -48,8 +56,8 @@ def megatron_to_hf(
         source: what `--save` or `hf_to_megatron` wrote; the newest iteration is taken.
         output: folder to be made; it must not exist.
         dtype: of the weights: "keep", "bf16", "fp32", or "fp8" with `weight_scale_inv`. Routers' biases are fp32.
-        hf_files: folder whose config.json and tokenizer files are carried over; by default those that
-            `hf_to_megatron` left in `source`, else those of `--tokenizer-model` of the training.
+        hf_files: folder whose config.json, tokenizer and chat template are carried over, nothing else; by default
+            those that `hf_to_megatron` left in `source`, else those of `--tokenizer-model` of the training.
         workers: shards written at the same time.
         shard_size: bytes of tensors in a shard.
 
@@ -142,9 +150,15 @@ class _ToHF:
         self, source: MegatronWeights, output: Path, dtype: str, hf_files: Path | None, shard_size: int
     ):
         self.source, self.dtype = source, _DTYPES.get(dtype)
+        if hf_files is not None and not hf_files.is_dir():
+            raise ConversionError(f"--hf-files {hf_files}: no such folder")
         self.hf_files = hf_files or self._files_of_source()
-        if self.hf_files is not None and not self.hf_files.is_dir():
-            raise ConversionError(f"--hf-files {self.hf_files}: no such folder")
+        kept = self._kept_config(asked=hf_files is not None)
+        # V3.1's scales are powers of two, which its readers rely on.
+        quantization = kept.get("quantization_config")
+        scale_fmt = quantization.get("scale_fmt") if isinstance(quantization, dict) else None
+        self.powers_of_two = scale_fmt == "ue8m0" and self.dtype == torch.float8_e4m3fn
+        self.config = self._config(kept)
         shards = _packed(self._tensors(), shard_size)
         self.shards = {
             f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
@@ -157,6 +171,8 @@ class _ToHF:
             "saved": [stamp.st_mtime_ns, stamp.st_size],
             "dtype": dtype,
             "shard_size": shard_size,
+            "powers_of_two": self.powers_of_two,
+            "config": self.config,
         }
         self.output = PartialOutput(output, job)
 
@@ -173,9 +189,11 @@ class _ToHF:
         with self.output:
             self.output.run(list(self.shards), self._convert, workers)
             self.progress.close()
-            self._carry_over()
+            if self.hf_files is not None:
+                carry_over(self.hf_files, self.output.data)
             self._write_json(INDEX, self._index())
-            self._write_json(CONFIG, self._config())
+            self._write_json(CONFIG, self.config)
+            self._write_json(GENERATION_CONFIG, generation_config(self.config, self.hf_files))
             self.output.finish()
 
     def _tensors(self) -> list[_Tensor]:
@@ -220,8 +238,10 @@ class _ToHF:
         if not tensor.has_scale:
             return (value.to(tensor.dtype),)
         scale = self.source.scale(tensor.weight.name)
+        if scale is not None and self.powers_of_two and not torch.equal(scale, ceil_to_power_of_two(scale)):
+            scale = None
         q = None if scale is None else restored(value, scale)
-        return quantized(value) if q is None or scale is None else (q, scale)
+        return quantized(value, self.powers_of_two) if q is None or scale is None else (q, scale)
 
     def _index(self) -> dict[str, Any]:
         weight_map = {
@@ -230,24 +250,46 @@ class _ToHF:
         total = sum(tensor.num_bytes for shard in self.shards.values() for tensor in shard)
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
-    def _config(self) -> dict[str, Any]:
+    def _kept_config(self, asked: bool) -> dict[str, Any]:
+        """config.json of `hf_files`, empty without one; of a folder that nobody named it may be another model's."""
+        if self.hf_files is None:
+            return {}
+        try:
+            config = read_json(self.hf_files / CONFIG) or {}
+            if config:
+                Architecture.from_hf(config, self.source.architecture.mtp_num_layers)
+            return config
+        except (TokenizerError, ConversionError) as error:
+            if asked:
+                raise ConversionError(f"--hf-files {self.hf_files}: {error}") from error
+            print(f"megatron-to-hf: {self.hf_files / CONFIG} is not taken: {error}", file=sys.stderr)
+            return {}
+
+    def _config(self, kept: dict[str, Any]) -> dict[str, Any]:
         """config.json: that of the source where there is one, corrected by what the weights are."""
-        arch, config = self.source.architecture, {}
-        path = None if self.hf_files is None else self.hf_files / CONFIG
-        if path is not None and path.exists():
-            config = json.loads(path.read_text())
-        if not config or Architecture.from_hf(config, arch.mtp_num_layers) != arch:
+        arch, config = self.source.architecture, without_paths(kept)
+        described = Architecture.from_hf(config, arch.mtp_num_layers) if config else None
+        if described != arch:
+            if described is not None:
+                differ = [name for name, value in vars(arch).items() if getattr(described, name) != value]
+                print(
+                    f"megatron-to-hf: {self.hf_files} describes another model than the checkpoint has "
+                    f"({', '.join(differ)}): config.json is corrected",
+                    file=sys.stderr,
+                )
             for key in ("rope_parameters", "rope_scaling", "rope_theta"):
                 config.pop(key, None)
-            config |= arch.to_hf()
-        config["num_nextn_predict_layers"] = arch.mtp_num_layers
+            config |= arch.to_hf(config.get("model_type"))
+        if arch.mtp_num_layers or "num_nextn_predict_layers" in config:
+            config["num_nextn_predict_layers"] = arch.mtp_num_layers
         config.pop("quantization_config", None)
         dtype = self._dtype_of(next(iter(self.source.weights.values())))
         if self.dtype == torch.float8_e4m3fn:
-            config["quantization_config"] = _QUANTIZATION
+            scale_fmt = {"scale_fmt": "ue8m0"} if self.powers_of_two else {}
+            config["quantization_config"] = _QUANTIZATION | scale_fmt
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         config.pop("dtype", None)
-        return config
+        return with_token_ids(config, self.hf_files, arch.vocab_size)
 
     def _files_of_source(self) -> Path | None:
         """Where config.json and tokenizer are when nobody says."""
@@ -259,14 +301,6 @@ class _ToHF:
     def _tokenizer_of_training(self) -> Path | None:
         name = getattr(self.source.arguments, "tokenizer_model", None)
         return Path(name) if name else None
-
-    def _carry_over(self) -> None:
-        if self.hf_files is None:
-            return
-        for file in self.hf_files.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and file.name not in (CONFIG, INDEX):
-                with naming(self.output.data / file.name):
-                    shutil.copyfile(file, self.output.data / file.name)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"

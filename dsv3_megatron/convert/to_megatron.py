@@ -5,7 +5,6 @@ The checkpoint is a "release": the trainer takes its weights and starts at itera
 
 import json
 import pickle
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +25,11 @@ from torch.distributed.checkpoint.metadata import (
 from dsv3_megatron.convert.architecture import Architecture
 from dsv3_megatron.convert.dist_checkpoint import COMMON, METADATA, RELEASE, TRACKER
 from dsv3_megatron.convert.errors import ConversionError
-from dsv3_megatron.convert.hf_directory import INDEX, SCALE, HFDirectory
+from dsv3_megatron.convert.hf_directory import CONFIG, SCALE, HFDirectory
 from dsv3_megatron.convert.inventory import extra_states
 from dsv3_megatron.convert.output import WORKERS, PartialOutput
 from dsv3_megatron.convert.progress import Progress
+from dsv3_megatron.convert.release_files import GENERATION_CONFIG, carry_over
 
 __all__ = ["HF_FILES", "hf_to_megatron"]
 
@@ -139,6 +139,9 @@ class _ToMegatron:
         arguments = self.arch.namespace()
         arguments.tensor_model_parallel_size = arguments.pipeline_model_parallel_size = 1
         arguments.consumed_train_samples = arguments.consumed_valid_samples = 0
+        arguments.model_from_checkpoint = (
+            True  # a run that loads this has the release's sizes, unless it says otherwise
+        )
         common = {
             "args": arguments,
             "checkpoint_version": 3.0,
@@ -181,12 +184,10 @@ class _ToMegatron:
         self.output.write_part(name, lambda file: file.write(content))
 
     def _carry_over(self) -> None:
-        """Configuration and tokenizer, and anything else small: for the way back."""
+        """Configuration and tokenizer: for the way back."""
         target = self.output.data / HF_FILES
         target.mkdir(exist_ok=True)
-        for file in self.source.folder.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
-                shutil.copyfile(file, target / file.name)
+        carry_over(self.source.folder, target, also=(CONFIG, GENERATION_CONFIG))
 
 
 def _write(

@@ -125,6 +125,31 @@ def record_streams() -> "AbstractContextManager[Recorder]":
     return record.record_streams()
 
 
+def behave_like_nccl(limit_s: float | None = None) -> None:
+    """Let gloo behave as NCCL does where that can hang a job, in this process, for good; see `like_nccl`.
+
+    Args:
+        limit_s: what waits for longer, and would hang on NCCL, raises; default `like_nccl.LIMIT_S`.
+
+    Raises:
+        RuntimeError: the CPU runtime is not active.
+    """
+    if not _active:
+        raise RuntimeError("behave_like_nccl() needs dsv3_megatron.cpu.activate()")
+    from dsv3_megatron.cpu import like_nccl
+
+    like_nccl.install(like_nccl.LIMIT_S if limit_s is None else limit_s)
+
+
+def is_like_nccl() -> bool:
+    """Whether `behave_like_nccl()` has been called in this process."""
+    if not _active:
+        return False
+    from dsv3_megatron.cpu import like_nccl
+
+    return like_nccl.is_installed()
+
+
 def reset() -> None:
     """Forget what the stand-ins keep between runs: the current stream."""
     if _active:

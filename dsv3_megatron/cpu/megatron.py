@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import queue
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,3 +22,17 @@ def maybe_move_tensor_to_cpu(original: Callable) -> Callable:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     return move
+
+
+def results_queue(original: Callable) -> Callable:
+    """A queue of this process for checkpoints that are written in it; for others Megatron's, with its own process."""
+    results: queue.Queue = queue.Queue()
+
+    @functools.wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        trainer = sys.modules.get("megatron.training.global_vars")
+        args = trainer and trainer._GLOBAL_ARGS
+        in_this_process = args is not None and not args.async_save
+        return results if in_this_process else original(mp_mode)
+
+    return get_write_results_queue

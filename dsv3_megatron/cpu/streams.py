@@ -19,7 +19,18 @@ class Recorder(Protocol):
     def synchronize(self) -> None: ...
 
 
+class Waits(Protocol):
+    """Who is told when the host waits for its device (`like_nccl`)."""
+
+    def synchronize(self) -> None:
+        """The host waits for all that its device does."""
+
+    def host(self, what: str) -> None:
+        """The host waits."""
+
+
 recorder: Recorder | None = None
+waits: Waits | None = None
 _local = threading.local()
 
 
@@ -75,6 +86,8 @@ class Event:
     def synchronize(self) -> None:
         if recorder is not None:
             recorder.order_host_after(self.clock)
+        if waits is not None:
+            waits.host("a wait for an event or a stream")
 
     def query(self) -> bool:
         return True
@@ -110,6 +123,8 @@ def set_stream(stream: Stream | None) -> None:
 def synchronize(device: Any = None) -> None:
     if recorder is not None:
         recorder.synchronize()
+    if waits is not None:
+        waits.synchronize()
 
 
 class stream:

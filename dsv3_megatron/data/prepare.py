@@ -1,11 +1,12 @@
-"""Text or JSONL to a byte-level BPE tokenizer and Megatron indexed datasets.
+"""Text or JSON to a byte-level BPE tokenizer and Megatron indexed datasets.
 
     python -m dsv3_megatron.data.prepare --input PATH... --output-dir DIR --vocab-size N
+    python -m dsv3_megatron.data.prepare --input PATH... --output-dir DIR --tokenizer RELEASED
 
 The folder then serves a Megatron run as it is: `--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR
 --train-data-path DIR/train --valid-data-path DIR/valid`. Steps: find the files, train the tokenizer on
-training documents, encode shards of documents in worker processes, merge the shards. Each step ends with a
-rename, so the same command goes on where an interrupted one stopped, and the result does not depend on
+training documents (or take the given one), encode shards of documents in worker processes, merge the shards. Each
+step ends with a rename, so the same command goes on where an interrupted one stopped, and the result does not depend on
 interruptions or on --workers.
 """
 
@@ -25,11 +26,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dsv3_megatron.data.documents import (
+    FORMATS,
     InputError,
     Piece,
     document_id,
     find_files,
     is_validation,
+    not_taken,
     plan_shards,
     read_piece,
 )
@@ -42,7 +45,15 @@ from dsv3_megatron.data.encode import (
     shard_documents,
     token_dtype,
 )
-from dsv3_megatron.data.vocabulary import TOKENIZER_FILE, DocumentEncoder, save_tokenizer, train_tokenizer
+from dsv3_megatron.data.tokenizer_files import TOKENIZER_FILE, copy_files, tokenizer_files
+from dsv3_megatron.data.vocabulary import (
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    DocumentEncoder,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 REPORT_FILE = "prepared.json"
 WORK_DIR = ".prepare"
@@ -50,14 +61,26 @@ WORK_DIR = ".prepare"
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Everything that decides the result. Changing one of these in a started folder is an error."""
+    """Everything that decides the result. Changing one of these in a started folder is an error.
 
-    vocab_size: int
+    Attributes:
+        vocab_size: of the tokenizer that is trained; None with `tokenizer`.
+        tokenizer: folder of an existing one.
+        format: what the files hold, see `documents.kind_of`.
+    """
+
+    vocab_size: int | None
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     tokenizer_bytes: int = 1 << 30
     shard_bytes: int = 16 << 20
+    tokenizer: str | None = None
+    format: str = "auto"
 
     def check(self) -> None:
+        if (self.vocab_size is None) == (self.tokenizer is None):
+            raise InputError(
+                "--vocab-size N trains a tokenizer, --tokenizer DIR takes one that is there: give one of the two"
+            )
         for name, value in (
             ("--valid-fraction", self.encode.valid_fraction),
             ("--fim-rate", self.encode.fim_rate),
@@ -73,6 +96,14 @@ class PrepareSettings:
                 raise InputError(f"{name} {number}: must be at least 1")
         if self.encode.seed < 0:
             raise InputError(f"--seed {self.encode.seed}: must not be negative")
+        if self.tokenizer is not None:
+            if not Path(self.tokenizer).is_dir():
+                raise InputError(f"--tokenizer {self.tokenizer}: no such folder")
+            encoder = DocumentEncoder(Path(self.tokenizer))
+            if self.encode.fim_rate:
+                encoder.require(
+                    (FIM_BEGIN, FIM_HOLE, FIM_END), f"--fim-rate {self.encode.fim_rate} (0: no FIM)"
+                )
 
 
 class Progress:
@@ -102,7 +133,7 @@ def _say(message: str) -> None:
 
 
 def prepare(files: Sequence[Path], output_dir: Path, settings: PrepareSettings, workers: int = 1) -> dict:
-    """Prepare `files` (each `.jsonl` or a text document) into `output_dir`; returns the report it writes
+    """Prepare `files` (text, or JSON with a document per object) into `output_dir`; returns the report it writes
     there.
 
     Writes the tokenizer folder's files, `train.bin/.idx`, `valid.bin/.idx` (none for `valid_fraction` 0) and
@@ -133,7 +164,7 @@ def prepare(files: Sequence[Path], output_dir: Path, settings: PrepareSettings, 
         work_dir.mkdir(exist_ok=True)
         _write_atomically(plan_path, json.dumps(fingerprint, indent=2))
 
-    shards = plan_shards(files, settings.shard_bytes)
+    shards = plan_shards(files, settings.shard_bytes, settings.format, settings.encode.json_key)
     _make_tokenizer(shards, work_dir / "tokenizer", settings)
     counts = _encode(shards, work_dir, settings.encode, workers)
     if settings.encode.valid_fraction > 0 and not counts.valid_documents:
@@ -160,6 +191,12 @@ def prepare(files: Sequence[Path], output_dir: Path, settings: PrepareSettings, 
 def _fingerprint(files: Sequence[Path], settings: PrepareSettings) -> dict:
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     shown = {**asdict(settings), "num_files": len(stats), "num_bytes": sum(size for _, size, _ in stats)}
+    for name in ("tokenizer", "format"):  # folders made before there was a choice are still what they were
+        if shown[name] == getattr(PrepareSettings, name):
+            del shown[name]
+    if settings.tokenizer is not None:
+        content = (Path(settings.tokenizer) / TOKENIZER_FILE).read_bytes()
+        stats.append((hashlib.blake2b(content, digest_size=16).hexdigest(), len(content), 0))
     digest = hashlib.blake2b(json.dumps([stats, shown]).encode(), digest_size=16).hexdigest()
     return {"digest": digest, "settings": shown}
 
@@ -188,6 +225,15 @@ def _make_tokenizer(shards: Sequence[Sequence[Piece]], folder: Path, settings: P
     if (folder / TOKENIZER_FILE).exists():
         _say("the tokenizer is there already")
         return
+    unfinished = folder.with_suffix(".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    if settings.tokenizer is not None:
+        given = Path(settings.tokenizer)
+        copy_files(given, unfinished, tokenizer_files(given))
+        os.replace(unfinished, folder)
+        return
+    assert settings.vocab_size is not None  # of `check`
     pieces = [piece for shard in shards for piece in shard]
     total = sum(piece.end - piece.start for piece in pieces)
     share = min(1.0, settings.tokenizer_bytes / max(total, 1))
@@ -207,9 +253,6 @@ def _make_tokenizer(shards: Sequence[Sequence[Piece]], folder: Path, settings: P
         _say("tokenizer: computing merges")
 
     tokenizer = train_tokenizer(texts(), settings.vocab_size)
-    unfinished = folder.with_suffix(".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     save_tokenizer(tokenizer, unfinished)
     os.replace(unfinished, folder)
     if tokenizer.get_vocab_size() < settings.vocab_size:
@@ -293,16 +336,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dsv3_megatron.data.prepare", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="files (.jsonl, or text) and folders")
+    add("--input", type=Path, nargs="+", required=True, help="files (text or JSON, also .gz) and folders")
     add("--output-dir", type=Path, required=True)
-    add("--vocab-size", type=int, required=True, help="special tokens included")
+    add("--vocab-size", type=int, help="train a tokenizer of this size, special tokens included")
+    add(
+        "--tokenizer", type=Path, help="take this folder's tokenizer (tokenizer.json) instead of training one"
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        default=PrepareSettings.format,
+        help="what files hold: json (an object per document), text (a document per file), auto by content (default)",
+    )
     add(
         "--glob",
         nargs="+",
-        default=["*.txt", "*.jsonl"],
+        default=["*.txt", "*.jsonl", "*.txt.gz", "*.jsonl.gz"],
         help="files to take from folders (default: %(default)s)",
     )
-    add("--json-key", default=EncodeSettings.json_key, help="key of the text in JSONL (default: %(default)s)")
+    add("--json-key", default=EncodeSettings.json_key, help="key of the text in JSON (default: %(default)s)")
     add(
         "--valid-fraction",
         type=float,
@@ -345,12 +397,18 @@ def main(argv: list[str] | None = None) -> int:
         encode=EncodeSettings(args.json_key, args.valid_fraction, args.fim_rate, args.split_rate, args.seed),
         tokenizer_bytes=args.tokenizer_bytes,
         shard_bytes=args.shard_bytes,
+        tokenizer=None if args.tokenizer is None else str(args.tokenizer),
+        format=args.format,
     )
     try:
         if args.workers < 1:
             raise InputError(f"--workers {args.workers}: must be at least 1")
-        report = prepare(find_files(args.input, args.glob), args.output_dir, settings, args.workers)
-    except ValueError as error:
+        files = find_files(args.input, args.glob)
+        if left := not_taken(args.input, args.glob):
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in list(left.items())[:5])
+            _say(f"{sum(left.values())} files match no --glob and are not taken: {kinds}")
+        report = prepare(files, args.output_dir, settings, args.workers)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

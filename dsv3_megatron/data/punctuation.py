@@ -19,6 +19,8 @@ def merged_tokens(texts: Mapping[int, str], encode: Callable[[str], list[int]]) 
     """
     parts = {}
     for token, text in texts.items():
+        if "\ufffd" in text:  # half a character, which its parts would not give back
+            continue
         punctuation = text.rstrip("\r\n")
         breaks = text[len(punctuation) :]
         marks = punctuation.removeprefix(" ")

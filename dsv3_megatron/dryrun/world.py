@@ -11,6 +11,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,9 @@ from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.cpu import CPU_FLAGS
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.errors import told
+
+# The same job with the modules that exist everywhere, whose parameters have the same shapes; the last word wins.
+MODULES_EVERYWHERE = (*CPU_FLAGS, "--moe-token-dispatcher-type", "alltoall")
 
 
 class FakeWorld:
@@ -45,8 +49,7 @@ class FakeWorld:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank}: the job has {world_size} ranks, 0 to {world_size - 1}")
         self.rank, self.world_size, self.ranks_per_node = rank, world_size, ranks_per_node
-        # Else the same job with the modules that exist everywhere; the last word wins.
-        self.words = list(words) if own_modules else [*without_kernels(words), *CPU_FLAGS]
+        self.words = list(words) if own_modules else [*without_kernels(words), *MODULES_EVERYWHERE]
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
@@ -212,6 +215,7 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
     from megatron.training import arguments
 
     from dsv3_megatron.arguments import add_arguments, complete
+    from dsv3_megatron.arguments.surroundings import detect
 
     env = {
         "RANK": str(rank),
@@ -219,7 +223,9 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(ranks_per_node),
     }
-    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *complete(words)]):
+    with mock.patch.dict(os.environ, env):
+        words = complete(words, around=replace(detect(), files_here=False))  # they are on the cluster
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *words]):
         dualpipe.install()
         args = arguments.parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):

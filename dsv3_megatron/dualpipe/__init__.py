@@ -63,6 +63,7 @@ def forward_backward_func() -> Any:
             now.timeout_s,
             now.pair_order,
             plans=not (is_packed(args) and args.mtp_num_layers),
+            max_ctas=now.max_ctas,
         )
         now.function.profile = StepProfile.from_args(args)
     return now.function

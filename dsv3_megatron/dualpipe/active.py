@@ -14,6 +14,7 @@ class Active:
     placement: Placement | None = None
     timeout_s: float = 600.0
     pair_order: str = "megatron"
+    max_ctas: int = 2
     function: Any = None
 
 
@@ -30,10 +31,11 @@ def activate(
     placement: Placement | None,
     timeout_s: float = 600.0,
     pair_order: str = "megatron",
+    max_ctas: int = 2,
 ) -> None:
     """Use a schedule (names: `arguments.SCHEDULES`, `arguments.PAIR_ORDERS`) for the rest of this process."""
     global _active
-    _active = Active(schedule, placement, timeout_s, pair_order)
+    _active = Active(schedule, placement, timeout_s, pair_order, max_ctas)
 
 
 def placement() -> Placement | None:

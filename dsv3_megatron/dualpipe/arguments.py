@@ -28,6 +28,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a pipeline message that takes longer ends the run with an error that names it",
     )
     group.add_argument(
+        "--pipeline-max-ctas",
+        type=int,
+        default=2,  # as p2p.MAX_CTAS
+        help="on NCCL, the most thread blocks of a pipeline message's kernel: while it waits for its other end, each "
+        "occupies a multiprocessor",
+    )
+    group.add_argument(
         "--pipeline-pair-order",
         choices=PAIR_ORDERS,
         default="megatron",
@@ -85,7 +92,13 @@ def place(args: Any) -> None:
     if getattr(args, "pipeline_schedule", "1f1b") == "1f1b":
         return
     placement = placement_of(args)
-    activate(args.pipeline_schedule, placement, args.pipeline_timeout_s, args.pipeline_pair_order)
+    activate(
+        args.pipeline_schedule,
+        placement,
+        args.pipeline_timeout_s,
+        args.pipeline_pair_order,
+        args.pipeline_max_ctas,
+    )
     if placement is not None:
         from dsv3_megatron.dualpipe.layout import VLayout
 

@@ -103,15 +103,34 @@ class ChunkStage:
         return self._finish_forward(which, _Saved(activation, output), num_tokens)
 
     def backward(self, which: Pass, gradient: Tensor | None) -> Tensor | None:
-        saved = self._saved[which.microbatch]
-        result = self._backward(which, gradient, weights=True)
-        if saved.plan is None:
+        results: list[Tensor | None] = []
+        self.backward_and_send(which, gradient, results.append)
+        return results[0]
+
+    def backward_and_send(
+        self, which: Pass, gradient: Tensor | None, send: Callable[[Tensor | None], None]
+    ) -> None:
+        if self._saved[which.microbatch].plan is None:
+            send(self._backward_module(which, gradient))
             run_pending_weight_grads(self.model)
+        else:
+            saved, gradient = self.start_backward(which, gradient)
+            assert saved.plan is not None
+            # Called before the weight gradients of the last layer's attention.
+            first = saved.activation is None
+            saved.plan.run(
+                None, saved.plan, b_grad=gradient, post_backward=lambda grad, _: send(None if first else grad)
+            )
         self.finish_gradients(which)
-        return result
 
     def backward_input(self, which: Pass, gradient: Tensor | None) -> Tensor | None:
-        return self._backward(which, gradient, weights=False)
+        if self._saved[which.microbatch].plan is None:
+            return self._backward_module(which, gradient)
+        saved, gradient = self.start_backward(which, gradient)
+        assert saved.plan is not None
+        _keep_weight_gradients_for_later(saved.plan)
+        saved.plan.run(None, saved.plan, b_grad=gradient)
+        return None if saved.activation is None else saved.activation.grad
 
     def backward_weight(self, which: Pass) -> None:
         run_pending_weight_grads(self.model)
@@ -123,6 +142,9 @@ class ChunkStage:
         self, which: Pass, activation: Tensor | None
     ) -> tuple[TransformerModelChunkSchedulePlan, Callable]:
         """The chunk's schedule plan for one microbatch, not yet run, and the loss function."""
+        timers = self.step.config.timers
+        if timers is not None:  # Megatron's calculation of the loss stops it
+            timers("forward-compute", log_level=2).start()
         if activation is not None:
             activation.requires_grad_()
         if which.first and hasattr(self.model, "set_is_first_microbatch"):
@@ -190,17 +212,10 @@ class ChunkStage:
                 schedules.deallocate_output_tensor(saved.output, step.config.deallocate_pipeline_outputs)
         return output
 
-    def _backward(self, which: Pass, gradient: Tensor | None, weights: bool) -> Tensor | None:
-        saved = self._saved[which.microbatch]
-        if saved.plan is None:
-            del self._saved[which.microbatch]
-            return schedules.backward_step(saved.activation, saved.output, gradient, self.step.config)
-        saved, gradient = self.start_backward(which, gradient)
-        assert saved.plan is not None
-        if not weights:
-            _keep_weight_gradients_for_later(saved.plan)
-        saved.plan.run(None, saved.plan, b_grad=gradient)
-        return None if saved.activation is None else saved.activation.grad
+    def _backward_module(self, which: Pass, gradient: Tensor | None) -> Tensor | None:
+        """Of a chunk that was called as it is: all but the weight gradients, which its modules keep."""
+        saved = self._saved.pop(which.microbatch)
+        return schedules.backward_step(saved.activation, saved.output, gradient, self.step.config)
 
     def finish_gradients(self, which: Pass) -> None:
         """After a pass with weight gradients: the stage's last one lets them be reduced."""

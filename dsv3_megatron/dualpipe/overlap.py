@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
+import torch
 from megatron.core.models.common.model_chunk_schedule_plan import (
     TransformerLayerSchedulePlan,
     TransformerModelChunkSchedulePlan,
 )
-from megatron.core.pipeline_parallel.utils import NoopScheduleNode
+from megatron.core.pipeline_parallel.utils import NoopScheduleNode, get_comm_stream
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
@@ -75,28 +76,32 @@ class PairRunner:
         self.thread = CommunicationThread() if cpu.is_active() else None
 
     def __call__(self, forward: Half, backward: Half) -> None:
-        """Run the pair; results are sent as soon as they are there."""
+        """Run the pair; both results are sent before the last weight gradients of attention."""
         f, b = forward.stage, backward.stage
         assert isinstance(f, ChunkStage) and isinstance(b, ChunkStage)
         if not f.step.use_plans:
             one_after_the_other(forward, backward)
             return
-        activation = forward.receive()
-        plan, loss_func = f.plan(forward.which, activation)
+        plan, loss_func = f.plan(forward.which, forward.input)  # while the messages are under way
+        forward.receive()
         saved, gradient = b.start_backward(backward.which, backward.receive())
         assert saved.plan is not None
+
+        def send_forward(output: Tensor, vp_stage: Any = None) -> None:
+            forward.send(None if f.is_last else output.detach())
 
         def send_backward(gradient: Tensor, vp_stage: Any = None) -> None:
             backward.send(None if saved.activation is None else gradient)
 
         thread = None if streams.recorder is not None else self.thread  # a record of streams sees one thread
         if self.order == "megatron" and thread is None and self.events is None:
-            output = plan.run(plan, saved.plan, b_grad=gradient, post_backward=send_backward)
-        else:
-            output = run_pair(
-                ORDERS[self.order], plan, saved.plan, gradient, send_backward, thread, self.events
+            output = plan.run(
+                plan, saved.plan, b_grad=gradient, post_forward=send_forward, post_backward=send_backward
             )
-        forward.send(f.planned(forward.which, activation, plan, loss_func, output))
+        else:
+            sends = (send_forward, send_backward)
+            output = run_pair(ORDERS[self.order], plan, saved.plan, gradient, sends, thread, self.events)
+        f.planned(forward.which, forward.input, plan, loss_func, output)
         b.finish_gradients(backward.which)
 
 
@@ -105,20 +110,21 @@ def run_pair(
     forward: TransformerModelChunkSchedulePlan,
     backward: TransformerModelChunkSchedulePlan,
     gradient: Tensor,
-    send_backward: Callable[[Tensor], None],
+    sends: tuple[Callable[[Tensor], None], Callable[[Tensor], None]],
     thread: CommunicationThread | None = None,
     events: list[NodeEvent] | None = None,
 ) -> Tensor:
     """The forward of one plan beside the backward of another; what `TransformerModelChunkSchedulePlan.run` does.
 
     The n-th layer forward runs with the n-th last layer backward; where one chunk has more layers, its rest runs alone.
+    Both results leave before the weight gradients of the last layer's attention.
 
     Args:
         order: what happens in each layer.
         forward: not yet run.
         backward: its forward has run.
         gradient: of `backward`'s output.
-        send_backward: called with the gradient of `backward`'s input, when it is there and weight gradients are not.
+        sends: called with the output of `forward`'s layers and with the gradient of `backward`'s input, in this order.
         thread: takes the communicating nodes.
         events: measured nodes are appended.
 
@@ -132,36 +138,49 @@ def run_pair(
     backward.record_current_stream()
     values["B"] = gradient if backward.post_process is None else backward.post_process.backward(gradient)
 
+    send_forward, send_backward = sends
+
+    def finished_forward(output: Tensor) -> None:
+        with torch.cuda.stream(get_comm_stream()):  # where it was made: computing goes on meanwhile
+            forward.wait_current_stream()
+            send_forward(output)
+
     def finished_backward(gradient: Tensor) -> None:
         backward.wait_current_stream()
         send_backward(gradient)
 
     with _Issue(thread if _may_run_beside(forward, backward) else None) as issue:
         num_forward, num_backward = forward.num_layers(), backward.num_layers()
+        last: list[Callable[[Any], Any]] = []  # weight gradients that run when both results have left
+        last_layer: TransformerLayerSchedulePlan | None = None
         for i in range(max(num_forward, num_backward)):
             layers: dict[str, TransformerLayerSchedulePlan] = {}
             if i < num_forward:
                 layers["F"] = forward.get_layer(i)
             if i < num_backward:
-                layers["B"] = backward.pop_layer()
+                layers["B"] = last_layer = backward.pop_layer()
             for step in order:
                 node = getattr(layers.get(step.half), step.node, None)
                 if node is None or isinstance(node, NoopScheduleNode):
                     continue
                 number = i if step.half == "F" else num_backward - 1 - i
                 call = _call(layers[step.half], node, step, number, events)
-                if step.operation == "backward_dw":
+                if step == ("B", ATTENTION, "backward_dw") and i == num_backward - 1:
+                    last.append(call)
+                elif step.operation == "backward_dw":
                     issue.compute(call, None)
                 elif step.node in COMMUNICATION:
                     values[step.half] = issue.communicate(call, values[step.half])
                 else:
                     values[step.half] = issue.compute(call, values[step.half])
-                if step == ("B", ATTENTION, "backward") and i == num_backward - 1:
-                    issue.compute(finished_backward, values["B"])
-            if "B" in layers:
-                issue.compute(lambda layer: layer.release_state(), layers["B"])
-        if num_backward == 0:
-            finished_backward(values["B"])
+            if "B" in layers and i < num_backward - 1:
+                issue.compute(_release, layers["B"])
+        issue.compute(finished_forward, values["F"])
+        issue.compute(finished_backward, values["B"])
+        for call in last:
+            issue.compute(call, None)
+        if last_layer is not None:
+            issue.compute(_release, last_layer)
     output = _result(values["F"])
     if forward.post_process is not None:
         output = forward.post_process.forward(output)
@@ -170,6 +189,10 @@ def run_pair(
     backward.wait_current_stream()
     backward.release_state()
     return output
+
+
+def _release(layer: TransformerLayerSchedulePlan) -> None:
+    layer.release_state()
 
 
 class _Issue:

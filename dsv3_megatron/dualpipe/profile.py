@@ -18,6 +18,30 @@ from dsv3_megatron.pipeline.simulate import Event, Simulation, simulate
 from dsv3_megatron.pipeline.trace import Span, write_trace
 
 
+class EventClock:
+    """Marks moments of the current stream by CUDA events, without a wait; a `Clock` of the pipeline runner.
+
+    (On CPU the events are stand-ins that keep the time.)
+
+    Attributes:
+        start: `time.perf_counter()` at which the device, being idle, came to the clock's first event.
+    """
+
+    def __init__(self) -> None:
+        self._first = self.mark()
+        self.start = time.perf_counter()
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, mark: Any) -> float:
+        """On `time.perf_counter()`; waits for the device, so only after the step."""
+        mark.synchronize()
+        return self.start + self._first.elapsed_time(mark) / 1e3
+
+
 @dataclass
 class StepProfile:
     """Records one step of the first pipeline (the one that global rank 0 belongs to) and writes its timeline.
@@ -51,13 +75,17 @@ class StepProfile:
 
         return ranks[0] == 0 and get_args().curr_iteration + 1 == self.iteration
 
-    def begin(self, ranks: list[int]) -> float:
-        """Let the ranks of the pipeline start together; returns the moment, on this rank's `time.perf_counter()`."""
-        if self._group is None:
-            self._group = dist.new_group(sorted(ranks), backend="gloo", use_local_synchronization=True)
+    def join(self, ranks: list[int]) -> None:
+        """Make the group of the first pipeline, `ranks`; called by all ranks of the job, whose groups must agree."""
+        self._group = dist.new_group(ranks, backend="gloo")
+
+    def begin(self) -> "EventClock":
+        """Let the ranks of the pipeline start together, with idle devices."""
+        torch.cuda.synchronize()
         dist.barrier(self._group)
-        self._start = time.perf_counter()
-        return self._start
+        clock = EventClock()
+        self._start = clock.start
+        return clock
 
     def finish(self, schedule: Schedule, events: list[Event], nodes: list[NodeEvent]) -> None:
         """Gather the ranks' events, which count from `begin`'s moment, and write the files on rank 0.
@@ -106,8 +134,3 @@ class StepProfile:
             f"wrote {trace} and {', '.join(picture.name for picture in pictures)}",
             flush=True,
         )
-
-
-def wait_for_device() -> None:
-    """After each action of a recorded step: on a GPU an action has only been launched."""
-    torch.cuda.synchronize()

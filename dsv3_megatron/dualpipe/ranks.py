@@ -1,10 +1,13 @@
 """Which rank of the job does what under a bidirectional placement: pure arithmetic.
 
-A job of W ranks and P pipeline ranks has Q = W / P ranks beside each other on every pipeline rank. Global rank g is
-on pipeline rank g // Q, at column g % Q, as Megatron counts. Under DualPipe pipeline ranks k and P−1−k hold the same
-two stages, min(k, P−1−k) and max(k, P−1−k) (report §3.2.1), so for Megatron's groups they are replicas of one "V" of
-P/2 pipeline ranks: Megatron is told of P/2 pipeline ranks and twice the data-parallel size, and every group, sampler,
-optimizer shard and checkpoint replica follows from that. DualPipeV is the V alone: P ranks, 2P stages, no replica.
+A job of W ranks and P pipeline ranks has Q = W / P ranks beside each other on every pipeline rank, its columns. Under
+DualPipe pipeline ranks k and P−1−k hold the same two stages, min(k, P−1−k) and max(k, P−1−k) (report §3.2.1), so for
+Megatron's groups they are replicas of one "V" of P/2 pipeline ranks: Megatron is told of P/2 pipeline ranks and twice
+the data-parallel size, and every group, sampler, optimizer shard and checkpoint replica follows from that. In
+Megatron's numbering a rank and its mirror then lie in neighbouring blocks of Q ranks: pipeline ranks 0, P−1, 1, P−2, …
+So every group holds ascending ranks, the only order that `torch.distributed.new_group` of torch 2.11 knows.
+
+DualPipeV is the V alone: P ranks, 2P stages, no replica.
 """
 
 from dataclasses import dataclass
@@ -49,25 +52,25 @@ class Placement:
         """The pipeline rank that holds the same stages (itself when nothing is mirrored)."""
         return self.num_ranks - 1 - pipeline_rank if self.mirrored else pipeline_rank
 
-    def global_rank(self, megatron_rank: int, world_size: int) -> int:
-        """The job's rank for a rank as Megatron numbers them with `v_size` pipeline ranks.
-
-        Megatron's V rank v has 2Q columns: the first Q are the replica on pipeline rank v, the others the one on
-        P−1−v, so that columns keep their order and expert-parallel groups stay on neighbouring ranks.
-        """
+    def block(self, pipeline_rank: int) -> int:
+        """Which block of neighbouring ranks of the job a pipeline rank is."""
         if not self.mirrored:
-            return megatron_rank
-        columns = world_size // self.num_ranks
-        v, column = divmod(megatron_rank, 2 * columns)
-        if column < columns:
-            return v * columns + column
-        return (self.num_ranks - 1 - v) * columns + column - columns
+            return pipeline_rank
+        return 2 * self.v_rank(pipeline_rank) + (pipeline_rank >= self.v_size)
 
     def pipeline_rank(self, global_rank: int, world_size: int) -> int:
         """Pipeline rank of a rank of the job."""
-        return global_rank // (world_size // self.num_ranks)
+        block = global_rank // (world_size // self.num_ranks)
+        if not self.mirrored:
+            return block
+        v, is_mirror = divmod(block, 2)
+        return self.mirror(v) if is_mirror else v
 
     def pipeline_ranks(self, global_rank: int, world_size: int) -> list[int]:
         """Global ranks of the pipeline that `global_rank` belongs to, in the order of pipeline ranks."""
         columns = world_size // self.num_ranks
-        return [k * columns + global_rank % columns for k in range(self.num_ranks)]
+        return [self.block(k) * columns + global_rank % columns for k in range(self.num_ranks)]
+
+    def pipelines(self, world_size: int) -> list[list[int]]:
+        """`pipeline_ranks` of all pipelines of the job, by column."""
+        return [self.pipeline_ranks(column, world_size) for column in range(world_size // self.num_ranks)]

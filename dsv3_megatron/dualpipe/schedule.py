@@ -1,7 +1,7 @@
 """`forward_backward_func` for Megatron: one step of a table over this rank's model chunks."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,18 @@ from dsv3_megatron.dualpipe.gradients import GradientReduce
 from dsv3_megatron.dualpipe.loss_reports import share
 from dsv3_megatron.dualpipe.microbatch_data import chunk_iterators
 from dsv3_megatron.dualpipe.overlap import PairRunner
-from dsv3_megatron.dualpipe.p2p import PipelineP2P
-from dsv3_megatron.dualpipe.profile import StepProfile, wait_for_device
+from dsv3_megatron.dualpipe.p2p import MAX_CTAS, PipelineP2P, all_pipelines, carrier, warm_up
+from dsv3_megatron.dualpipe.profile import StepProfile
 from dsv3_megatron.dualpipe.ranks import Placement
-from dsv3_megatron.pipeline import build_schedule
-from dsv3_megatron.pipeline.comms import Message
+from dsv3_megatron.pipeline import Message, build_schedule
 from dsv3_megatron.pipeline.runner import PipelineRunner
+
+# Groups that communicate inside a step, in the order in which all ranks use them for the first time.
+STEP_GROUPS = (
+    *("tp", "cp", "tp_cp", "expt_tp", "ep", "tp_ep"),
+    *("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "inter_dist_opt", "pp"),
+)
+ALL_TO_ALL_GROUPS = ("ep", "tp_ep")
 
 
 class PipelineSchedule:
@@ -40,6 +46,7 @@ class PipelineSchedule:
         pair_order: a name of `overlap.ORDERS`.
         plans: whether chunks with expert parallelism run through Megatron's schedule plans, so that pairs overlap; not
             with document boundaries and MTP, since the plans' MTP node takes none.
+        max_ctas: on NCCL, the most thread blocks of a pipeline message's kernel.
     """
 
     def __init__(
@@ -50,12 +57,14 @@ class PipelineSchedule:
         timeout_s: float,
         pair_order: str = "megatron",
         plans: bool = True,
+        max_ctas: int = MAX_CTAS,
     ) -> None:
         self.name = name
         self.plans = plans
         self.num_ranks = num_ranks
         self.placement = placement
         self.timeout_s = timeout_s
+        self.max_ctas = max_ctas
         self.pairs = PairRunner(pair_order)
         self.profile: StepProfile | None = None
         self._p2p: PipelineP2P | None = None
@@ -102,7 +111,7 @@ class PipelineSchedule:
         timers = config.timers
         if timers is not None:
             timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        self._build(chunks)
+        self._build(chunks, groups)
         self._set_shape(config, seq_length, micro_batch_size, decoder_seq_length, groups)
         assert self._reduce is not None
         step = Step(
@@ -129,7 +138,8 @@ class PipelineSchedule:
                 runner.step()
             else:
                 self.pairs.events = [] if self.pairs.thread else None
-                events = runner.step(profile.begin(self._pipeline_ranks()), wait_for_device)
+                clock = profile.begin()
+                events = runner.step(clock.start, clock)
                 profile.finish(runner.schedule, events, self.pairs.events or [])
                 self.pairs.events = None
         if config.finalize_model_grads_func is not None and not forward_only:
@@ -147,8 +157,8 @@ class PipelineSchedule:
 
     # --- built once
 
-    def _build(self, chunks: list[Any]) -> None:
-        """Stages and channels, at the first call; the model chunks stay the same objects."""
+    def _build(self, chunks: list[Any], groups: ProcessGroupCollection) -> None:
+        """Stages and communicators, at the first call; the model chunks stay the same objects."""
         if self._stages:
             return
         rank = self.pipeline_rank
@@ -162,10 +172,20 @@ class PipelineSchedule:
         last = num_stages - 1
         writers = {0: [last]} if last in numbers and shares_embedding(chunks[-1]) else {}
         self._reduce = GradientReduce(dict(zip(numbers, chunks, strict=True)), writers)
+        pipelines = self._pipelines()
         if self.num_ranks > 1:
+            if carrier() == "nccl":
+                warm_up(_members(groups, STEP_GROUPS), _members(groups, ALL_TO_ALL_GROUPS))
             self._p2p = PipelineP2P(
-                self._pipeline_ranks(), self._spec, torch.cuda.current_device(), self.timeout_s
+                self._pipeline_ranks(),
+                self._spec,
+                torch.cuda.current_device(),
+                self.timeout_s,
+                pipelines=pipelines,
+                max_ctas=self.max_ctas,
             )
+        if self.profile is not None:
+            self.profile.join(pipelines[0])
 
     @property
     def pipeline_rank(self) -> int:
@@ -177,6 +197,12 @@ class PipelineSchedule:
         if self.placement is None:
             return dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         return self.placement.pipeline_ranks(dist.get_rank(), dist.get_world_size())
+
+    def _pipelines(self) -> list[list[int]]:
+        """Those of the whole job, in one order."""
+        if self.placement is None:
+            return all_pipelines(self._pipeline_ranks(), dist.get_world_size())
+        return self.placement.pipelines(dist.get_world_size())
 
     def _runner(self, num_microbatches: int, forward_only: bool) -> PipelineRunner:
         key = (num_microbatches, forward_only)
@@ -224,6 +250,12 @@ class PipelineSchedule:
         return chunk_iterators(
             iterators[0], num_microbatches, mirror, parallel_state.get_data_parallel_group()
         )
+
+
+def _members(groups: ProcessGroupCollection, names: Sequence[str]) -> list[Any]:
+    """The groups of these names that exist, each once."""
+    found = [getattr(groups, name, None) for name in names]
+    return list({id(group): group for group in found if group is not None}.values())
 
 
 def uses_plans(config: Any) -> bool:

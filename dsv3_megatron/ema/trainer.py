@@ -19,7 +19,8 @@ def install() -> None:
     from dsv3_megatron.patching import install as install_patches
     from dsv3_megatron.training import hooks
 
-    install_patches(["generate_state_dict", "load_checkpoint", "evaluate_and_print_results"])
+    install_patches(["generate_state_dict", "evaluate_and_print_results"])
+    hooks.after_load(_after_load)
     hooks.before_step(_begin)
     hooks.before_update(_before_update)
     hooks.after_step(_after_step)
@@ -63,6 +64,10 @@ def _after_step(call: dict[str, Any], result: Any) -> None:
 
         force_param_sync(call["model"], call["optimizer"])
     _average.update()
+
+
+def _after_load(call: dict[str, Any], iteration: int) -> None:
+    after_load(call["ddp_model"], iteration)
 
 
 def after_load(model: list[Any], iteration: int) -> None:

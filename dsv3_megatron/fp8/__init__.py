@@ -5,6 +5,8 @@ The arithmetic here is plain PyTorch and needs neither Megatron nor a GPU.
 
 from dsv3_megatron.fp8.e5m6 import decode_e5m6, encode_e5m6, pack_e5m6, unpack_e5m6
 from dsv3_megatron.fp8.gemm import difference, gemm_nt, grouped_gemm_nt
+from dsv3_megatron.fp8.message import decode_message, encode_message
+from dsv3_megatron.fp8.swiglu import swiglu_and_cache, swiglu_from_cache, swiglu_gradients
 from dsv3_megatron.fp8.tiles import (
     dequantize,
     quantize_block,
@@ -15,9 +17,11 @@ from dsv3_megatron.fp8.tiles import (
 
 __all__ = [
     "decode_e5m6",
+    "decode_message",
     "dequantize",
     "difference",
     "encode_e5m6",
+    "encode_message",
     "gemm_nt",
     "grouped_gemm_nt",
     "pack_e5m6",
@@ -25,5 +29,8 @@ __all__ = [
     "quantize_tile",
     "quantize_tile_t",
     "requantize_transposed",
+    "swiglu_and_cache",
+    "swiglu_from_cache",
+    "swiglu_gradients",
     "unpack_e5m6",
 ]

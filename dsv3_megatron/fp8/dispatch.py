@@ -1,8 +1,7 @@
 """All-to-all that carries E4M3 towards the experts and BF16 back (report §3.3.3, "Low-precision communication").
 
 Forward, tokens go to their experts in E4M3 and expert outputs come back in BF16. Backward, the outputs' gradients
-(those before the down projection) go to the experts in E4M3, and the inputs' gradients come back in BF16. Scales are
-powers of two, so that the first product of the expert can quantise what it receives again without a change.
+(those before the down projection) go to the experts in E4M3, and the inputs' gradients come back in BF16.
 """
 
 from typing import Any
@@ -14,27 +13,13 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from dsv3_megatron.fp8 import deepep
 from dsv3_megatron.fp8.arithmetic import arithmetic_for
-from dsv3_megatron.fp8.tiles import TILE, dequantize
+from dsv3_megatron.fp8.message import decode_message, encode_message
+from dsv3_megatron.fp8.precision import recipe_of
+from dsv3_megatron.fp8.tiles import TILE
 
 __all__ = ["FP8AlltoAllTokenDispatcher", "FP8MoELayer", "decode_message", "encode_message"]
-
-
-def encode_message(x: Tensor, eps: float) -> Tensor:
-    """Rows x [M, K] as bytes [M, K + ⌈K/128⌉]: E4M3 by 1×128 tiles, then each tile's exponent, biased by 127.
-
-    `eps` is the floor of a tile's largest absolute value: 1e-4 for activations, 0 for gradients.
-    """
-    q, scale = arithmetic_for(x).quantize_tile(x, eps=eps, pow2=True)
-    exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
-    return torch.cat([q.view(torch.uint8), exponents], dim=1)
-
-
-def decode_message(message: Tensor, num_columns: int) -> Tensor:
-    """The rows [M, num_columns] of `encode_message`, fp32."""
-    q, exponents = message.split([num_columns, -(-num_columns // TILE)], dim=1)
-    scale = (exponents.int() << 23).view(torch.float32)
-    return dequantize(q.contiguous().view(torch.float8_e4m3fn), scale)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -63,8 +48,9 @@ def _exchange(x: Tensor, group: Any, output_splits: Any, input_splits: Any, eps:
     """Rows to their ranks, in x's own dtype or (with eps) in E4M3."""
     if eps is None:
         return all_to_all(group, x, output_splits, input_splits)
-    received = all_to_all(group, encode_message(x, eps), output_splits, input_splits)
-    return decode_message(received, x.size(1)).to(x.dtype)
+    arithmetic = arithmetic_for(x)
+    received = all_to_all(group, arithmetic.encode_message(x, eps), output_splits, input_splits)
+    return arithmetic.decode_message(received, x.size(1), x.dtype)
 
 
 class FP8AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -95,20 +81,31 @@ class FP8AlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class FP8MoELayer(MoELayer):
-    """Megatron's MoE layer with FP8 dispatch."""
+    """Megatron's MoE layer that dispatches what the recipe says: E4M3, or bf16 as Megatron does by itself."""
 
     token_dispatcher: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if not isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
-            raise ValueError(
-                f"--moe-token-dispatcher-type {self.config.moe_token_dispatcher_type} with --fp8-recipe dsv3: FP8 "
-                "dispatch needs alltoall"
+        recipe = recipe_of(self.config)
+        assert recipe is not None, "this layer is built for a recipe of ours only"
+        if recipe.dispatch == "e4m3":
+            self._dispatch_in_e4m3(kwargs.get("pg_collection"))
+
+    def _dispatch_in_e4m3(self, pg_collection: Any) -> None:
+        kind, backend = self.config.moe_token_dispatcher_type, self.config.moe_flex_dispatcher_backend
+        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
+            self.token_dispatcher = FP8AlltoAllTokenDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=self.config,
+                pg_collection=pg_collection,
             )
-        self.token_dispatcher = FP8AlltoAllTokenDispatcher(
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=self.config,
-            pg_collection=kwargs.get("pg_collection"),
-        )
+        elif kind == "flex" and backend == "deepep" and self.config.hidden_size % TILE == 0:
+            deepep.send_fp8_in(self.token_dispatcher.tp_ep_group)
+        else:
+            raise ValueError(
+                f"--moe-token-dispatcher-type {kind} (--moe-flex-dispatcher-backend {backend}, --hidden-size "
+                f"{self.config.hidden_size}): E4M3 is dispatched by alltoall, or by deepep in a hidden size that is a "
+                f"multiple of {TILE}. Use one of these, or --fp8-dispatch bf16."
+            )

@@ -9,7 +9,9 @@ The report gives the name and the power-of-two scales; layout and rounding are o
     0x7FF, 0xFFF     NaN; there is no infinity, the largest number is 0x7FE = 129024
 
 Rounding is to nearest, ties to even; finite numbers beyond the largest become the largest, NaN and ±inf become NaN.
-Two codes a, b fill three bytes: a[7:0], b[3:0] a[11:8], b[11:4].
+
+A row is a stream of bits, lowest first: code i has bits 12·i … 12·i + 11. So two codes a, b fill three bytes, a[7:0],
+b[3:0] a[11:8], b[11:4], and eight fill three little-endian 32-bit words, which is how the kernels write them.
 """
 
 import functools

@@ -22,10 +22,10 @@ from dsv3_megatron.backends.linear import (
     RowLinear,
     all_gather_first_dim,
 )
-from dsv3_megatron.fp8.e5m6 import pack_e5m6, unpack_e5m6
+from dsv3_megatron.fp8.arithmetic import arithmetic_for
 from dsv3_megatron.fp8.precision import Recipe, recipe_of
 from dsv3_megatron.fp8.swiglu import swiglu, swiglu_backward
-from dsv3_megatron.fp8.tiles import Quantized, dequantize
+from dsv3_megatron.fp8.tiles import Quantized
 
 __all__ = [
     "FP8AttentionOutput",
@@ -67,9 +67,8 @@ class FP8WeightGrad(DelayedWeightGrad):
         """Add the same to the weight's `main_grad`."""
         self.weight.main_grad.add_(self.weight_grad(x_t, grad_t))
 
-    def finish_weight_grad(self, x: Tensor, grad: Tensor) -> Tensor | None:
-        """What backward returns for the weight: x [M, K] and grad [M, N] in fp32, as they were cached or sent."""
-        operands = self.recipe.activation(x.t()), self.recipe.gradient(grad.t())
+    def finish_weight_grad(self, *operands: Quantized) -> Tensor | None:
+        """What backward returns for the weight; the operands are those of `weight_grad`."""
         if self._delays(self.weight):
             self.queue_weight_grad(*operands)
             return None
@@ -80,20 +79,24 @@ class FP8WeightGrad(DelayedWeightGrad):
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return torch.empty_like(self.weight)  # for the gradient hook, which only drops it
 
-    def input_grad(self, gradient: Quantized) -> Tensor:
-        """dx [M, K] in fp32."""
+    def input_grad(self, gradient: Quantized, dtype: torch.dtype) -> Tensor:
+        """dx [M, K], computed in fp32."""
         q, scale = self.recipe.weight(self.weight)
-        return self.recipe.product(gradient, (q.t(), scale.t()))
+        return self.recipe.product(gradient, (q.t(), scale.t()), dtype)
 
-    def output(self, x: Quantized) -> Tensor:
-        """y [M, N] in fp32."""
-        return self.recipe.product(x, self.recipe.weight(self.weight))
+    def output(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+        """y [M, N], computed in fp32."""
+        return self.recipe.product(x, self.recipe.weight(self.weight), dtype)
 
     def quantize_gradient(self, grad_y: Tensor) -> tuple[Tensor, Quantized]:
-        """The output gradient [M, N] as Wgrad and as Dgrad take it."""
+        """The output gradient [M, N] as it was sent, and as Dgrad takes it."""
         grad = grad_y.reshape(-1, grad_y.size(-1))
         quantized = self.recipe.gradient(grad, self.pow2_gradient)
-        return (dequantize(*quantized) if self.pow2_gradient else grad), quantized
+        return (arithmetic_for(grad).dequantize(*quantized) if self.pow2_gradient else grad), quantized
+
+    def gradient_again(self, grad: Tensor) -> Quantized:
+        """The output gradient [M, N], as it was sent, transposed and quantised for Wgrad."""
+        return self.recipe.gradient(grad.t())
 
 
 class _Linear(torch.autograd.Function):
@@ -112,7 +115,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         matrix = x.reshape(-1, x.size(-1))
         quantized = layer.recipe.activation(matrix, layer.pow2_input)
-        ctx.save_for_backward(*(pack_e5m6(matrix) if e5m6 else quantized))
+        ctx.save_for_backward(*(arithmetic_for(matrix).pack_e5m6(matrix) if e5m6 else quantized))
         ctx.layer, ctx.shape, ctx.dtype, ctx.e5m6 = layer, x.shape, x.dtype, e5m6
         ctx.sequence_parallel, ctx.allreduce_dgrad, ctx.tp_group = (
             sequence_parallel,
@@ -121,14 +124,14 @@ class _Linear(torch.autograd.Function):
         )
         if sequence_parallel:
             quantized = _gather(quantized, tp_group)
-        y = layer.output(quantized).to(x.dtype)
+        y = layer.output(quantized, x.dtype)
         return y.view(-1, *x.shape[1:-1], y.size(1))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         layer: FP8WeightGrad = ctx.layer
         grad, quantized = layer.quantize_gradient(grad_y)
-        grad_x = layer.input_grad(quantized).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = layer.input_grad(quantized, ctx.dtype) if ctx.needs_input_grad[0] else None
         if grad_x is not None and ctx.sequence_parallel:
             scattered = grad_x.new_empty(grad_x.size(0) // dist.get_world_size(ctx.tp_group), grad_x.size(1))
             dist.reduce_scatter_tensor(scattered, grad_x, group=ctx.tp_group)
@@ -140,8 +143,12 @@ class _Linear(torch.autograd.Function):
             cached, scale = ctx.saved_tensors
             if ctx.sequence_parallel:
                 cached, scale = _gather((cached, scale), ctx.tp_group)
-            x = unpack_e5m6(cached, scale, ctx.shape[-1]) if ctx.e5m6 else dequantize(cached, scale)
-            weight_grad = layer.finish_weight_grad(x, grad)
+            if ctx.e5m6:
+                x = arithmetic_for(cached).unpack_e5m6(cached, scale, ctx.shape[-1])
+                x_t = layer.recipe.activation(x.t())
+            else:
+                x_t = layer.recipe.activation_again((cached, scale))
+            weight_grad = layer.finish_weight_grad(x_t, layer.gradient_again(grad))
         return None if grad_x is None else grad_x.view(ctx.shape), weight_grad, *[None] * 5
 
 
@@ -153,7 +160,7 @@ class _SwiGLULinear(torch.autograd.Function):
         matrix = u.reshape(-1, u.size(-1))
         weights = None if probs is None else probs.reshape(-1, 1)
         hidden = swiglu(matrix.float(), weights)
-        y = layer.output(layer.recipe.activation(hidden)).to(u.dtype)
+        y = layer.output(layer.recipe.activation(hidden), u.dtype)
         ctx.save_for_backward(*layer.recipe.activation(matrix), weights)
         ctx.layer, ctx.shape, ctx.dtype = layer, u.shape, u.dtype
         return y.view(*u.shape[:-1], y.size(1))
@@ -162,10 +169,13 @@ class _SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         layer: FP8WeightGrad = ctx.layer
         *cached, weights = ctx.saved_tensors
-        u = dequantize(*cached)
+        u = arithmetic_for(cached[0]).dequantize(*cached)
         grad, quantized = layer.quantize_gradient(grad_y)
-        grad_u, grad_probs = swiglu_backward(u, weights, layer.input_grad(quantized))
-        weight_grad = layer.finish_weight_grad(swiglu(u, weights), grad) if ctx.needs_input_grad[2] else None
+        grad_u, grad_probs = swiglu_backward(u, weights, layer.input_grad(quantized, torch.float32))
+        weight_grad = None
+        if ctx.needs_input_grad[2]:
+            hidden_t = layer.recipe.activation(swiglu(u, weights).t())
+            weight_grad = layer.finish_weight_grad(hidden_t, layer.gradient_again(grad))
         if grad_probs is not None:
             grad_probs = grad_probs.view(ctx.shape[:-1]).to(weights.dtype)
         return grad_u.to(ctx.dtype).view(ctx.shape), grad_probs, weight_grad, None
@@ -182,7 +192,7 @@ class FP8ColumnLinear(FP8WeightGrad, ColumnLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.pow2_input = self.is_expert
+        self.pow2_input = self.is_expert and self.recipe.dispatch == "e4m3"
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         return _Linear.apply(
@@ -212,7 +222,7 @@ class FP8DownProjection(FP8RowLinear):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.pow2_gradient = self.is_expert
+        self.pow2_gradient = self.is_expert and self.recipe.dispatch == "e4m3"
 
     def _forward_impl(self, input: tuple[Tensor, Tensor | None], weight: Tensor, **kwargs: Any) -> Tensor:
         return _SwiGLULinear.apply(*input, weight, self)

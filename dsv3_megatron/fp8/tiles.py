@@ -69,22 +69,23 @@ def quantize_block(w: Tensor, *, eps: float = 1e-4, pow2: bool = False) -> Quant
     return quantize_with_scale(w, scale), scale
 
 
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """q · scale in fp32.
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q · scale, computed in fp32.
 
     Args:
         q: [M, K] E4M3.
         scale: fp32, one per 1×128, 128×1 or 128×128 tile; its shape tells which.
+        dtype: of the result.
 
     Returns:
-        [M, K] fp32.
+        [M, K] in dtype.
 
     Raises:
         ValueError: scale has the shape of none of them.
     """
     # A table: torch's own conversion takes five times as long on CPU.
     values = _table(q.device).index_select(0, q.view(torch.uint8).flatten().int())
-    return values.view(q.shape).mul_(expand_scale(scale, q.shape))
+    return values.view(q.shape).mul_(expand_scale(scale, q.shape)).to(dtype)
 
 
 @functools.cache
@@ -147,7 +148,8 @@ def amax_of_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
     if x.dim() != 2:
         raise ValueError(f"expected a matrix, got shape {tuple(x.shape)}")
     amax = _largest(x.abs(), rows, columns).float()
-    if not bool((amax < torch.inf).all()):  # also where it is NaN
+    # Also where it is NaN. Looking is worth it on CPU; on other devices it would make the host wait.
+    if x.device.type != "cpu" or not bool((amax < torch.inf).all()):
         finite = torch.where(x.isfinite(), x.abs(), 0.0)
         amax = _largest(finite, rows, columns).float()
     return amax
@@ -171,6 +173,7 @@ def _largest(x: Tensor, rows: int, columns: int) -> Tensor:
 def quantize_with_scale(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, rounded to the nearest E4M3 number (ties to even); NaN where it is not finite."""
     ratio = x.float() / expand_scale(scale, x.shape)
-    if not bool(ratio.sum().isfinite()):  # torch's conversion saturates ±inf, or not, by its version
+    # torch's conversion saturates ±inf, or not, by its version.
+    if x.device.type != "cpu" or not bool(ratio.sum().isfinite()):
         ratio = torch.where(ratio.isfinite(), ratio, torch.nan)
     return ratio.to(torch.float8_e4m3fn)

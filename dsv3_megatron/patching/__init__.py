@@ -6,6 +6,7 @@ module's name is the patch's, unique among all, and it holds one `PATCH`. The fe
 looks different is an error (`PatchMismatch`), never a warning.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -149,6 +150,7 @@ def install_patch(patch: Patch) -> None:
         setattr(where, name, replacement)
 
 
+@functools.cache
 def modules() -> dict[str, str]:
     """Name of every patch to its module: what lies in the `patches` packages of the features."""
     package = importlib.import_module(__name__.partition(".")[0])

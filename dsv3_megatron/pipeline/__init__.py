@@ -12,6 +12,8 @@ torch.
 
 from .actions import Action, Kind, Schedule
 from .build import SCHEDULES, build_schedule
+from .comms import Message
+from .operations import Operation, host_operations
 from .simulate import Costs, Event, Simulation, simulate
 from .validate import ScheduleError, Validation, validate
 
@@ -21,11 +23,14 @@ __all__ = [
     "Costs",
     "Event",
     "Kind",
+    "Message",
+    "Operation",
     "Schedule",
     "ScheduleError",
     "Simulation",
     "Validation",
     "build_schedule",
+    "host_operations",
     "simulate",
     "validate",
 ]

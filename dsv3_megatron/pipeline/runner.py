@@ -1,13 +1,15 @@
 """Executes a rank's part of a schedule: the same table that is simulated and drawn."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .actions import Action, Kind, Schedule
-from .comms import Channel, Message, Payload, channel_orders, receives, sends
+from .comms import Message, Payload, receives, sends
+from .operations import Operation, host_operations
 from .simulate import Event
 from .stage import Half, Messages, Overlap, Pass, Stage, one_after_the_other
 
@@ -30,14 +32,44 @@ class _Handover:
     microbatch: int
 
 
+class Clock(Protocol):
+    """Marks moments of a step, and says afterwards when they were."""
+
+    def mark(self) -> Any:
+        """This moment, for what has been issued so far."""
+
+    def seconds(self, mark: Any) -> float:
+        """When `mark` was, in seconds of one clock; asked for after the step."""
+
+
+class HostClock:
+    """`time.perf_counter()`: right where an action has been computed when its call returns. One clock for a host."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, mark: float) -> float:
+        return mark
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An action, with the posts that stand before it and the messages that it waits for."""
+
+    posts: tuple[Operation, ...]
+    waits_for: tuple[Message, ...]
+    action: Action | None  # None: the posts at the end of the step
+    slots: tuple[_Slot, ...]
+
+
 class PipelineRunner:
-    """Runs one step of `schedule` on one rank.
+    """Runs one step of `schedule` on one rank: the operations of `host_operations`, one by one.
 
     Args:
         schedule: the table; the caller has validated it.
         rank: pipeline rank.
         stages: stage number to stage, for the stages that the rank holds.
-        p2p: the channels; None when the schedule has a single rank.
+        p2p: the messages; None when the schedule has a single rank.
         overlap: runs an overlapped pair.
     """
 
@@ -59,99 +91,136 @@ class PipelineRunner:
         self._stages = stages
         self._p2p = p2p
         self._overlap = overlap
-        self._program = _program(schedule, rank)
-        self._receives: dict[Channel, tuple[Message, ...]] = {
-            channel: order.received
-            for channel, order in channel_orders(schedule).items()
-            if channel.destination == rank
-        }
+        operations = host_operations(schedule, rank) if p2p is None else p2p.operations(schedule)
+        self._turns = _turns(operations, dict(_program(schedule, rank)))
         self._handed: dict[_Handover, Tensor] = {}
 
-    def step(
-        self, start: float | None = None, finish_action: Callable[[], None] = lambda: None
-    ) -> list[Event]:
+    def step(self, start: float | None = None, clock: Clock | None = None) -> list[Event]:
         """Run all microbatches of one step.
 
         Args:
-            start: the `time.perf_counter()` that measured times count from; default now. It is one clock for
-                the processes of a host.
-            finish_action: called at the end of each action; in a measured step on a GPU, where the action has only
-                been launched, it waits for the device.
+            start: the moment of `clock` that measured times count from; default now.
+            clock: default `HostClock`.
 
         Returns:
-            The rank's measured events, in seconds; an event starts when its (first) input is there.
+            The rank's measured events, in seconds; an event starts when its inputs are there.
 
         Raises:
             dsv3_megatron.dualpipe.p2p.PipelineTimeout: a message did not arrive or was not taken within the time limit.
         """
-        start = time.perf_counter() if start is None else start
+        clock = clock or HostClock()
+        first = clock.mark()
+        marks: list[tuple[Action, Any, Any]] = []
         if self._p2p is not None:
-            self._p2p.begin(self._receives)
-        events: list[Event] = []
-        for action, slots in self._program:
+            self._p2p.begin()
+        for turn in self._turns:
+            for operation in turn.posts:
+                assert self._p2p is not None
+                self._p2p.post(operation)
+            if turn.action is None:
+                continue
             try:
-                begun = self._run(slots)
-                finish_action()
+                begun = self._run(turn, clock)
+                marks.append((turn.action, begun, clock.mark()))
             except Exception as error:
-                error.add_note(f"while pipeline rank {self.rank} ran {action} (microbatch@stage)")
+                error.add_note(f"while pipeline rank {self.rank} ran {turn.action} (microbatch@stage)")
                 raise
-            events.append(Event(self.rank, begun - start, time.perf_counter() - start, action))
         if self._p2p is not None:
             self._p2p.finish()
         assert not self._handed, f"left on rank {self.rank}: {list(self._handed)}"
-        return events
+        if start is None:
+            start = clock.seconds(first)
+        return [
+            Event(self.rank, clock.seconds(begun) - start, clock.seconds(end) - start, action)
+            for action, begun, end in marks
+        ]
 
-    def _run(self, slots: tuple[_Slot, ...]) -> float:
-        """Compute one action; returns the moment at which its input was there."""
-        if len(slots) == 2:
-            forward, backward = (self._half(slot) for slot in slots)
-            first_input = forward.receive()
-            begun = time.perf_counter()
-            self._overlap(Half(forward.stage, forward.which, lambda: first_input, forward.send), backward)
-            return begun
-        slot = slots[0]
+    def _run(self, turn: _Turn, clock: Clock) -> Any:
+        """Compute one action; returns the mark at which its inputs were there."""
+        begun: list[Any] = []
+
+        def wait() -> None:
+            if begun:
+                return  # a pair waits for both its messages at once
+            if turn.waits_for:
+                assert self._p2p is not None
+                self._p2p.wait(turn.waits_for)
+            begun.append(clock.mark())
+
+        if len(turn.slots) == 2:
+            self._overlap(*(self._half(slot, wait) for slot in turn.slots))
+        else:
+            slot = turn.slots[0]
+            tensor = self._input(slot.source)
+            wait()
+            self._compute(slot, tensor)
+        wait()  # a pair of which neither half has asked
+        return begun[0]
+
+    def _compute(self, slot: _Slot, tensor: Tensor | None) -> None:
         stage = self._stages[slot.which.action.stage]
-        tensor = self._take(slot.source)
-        begun = time.perf_counter()
-        result: Tensor | None = None
+        send = self._sender(slot)
         match slot.which.action.kind:
             case Kind.F:
-                result = stage.forward(slot.which, tensor)
+                send(stage.forward(slot.which, tensor))
             case Kind.B:
-                result = stage.backward(slot.which, tensor)
+                early = getattr(stage, "backward_and_send", None)
+                if early is None:
+                    send(stage.backward(slot.which, tensor))
+                else:
+                    early(slot.which, tensor, send)
             case Kind.B_INPUT:
-                result = stage.backward_input(slot.which, tensor)
+                send(stage.backward_input(slot.which, tensor))
             case Kind.W:
                 stage.backward_weight(slot.which)
-        self._give(slot.target, result, slot.which)
-        return begun
 
-    def _half(self, slot: _Slot) -> Half:
-        return Half(
-            self._stages[slot.which.action.stage],
-            slot.which,
-            lambda: self._take(slot.source),
-            lambda tensor: self._give(slot.target, tensor, slot.which),
-        )
+    def _half(self, slot: _Slot, wait: Callable[[], None]) -> Half:
+        tensor = self._input(slot.source)
 
-    def _take(self, source: Message | _Handover | None) -> Tensor | None:
+        def receive() -> Tensor | None:
+            wait()
+            return tensor
+
+        return Half(self._stages[slot.which.action.stage], slot.which, tensor, receive, self._sender(slot))
+
+    def _input(self, source: Message | _Handover | None) -> Tensor | None:
+        """The tensor that the input is in, or will be once waited for."""
         if isinstance(source, Message):
             assert self._p2p is not None
-            return self._p2p.receive(source)
+            return self._p2p.buffer(source)
         return None if source is None else self._handed.pop(source)
 
-    def _give(self, target: Message | _Handover | None, tensor: Tensor | None, which: Pass) -> None:
-        if target is None:
-            return
-        if tensor is None:
-            raise RuntimeError(
-                f"{which.action} (microbatch@stage) must return a tensor for its neighbour, got None"
-            )
-        if isinstance(target, Message):
-            assert self._p2p is not None
-            self._p2p.send(target, tensor)
+    def _sender(self, slot: _Slot) -> Callable[[Tensor | None], None]:
+        def send(tensor: Tensor | None) -> None:
+            target = slot.target
+            if target is None:
+                return
+            if tensor is None:
+                raise RuntimeError(
+                    f"{slot.which.action} (microbatch@stage) must return a tensor for its neighbour, got None"
+                )
+            if isinstance(target, Message):
+                assert self._p2p is not None
+                self._p2p.send(target, tensor)
+            else:
+                self._handed[target] = tensor.detach()
+
+        return send
+
+
+def _turns(operations: Sequence[Operation], slots: Mapping[Action, tuple[_Slot, ...]]) -> list[_Turn]:
+    turns = []
+    posts: list[Operation] = []
+    waits_for: tuple[Message, ...] = ()
+    for operation in operations:
+        if operation.action is not None:
+            turns.append(_Turn(tuple(posts), waits_for, operation.action, slots[operation.action]))
+            posts, waits_for = [], ()
+        elif operation.kind == "wait":
+            waits_for = operation.receives
         else:
-            self._handed[target] = tensor.detach()
+            posts.append(operation)
+    return [*turns, _Turn(tuple(posts), (), None, ())]
 
 
 def _program(schedule: Schedule, rank: int) -> list[tuple[Action, tuple[_Slot, ...]]]:

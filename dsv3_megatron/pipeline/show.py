@@ -1,6 +1,7 @@
 """Draw a schedule: `python -m dsv3_megatron.pipeline.show dualpipe --ranks 8 --microbatches 20`.
 
-Prints the timeline and its figures, and writes the picture (SVG, PNG) and a Chrome/Perfetto trace (JSON).
+Prints the timeline and its figures, among them what the messages cost where they share one communication stream, as
+on NCCL, and writes the picture (SVG, PNG) and a Chrome/Perfetto trace (JSON).
 With `--trace FILE` it draws the timelines of a file instead, such as one that was measured.
 """
 
@@ -8,9 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from .actions import Schedule
 from .build import SCHEDULES, build_schedule
+from .nccl import TAIL, simulate_one_stream
 from .picture import draw, text
 from .simulate import Costs, simulate
 from .trace import read_trace, write_trace
@@ -36,6 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         default = getattr(Costs(), name)
         parser.add_argument(f"--{name}", type=float, default=default, help=f"{meaning} (default {default})")
+    parser.add_argument(
+        "--message",
+        type=float,
+        default=0.05,
+        help="for the last lines: a message on one communication stream, in units of a forward (default 0.05)",
+    )
+    parser.add_argument(
+        "--tail",
+        type=float,
+        default=TAIL,
+        help="for the last lines: what still runs when the results of a pair or backward have left, in units of the "
+        f"weight gradients (default {TAIL}: those of one layer's attention, in a stage of four)",
+    )
     parser.add_argument("--trace", type=Path, help="draw the timelines of this trace file instead")
     parser.add_argument("--output-dir", type=Path, default=Path("."), help="folder for the files (default .)")
     parser.add_argument("--text-only", action="store_true", help="write no files")
@@ -62,9 +79,26 @@ def _show_schedule(args: argparse.Namespace) -> None:
         f"{title}; makespan {simulation.makespan:g}, bubble {min(simulation.bubble):g} to {worst:g} "
         f"({worst / simulation.makespan:.1%}), peak in flight {max(simulation.peak_in_flight)}"
     )
+    print(_on_one_stream(schedule, args))
     if not args.text_only:
         name = f"{schedule.name}_{args.ranks}x{args.microbatches}"
         _write(args.output_dir, name, {title: simulation.events}, "units of one forward", 1000)
+
+
+def _on_one_stream(schedule: Schedule, args: argparse.Namespace) -> str:
+    """What messages of `args.message` forwards cost: their own time, and with all of a rank's on one stream."""
+    free = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb)
+    timed = replace(free, p2p=args.message * args.f)
+    base = simulate(schedule, free).makespan
+    one_stream = simulate_one_stream(schedule, timed, args.tail * args.w).makespan
+    late = simulate_one_stream(schedule, timed).makespan
+    many_streams = simulate(schedule, timed).makespan
+    return (
+        f"one communication stream, messages of {args.message:g} F: makespan {one_stream:g}, "
+        f"{one_stream / base - 1:+.2%} of the {base:g} with free messages\n"
+        f"  where results leave only at the end of their action: {late / base - 1:+.2%}, of which "
+        f"{many_streams / base - 1:+.2%} with a stream for each message"
+    )
 
 
 def _show_trace(args: argparse.Namespace) -> None:

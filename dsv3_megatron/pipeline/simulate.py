@@ -120,7 +120,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
         ValueError: the ranks wait for each other, or for something nobody produces; the message says who for
             what.
     """
-    clock = _Durations(costs or Costs(), schedule.num_stages)
+    clock = Durations(costs or Costs(), schedule.num_stages)
     last_stage = schedule.num_stages - 1
     finished: dict[
         tuple[Kind, int, int], tuple[float, int]
@@ -184,8 +184,8 @@ def _inputs(action: Action, last_stage: int) -> list[tuple[Kind, int, int]]:
     return needed
 
 
-class _Durations:
-    """`Costs` laid out per stage."""
+class Durations:
+    """`Costs` laid out per stage: how long an action takes, and an edge between two ranks."""
 
     def __init__(self, costs: Costs, num_stages: int) -> None:
         self.f, self.b, self.w, self.fb, self.p2p = (

@@ -1,13 +1,14 @@
 """What the runner asks of a model chunk, be it Megatron's, a toy module or one that sleeps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from .actions import Action
-from .comms import Channel, Message
+from .actions import Action, Schedule
+from .comms import Message
+from .operations import Operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +52,35 @@ class Stage(Protocol):
         """Add the weight gradients that `backward_input` kept for this microbatch."""
 
 
+class EarlyStage(Stage, Protocol):
+    """A stage that can hand the gradient of a full backward on before its last weight gradients."""
+
+    def backward_and_send(
+        self, which: Pass, gradient: Tensor | None, send: Callable[[Tensor | None], None]
+    ) -> None:
+        """As `backward`, but calls `send` once with the gradient of the activation, as soon as it is there."""
+
+
 class Messages(Protocol):
-    """The channels of one pipeline, as `dsv3_megatron.dualpipe.p2p.PipelineP2P` has them."""
+    """The messages of one pipeline, as `dsv3_megatron.dualpipe.p2p.PipelineP2P` carries them."""
 
-    def begin(self, receives: Mapping[Channel, Sequence[Message]]) -> None:
-        """Start a step: this rank's messages of each channel, in the order of arrival."""
+    def operations(self, schedule: Schedule) -> list[Operation]:
+        """What this rank issues in a step: `host_operations` for the backend that carries the messages."""
 
-    def receive(self, message: Message) -> Tensor:
-        """Wait for `message`, which must be the next of its channel."""
+    def begin(self) -> None:
+        """Start a step."""
+
+    def post(self, operation: Operation) -> None:
+        """Issue a batch, isend or irecv, which is the next of the list; what it sends has been handed to `send`."""
+
+    def buffer(self, message: Message) -> Tensor:
+        """What `message` will be in, once waited for; its receive is posted."""
+
+    def wait(self, messages: Sequence[Message]) -> None:
+        """What follows uses these messages: wait for them, the device if it can, else the host."""
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        """Post `message` and return at once."""
+        """Hand over what `message` will carry, and return at once. It is there for the stream that calls this."""
 
     def finish(self) -> None:
         """End a step."""
@@ -73,12 +92,15 @@ class Half:
 
     Attributes:
         stage: computes `which`.
-        receive: waits for the input (activation or gradient) and returns it; call once.
+        input: its input (activation or gradient), which is not there before `receive` has been called; None at an end
+            of the pipeline. For whatever needs the tensor but not its values, while the message is under way.
+        receive: waits for the inputs of the pair and returns this one; call once.
         send: hands the result on; call once, as soon as it is there.
     """
 
     stage: Stage
     which: Pass
+    input: Tensor | None
     receive: Callable[[], Tensor | None]
     send: Callable[[Tensor | None], None]
 
@@ -87,7 +109,6 @@ Overlap = Callable[[Half, Half], None]  # runs the forward half and the backward
 
 
 def one_after_the_other(forward: Half, backward: Half) -> None:
-    """The pair without overlap. The output leaves before the backward starts, and the gradient may come
-    late."""
+    """The pair without overlap. The output leaves before the backward starts."""
     forward.send(forward.stage.forward(forward.which, forward.receive()))
     backward.send(backward.stage.backward(backward.which, backward.receive()))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from .actions import Action, Kind, Schedule, peak_in_flight
 from .comms import Batch, Message, blocking_program, channel_orders, receives, sends
+from .device import Deadlock
+from .nccl import WORST, run_on_nccl
 from .simulate import simulate
 
 
@@ -33,7 +35,8 @@ def validate(schedule: Schedule, max_in_flight: int | None = None) -> Validation
     - every (stage, microbatch) has one F, and one B or one input-only B with its W, on the rank that holds
       the stage for that direction, in this order; weight gradients run first in, first out, and none is left
       at the end;
-    - the ranks never wait for each other in a circle, also when p2p is blocking and batched;
+    - the ranks never wait for each other in a circle, also when p2p is blocking and batched, and on NCCL whatever a
+      step meets there (the worst of `nccl.CONDITIONS`);
     - on every channel the two ends have the messages in the same order;
     - no rank holds more than `max_in_flight` microbatch-stages, if given.
 
@@ -48,6 +51,10 @@ def validate(schedule: Schedule, max_in_flight: int | None = None) -> Validation
     except ValueError as error:
         raise ScheduleError(str(error)) from None
     check_blocking(schedule, blocking_program(simulation))
+    try:
+        run_on_nccl(schedule)
+    except Deadlock as error:
+        raise ScheduleError(f"deadlock on NCCL with {WORST}: {error}") from None
     peaks = tuple(peak_in_flight(actions) for actions in schedule.ranks)
     if max_in_flight is not None and max(peaks) > max_in_flight:
         rank = peaks.index(max(peaks))

@@ -1,9 +1,14 @@
-"""Activations of Transformer Engine's fused modules on a GPU: what is planned for, not measured here.
+"""Activations of Transformer Engine's modules on a GPU, as Megatron's and this project's code have them save.
 
-Formats as in report §3.3.3 with FP8: inputs of linear layers in E4M3, that of the linear layer after attention in
-E5M6 (12 bits), SwiGLU's inputs in E4M3 with its output recomputed; else all in the compute dtype. Tensor parallelism
-means sequence parallelism: what is not split by heads or width is split by sequence. Fused attention keeps queries,
-keys, values, the output and one fp32 number per query and head, but no probabilities.
+Every entry is held against the tensors that TE's own modules keep, on CPU with TE's kernels replaced
+(`tests/fp8/test_te_modules.py`), for `--fp8-recipe dsv3`, for TE's own block scaling and for bf16. Not seen there, and
+taken from the documentation: fused attention keeps queries, keys, values, its output and one fp32 number per query and
+head; fused SwiGLU and permutation keep what is said below.
+
+Formats: with FP8 the input of a Linear is kept in E4M3 by 128×1, one copy for each Linear that takes it; with
+`--fp8-recipe dsv3` attention's output in E5M6 (12 bits) and SwiGLU's input in E4M3, with its output computed again
+(report §3.3.3); else all in the compute dtype. Tensor parallelism means sequence parallelism: what is not split by
+heads or width is split by sequence.
 """
 
 from collections.abc import Iterator
@@ -11,7 +16,7 @@ from collections.abc import Iterator
 from dsv3_megatron.plan.job import Job, Stage
 from dsv3_megatron.plan.kept import Block, Kept
 
-FP32 = 4
+FP32, INT64 = 4, 8
 SCALES = 1 + 4 / 128  # bytes of an E4M3 element with its share of a tile's scale
 E5M6 = 1.5 + 4 / 128
 
@@ -23,13 +28,14 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
         row += [_attention(job), _dense_mlp(job)]
     for _ in range(stage.moe):
         row += [_attention(job), _moe(job)]
+    if stage.head:
+        row.append(_final_norm(job, "head"))
     for _ in range(stage.mtp):
-        row += [_mtp_input(job), _attention(job), _moe(job)]
+        row += [_mtp_input(job), _attention(job), _moe(job), _final_norm(job, "mtp")]
     if stage.head:
         row.append(_head(job, 1 + stage.mtp))
-    if (
-        "full" in job.recompute
-    ):  # of a layer only its input is kept; one layer's own is there while it runs backward
+    if "full" in job.recompute:
+        # Of a layer only its input is kept; one layer's own is there while it runs backward.
         row = [_only_input(job, block) for block in row]
     return row
 
@@ -58,45 +64,52 @@ def _attention(job: Job) -> Block:
     s, e, tp, again = job.sizes, job.precision.compute, job.layout.tp, job.recompute
     h, heads, v = s.hidden_size, s.num_attention_heads / tp, s.v_head_dim
     qk, q_rank, kv_rank = s.qk_head_dim + s.qk_pos_emb_head_dim, s.q_lora_rank or 0, s.kv_lora_rank
-    cached = _linear_input(job)
+    cached, rope = _linear_input(job), s.qk_pos_emb_head_dim
     up_again = "mla_up_proj" in again
+    copies = 2 if job.precision.fp8 else 1  # both down projections quantise the norm's output
 
     def kept() -> Iterator[tuple[str, str, float]]:
-        yield "norm", "residual", e * h / tp
-        yield "attention", "input of the down projections", 0 if "layernorm" in again else cached * h / tp
-        yield "attention", "latents and rope part", e * (q_rank + kv_rank + s.qk_pos_emb_head_dim) / tp
-        yield "attention", "inputs of the up projections", 0 if up_again else cached * (q_rank + kv_rank)
-        if "core_attn" not in again:
-            yield "attention", "queries, keys, values", 0 if up_again else e * heads * (2 * qk + v)
-            yield "attention", "row sums of the softmax", FP32 * heads
+        yield "norm", "residual, 1/rms", (e * h + FP32) / tp
+        yield (
+            "attention",
+            "input of the down projections",
+            0 if "layernorm" in again else copies * cached * h / tp,
+        )
+        if up_again:
+            yield "attention", "latents and rope part", e * (q_rank + kv_rank + rope) / tp
+        else:
+            yield "attention", "latents, 1/rms", (e * (q_rank + kv_rank) + 2 * FP32) / tp
+            yield "attention", "inputs of the up projections", cached * (q_rank + kv_rank)
+            yield "attention", "queries, keys, values", e * heads * (2 * qk + v)
+            yield "attention", "rope tables", 4 * e * rope / job.micro_batch_size
+        yield "attention", "row sums of the softmax", 0 if "core_attn" in again else FP32 * heads
         # Attention's own backward needs its output, which is also the next linear layer's input (R§3.3.3).
-        yield "attention", "output", (E5M6 if job.precision.fp8 else e) * heads * v
+        yield "attention", "output", (E5M6 if job.precision.fp8_caches else e) * heads * v
 
-    inputs = h / tp + q_rank + kv_rank + heads * v
-    outputs = (q_rank + kv_rank + s.qk_pos_emb_head_dim) / tp + heads * (qk + s.qk_head_dim + v) + h / tp
+    inputs = copies * h / tp + q_rank + kv_rank + heads * v
+    outputs = (q_rank + kv_rank + rope) / tp + heads * (qk + s.qk_head_dim + v) + h / tp
     workspace = e * heads * (2 * qk + 2 * v)
     return _block(job, kept(), cached * inputs + cached * outputs, workspace, 2 * workspace)
 
 
-def _swiglu(job: Job, width: float) -> float:
-    """Both halves, and the product unless it is computed again."""
-    again = "moe_act" in job.recompute
-    return _linear_input(job) * (2 * width + (0 if again else width))
+def _swiglu(job: Job, width: float, again: bool) -> float:
+    """SwiGLU's input, and the next Linear's unless it is computed `again`."""
+    if job.precision.fp8_caches:
+        return SCALES * 2 * width
+    return job.precision.compute * 2 * width + (0 if again else _linear_input(job) * width)
 
 
 def _dense_mlp(job: Job) -> Block:
+    """The norm is part of the first Linear, so that nothing computes it again alone."""
     s, e, tp = job.sizes, job.precision.compute, job.layout.tp
     cached, width = _linear_input(job), s.ffn_hidden_size / tp
     again = "mlp" in job.recompute
 
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "norm", "residual", e * s.hidden_size / tp
-        yield (
-            "dense_mlp",
-            "input",
-            0 if again or "layernorm" in job.recompute else cached * s.hidden_size / tp,
-        )
-        yield "dense_mlp", "SwiGLU", 0 if again else _swiglu(job, width)
+        if not again:
+            yield "dense_mlp", "input, 1/rms", (cached * s.hidden_size + FP32) / tp
+            yield "dense_mlp", "SwiGLU", _swiglu(job, width, again=False)
 
     workspace = e * (4 * width + 2 * s.hidden_size)
     return _block(job, kept(), cached * (2 * s.hidden_size + 3 * width), workspace, 1.5 * workspace)
@@ -107,38 +120,56 @@ def _moe(job: Job) -> Block:
     h, cached, shared = s.hidden_size, _linear_input(job), s.moe_shared_expert_intermediate_size / tp
     routed = job.routed_tokens / job.tokens
     shared_again = "shared_experts" in job.recompute
+    act_again = "moe_act" in job.recompute
     all_again = "moe" in job.recompute
 
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "norm", "residual", e * h / tp
-        yield "norm", "input of router and experts", 0 if "layernorm" in job.recompute else e * h / tp
+        norm_again = "layernorm" in job.recompute
+        # Router and shared expert keep the same tensor, in the compute dtype with FP8 too.
+        yield "norm", "input of router and experts, 1/rms", 0 if norm_again else (e * h + FP32) / tp
         if all_again:
             return
-        yield "router", "scores, map, indices", (2 * FP32 + 1) * s.num_moe_experts / tp
+        yield "router", "scores, map, indices", _router(job) / tp
+        yield "routed_experts", "weights of the rows", FP32 * routed
         yield "routed_experts", "dispatched inputs", cached * h * routed
-        yield "routed_experts", "SwiGLU", _swiglu(job, s.moe_ffn_hidden_size) * routed
-        yield "shared_experts", "SwiGLU", 0 if shared_again else _swiglu(job, shared)
+        yield "routed_experts", "SwiGLU", _swiglu(job, s.moe_ffn_hidden_size, act_again) * routed
+        yield "shared_experts", "SwiGLU", 0 if shared_again else _swiglu(job, shared, again=False)
 
     deferred = cached * ((2 * h + 3 * s.moe_ffn_hidden_size) * routed + 2 * h + 3 * shared)
     workspace = e * (2 * h + 3 * s.moe_ffn_hidden_size) * routed
     return _block(job, kept(), deferred, workspace, 1.2 * workspace)
 
 
+def _router(job: Job) -> float:
+    """Logits and scores, what the choice among them was sorted by, the map; the weights; the order of the rows."""
+    experts, topk = job.sizes.num_moe_experts, job.sizes.moe_router_topk
+    chosen = (2 * FP32 + INT64 + 1) * experts + FP32 * (topk + 2)
+    return chosen + INT64 * (experts + topk)
+
+
+def _final_norm(job: Job, part: str) -> Block:
+    """Of the main model, or of an MTP layer; its output is the head's input."""
+    e, h, tp = job.precision.compute, job.sizes.hidden_size, job.layout.tp
+    return _block(job, iter([(part, "final norm", (e * h + FP32) / tp)]))
+
+
 def _mtp_input(job: Job) -> Block:
     e, h, tp = job.precision.compute, job.sizes.hidden_size, job.layout.tp
 
     def kept() -> Iterator[tuple[str, str, float]]:
-        yield "mtp", "embedding, hidden states, joined input", (2 * e * h + 2 * _linear_input(job) * h) / tp
+        yield "mtp", "embedding and hidden states, 1/rms", 2 * (e * h + FP32) / tp
+        yield "mtp", "joined input of the projection", _linear_input(job) * 2 * h / tp
 
     return _block(job, kept(), _linear_input(job) * 3 * h)
 
 
 def _head(job: Job, num_heads: int) -> Block:
-    """The head's input and its softmax, in the compute dtype (fused cross-entropy) with an fp32 copy at work."""
+    """The head's input and its softmax, in fp32: Megatron's cross-entropy, fused or not, begins with fp32 logits."""
     e, vocab, h, tp = job.precision.compute, job.sizes.padded_vocab_size, job.sizes.hidden_size, job.layout.tp
 
     def kept() -> Iterator[tuple[str, str, float]]:
         yield "head", "input", e * h * num_heads / tp
-        yield "head", "softmax", e * vocab / tp * num_heads
+        yield "head", "softmax", FP32 * vocab / tp * num_heads
 
     return _block(job, kept(), 0, FP32 * vocab / tp, FP32 * vocab / tp)

@@ -80,7 +80,7 @@ class Candidate:
         else:
             words.append(f"schedule={layout.schedule}")
         modules = sorted(job.recompute)
-        if job.precision.fp8_dispatch:
+        if job.precision.fp8_caches:
             modules = [module for module in modules if module != "moe_act"]  # part of the FP8 recipe
         if modules:
             words += ["recompute_granularity=selective", f"recompute_modules=[{','.join(modules)}]"]
@@ -227,7 +227,7 @@ def _job(
         stages = place(base, layout.num_stages, extra)
     except RefusedArgument as error:
         raise _Impossible("too many stages", str(error)) from None
-    always = {"moe_act"} if base.precision.fp8_dispatch else set()
+    always = {"moe_act"} if base.precision.fp8_caches else set()
     job = replace(
         base,
         layout=layout,

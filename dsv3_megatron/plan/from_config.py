@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
+from dsv3_megatron.fp8.precision import recipe_of
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan.counting import count_parameters, quiet
@@ -85,10 +86,9 @@ def validated_args(cfg: DictConfig) -> Namespace:
     Errors: RefusedArgument, from the trainer's refusals or Megatron's.
     """
     from dsv3_megatron import dualpipe
-    from dsv3_megatron.cpu import CPU_FLAGS
-    from dsv3_megatron.dryrun.world import megatron_args, without_kernels
+    from dsv3_megatron.dryrun.world import MODULES_EVERYWHERE, megatron_args, without_kernels
 
-    words = [*without_kernels(to_megatron_argv(at_full_batch(cfg))), *CPU_FLAGS]
+    words = [*without_kernels(to_megatron_argv(at_full_batch(cfg))), *MODULES_EVERYWHERE]
     try:
         with quiet():
             return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
@@ -124,12 +124,13 @@ def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalan
         stages=stages,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
-        precision=_precision(cfg, args),
-        recompute=_recompute(cfg, args),
+        precision=_precision(args),
+        recompute=_recompute(args),
         distributed_optimizer=args.use_distributed_optimizer,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         transformer_impl=cfg.get("transformer_impl") or "transformer_engine",
+        dispatcher=cfg.get("moe_token_dispatcher_type"),
         moe_router_num_groups=args.moe_router_num_groups or 1,
         moe_router_group_topk=args.moe_router_group_topk or 1,
         load_imbalance=load_imbalance,
@@ -206,27 +207,23 @@ def _pattern(args: Namespace) -> list[Any]:
     return list(frequency)
 
 
-def _ours(cfg: DictConfig) -> bool:
-    """`--fp8-recipe dsv3`, which is spelled out differently for each backend."""
-    return cfg.get("fp8_recipe") == "dsv3"
-
-
-def _precision(cfg: DictConfig, args: Namespace) -> Precision:
+def _precision(args: Namespace) -> Precision:
     low = args.bf16 or args.fp16
     moment = getattr(args, "exp_avg_dtype", None)
-    fp8 = bool(args.fp8) or _ours(cfg)
+    recipe = recipe_of(args)
     return Precision(
         compute=2 if low else 4,
-        fp8=fp8,
-        fp8_dispatch=_ours(cfg),
+        fp8=bool(args.fp8) or recipe is not None,
+        fp8_caches=recipe is not None,
+        fp8_dispatch=recipe is not None and recipe.dispatch == "e4m3",
         main_gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not low else 2,
         master=4 if low else 0,
         moment=moment.itemsize if moment is not None else 4,
     )
 
 
-def _recompute(cfg: DictConfig, args: Namespace) -> frozenset[str]:
-    again = {"moe_act"} if _ours(cfg) else set()  # R§3.3.3: SwiGLU's output is not kept
+def _recompute(args: Namespace) -> frozenset[str]:
+    again = {"moe_act"} if recipe_of(args) else set()  # R§3.3.3: SwiGLU's output is not kept
     if args.recompute_granularity == "full":
         return frozenset({"full"})
     if args.recompute_granularity == "selective":

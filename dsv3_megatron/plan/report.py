@@ -32,6 +32,7 @@ def summary(plan: Plan) -> str:
         ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
         ("", f"{'fp8' if job.precision.fp8 else 'bf16' if job.precision.compute == 2 else 'fp32'}, recompute "
              f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
+        ("dispatch", _dispatch(job)),
         ("step", f"{plan.step_s:.3f} s"),
         ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
         ("  gradients, optimizer, parameters",
@@ -43,6 +44,15 @@ def summary(plan: Plan) -> str:
     ]  # fmt: skip
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _dispatch(job: Job) -> str:
+    """What tokens are sent in and by whom; which is assumed where the configuration does not say."""
+    sent = "E4M3" if job.precision.fp8_dispatch else "BF16" if job.precision.compute == 2 else "FP32"
+    copies = "one copy per expert" if job.dispatcher == "alltoall" else "one copy per node"
+    if job.dispatcher is None:
+        copies += ", as DeepSeek's own; Megatron's alltoall sends one per expert (moe_token_dispatcher_type=alltoall)"
+    return f"{sent}, {copies}"
 
 
 def memory_table(plan: Plan) -> str:
@@ -117,7 +127,7 @@ def _changes(job: Job) -> list[tuple[str, Job]]:
          replace(job, recompute=job.recompute | report)),
         ("the same with precision=fp8_dsv3",
          replace(job, recompute=job.recompute | report,
-                 precision=replace(job.precision, fp8=True, fp8_dispatch=True))),
+                 precision=replace(job.precision, fp8=True, fp8_caches=True, fp8_dispatch=True))),
         ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe]",
          replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj", "moe"})),
         ("recompute_granularity=full recompute_method=uniform recompute_num_layers=1",

@@ -10,6 +10,7 @@ from dsv3_megatron.arguments import requirements
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, TE, TORCH, lacking
 from dsv3_megatron.arguments.surroundings import CUDA_DEFAULT_CONNECTIONS, MAX_CONNECTIONS, Surroundings
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.fp8.te_recipe import has_fp32_scales
 
 
 class Gpu(NamedTuple):
@@ -121,6 +122,7 @@ class Machine:
             on_cpu=on_cpu,
             has_te=self.has_te() and not on_cpu,
             te_lacks=self._dsv3_lacks(lacks) if self.has_te() and not on_cpu else "",
+            te_fp32_scales=has_fp32_scales(env),
             has_deepep=_present(self.deepep, "deep_ep"),
             megatron_version=importlib.metadata.version("megatron-core"),
             lacks=lacks,
@@ -131,6 +133,7 @@ class Machine:
             capability=self.capability(),
             max_connections=_number(env.get(MAX_CONNECTIONS, CUDA_DEFAULT_CONNECTIONS)),
             host_memory_gb=self.host_memory,
+            files_here=False,  # they are on the cluster; what is not seen from here is a warning
         )
 
     def te_lacks(self) -> frozenset[str]:

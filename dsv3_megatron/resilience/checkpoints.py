@@ -53,10 +53,7 @@ def iteration_to_load(root: Path) -> int:
     Raises:
         NoCompleteCheckpoint: there is none.
     """
-    try:
-        named = int((root / TRACKER).read_text())
-    except (OSError, ValueError):
-        named = None
+    named = named_iteration(root)
     if named is not None and is_complete(folder_of(root, named)):
         return named
     complete = complete_iterations(root)
@@ -66,6 +63,45 @@ def iteration_to_load(root: Path) -> int:
             "folder to begin anew, or load another one"
         )
     return complete[-1]
+
+
+def named_iteration(root: Path) -> int | None:
+    """The iteration in the tracker; None where it is missing, was cut short, or names a release."""
+    try:
+        return int((root / TRACKER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def at_step(root: Path, iteration: int) -> Path:
+    """The complete checkpoint of an iteration.
+
+    Raises:
+        NoCompleteCheckpoint: it is not there, or not complete; the text names those that are.
+    """
+    if is_complete(folder_of(root, iteration)):
+        return folder_of(root, iteration)
+    raise NoCompleteCheckpoint(
+        f"--ckpt-step {iteration}: not a complete checkpoint of {root}. Use one of "
+        f"{sorted(complete_iterations(root))}"
+    )
+
+
+def to_be_loaded(root: Path, recovers: bool) -> Path:
+    """The checkpoint that a run will load from `root`; nothing is changed.
+
+    Args:
+        recovers: the run saves in `root`, so that it first settles what a killed run left there (`recover`).
+
+    Raises:
+        NoCompleteCheckpoint: there is none.
+    """
+    named = named_iteration(root)
+    if recovers and named is not None and not is_complete(folder_of(root, named)):
+        former = _former(folder_of(root, named))
+        if is_complete(former):
+            return former
+    return folder_of(root, iteration_to_load(root))
 
 
 def begin(root: Path, iteration: int) -> None:

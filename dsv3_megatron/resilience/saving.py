@@ -62,12 +62,8 @@ def _complete_iteration(tracker: Path, args: Any) -> int:
     if args.save and Path(args.save).resolve() == root.resolve():
         checkpoints.recover(root)
     if args.ckpt_step:
-        if checkpoints.is_complete(checkpoints.folder_of(root, args.ckpt_step)):
-            return args.ckpt_step
-        raise checkpoints.NoCompleteCheckpoint(
-            f"--ckpt-step {args.ckpt_step}: not a complete checkpoint of {root}. Use one of "
-            f"{sorted(checkpoints.complete_iterations(root))}"
-        )
+        checkpoints.at_step(root, args.ckpt_step)
+        return args.ckpt_step
     iteration = checkpoints.iteration_to_load(root)
     if tracker.read_text().strip() != str(iteration):
         print(f"> {tracker} names no complete checkpoint: loading iteration {iteration}", flush=True)

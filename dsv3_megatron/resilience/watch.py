@@ -1,8 +1,9 @@
 """No rank outlives another: who is lost is noticed and named by all, whatever they wait for.
 
 Each rank has a thread that shows signs of life in the job's TCP store. Rank 0 reads all of them, the others read rank
-0's, and each looks at the processes beside it on its machine. The first cause is written down for everyone; each rank
-prints it and ends. So the bound does not depend on what a rank waits for: a collective, a pipeline message, a save.
+0's, and each looks at the processes beside it on its machine, and at its pipeline's messages (on NCCL only the device
+waits for them). The first cause is written down for everyone; each rank prints it and ends. So the bound does not
+depend on what a rank waits for: a collective, a pipeline message, a save.
 """
 
 import contextlib
@@ -18,7 +19,10 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from dsv3_megatron.resilience import lock
+
 EXIT_STATUS = 70  # of a rank that ends because another one did
+FAILED_FIRST = "__dsv3_failed_first__"  # attribute of an exception: whether no other rank failed before
 _FINISHED = 1 << 40  # a count of signs of life that only a rank's end can reach
 _CAUSE = "cause"
 LOCAL_LOOK_S = 0.5
@@ -56,6 +60,7 @@ class RankWatch:
         self._interval_s = min(timeout_s / 10, 5.0)
         self._store: Any = None
         self._cause: str | None = None
+        self._first_cause: str | None = None
         self._stop = threading.Event()
         self._remote = [r for r in range(world_size) if r != rank] if rank == 0 else [0]
         self._local = [r for r in local_ranks if r != rank]
@@ -73,10 +78,16 @@ class RankWatch:
         self._stop.set()
         self._thread.join(self.timeout_s)
 
-    def fail(self, cause: str) -> None:
-        """Tell the others why this rank ends."""
+    def fail(self, cause: str) -> bool:
+        """Tell the others why this rank ends; whether it is the first to fail (so too where nobody can be told)."""
         self._cause = cause
         self.finish()
+        return self._first_cause in (None, cause)
+
+    @property
+    def first_cause(self) -> str | None:
+        """Why the job ends, once this rank has told its own cause."""
+        return self._first_cause
 
     # --- the thread
 
@@ -92,6 +103,7 @@ class RankWatch:
             try:
                 self._beat(1)
                 lost = self._told_cause() or self._silent_rank() or self._unless_finished(dead)
+                lost = lost or self._late_message()
                 contact, next_contact = now, now + self._interval_s
                 answers = True
             except dist.DistError as error:  # the server has gone with its process
@@ -111,7 +123,7 @@ class RankWatch:
     def _leave(self) -> None:
         """The last words of a rank that has finished or failed."""
         if self._cause is not None:
-            self._store.compare_set(_CAUSE, "", self._cause)
+            self._first_cause = self._agree(self._cause)
         self._beat(_FINISHED)
         self._wait_for_others(self.timeout_s if self._cause is None else 3 * self._interval_s)
 
@@ -165,6 +177,12 @@ class RankWatch:
                 )
         return None
 
+    def _late_message(self) -> str | None:
+        from dsv3_megatron.dualpipe.p2p import late_message
+
+        late = late_message()
+        return None if late is None else self._agree(f"rank {self.rank} ({self.activity}): {late}")
+
     def _activity_of(self, rank: int) -> str:
         key = _key("activity", rank)
         return self._store.get(key).decode() if self._store.check([key]) else "starting"
@@ -177,6 +195,7 @@ class RankWatch:
         print(f"[rank {self.rank}] ends ({self.activity}): {cause}", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
+        lock.release()
         if store_answers:
             with contextlib.suppress(dist.DistError):
                 self._beat(_FINISHED)
@@ -226,7 +245,10 @@ def watching(timeout_s: float) -> Iterator[None]:
         if _follows_from_a_loss(error):
             print(f"[rank {rank}] {error}; looking for the rank that was lost", file=sys.stderr, flush=True)
             time.sleep(1.5 * timeout_s)  # the watch ends this process as soon as it knows
-        watch.fail(f"rank {rank} failed ({watch.activity}): {type(error).__name__}: {error}")
+        first = watch.fail(f"rank {rank} failed ({watch.activity}): {type(error).__name__}: {error}")
+        setattr(error, FAILED_FIRST, first)
+        if not first:
+            print(f"[rank {rank}] ends ({watch.activity}): {watch.first_cause}", file=sys.stderr, flush=True)
         raise
     else:
         watch.finish()

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dsv3_megatron.sft.prepare import SPLITS
+from dsv3_megatron.training.batch import PADDING
 
 
 class PackedRows(Dataset):
@@ -32,7 +33,7 @@ class PackedRows(Dataset):
         """One row of s tokens.
 
         Returns:
-            tokens, labels, position_ids: int64 [s]; positions begin anew in each sample.
+            tokens, labels, position_ids: int64 [s]; positions begin anew in each sample, and are `PADDING` in padding.
             loss_mask: fp32 [s], 1 where the label is the assistant's (answer or end token).
             cu_seqlens: int32 [s + 1], 0, the samples' ends, then s to the end; padding is a sequence of its own.
             max_seqlen: int32 scalar.
@@ -47,12 +48,16 @@ class PackedRows(Dataset):
         cu_seqlens = torch.full((length + 1,), length, dtype=torch.int32)
         cu_seqlens[: len(bounds)] = bounds
         starts = torch.repeat_interleave(bounds[:-1], lengths.long())
+        positions = torch.arange(length) - starts.long()
+        last = int(bounds[-2])
+        if _is_padding(tokens[last:], answers[last:]):
+            positions[last:] = PADDING
         # A label is the next token. Where a sample ends that is the next sample's first token, which is no answer.
         return {
             "tokens": tokens,
             "labels": tokens.roll(-1),
             "loss_mask": torch.cat([answers[1:], answers.new_zeros(1)]).float(),
-            "position_ids": torch.arange(length) - starts.long(),
+            "position_ids": positions,
             "cu_seqlens": cu_seqlens,
             "max_seqlen": lengths.max(),
         }
@@ -63,6 +68,14 @@ class PackedRows(Dataset):
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(rows)
         return int(self._order[1][place])
+
+
+def _is_padding(tokens: torch.Tensor, answers: torch.Tensor) -> bool:
+    """Whether the end of a row is no sample: one token again and again, and nothing learnt.
+
+    Not by the token itself: a released tokenizer may pad with its end token.
+    """
+    return not bool(answers.any()) and bool((tokens == tokens[0]).all())
 
 
 def install() -> None:

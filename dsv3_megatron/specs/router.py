@@ -17,7 +17,7 @@ patching.install(["expert_bias_update"])
 
 # option -> (values that are routing as DeepSeek-V3 does it, what to give instead)
 _SUPPORTED = {
-    "moe_router_score_function": (("sigmoid",), "--moe-router-score-function sigmoid"),
+    "moe_router_score_function": (("sigmoid", "softmax"), "--moe-router-score-function sigmoid"),
     "moe_router_load_balancing_type": (
         ("seq_aux_loss", ["seq_aux_loss"], "none", ["none"]),
         "--moe-router-load-balancing-type seq_aux_loss",
@@ -41,6 +41,8 @@ def check_config(config: TransformerConfig) -> None:
         value = getattr(config, option)
         if value not in values:
             raise ValueError(f"{option}={value!r} is not DeepSeek-V3's routing: use {advice}")
+    if config.moe_router_score_function == "softmax":
+        _check_softmax(config)
     if config.moe_router_dtype is None and config.params_dtype.itemsize < 4:
         raise ValueError(
             f"moe_router_dtype=None computes the router's logits in {config.params_dtype}, but DeepSeek-V3's "
@@ -54,6 +56,26 @@ def check_config(config: TransformerConfig) -> None:
     )
 
 
+def _check_softmax(config: TransformerConfig) -> None:
+    """DeepSeek-V2-Lite's gate, the only one of the family with softmax: over all experts, without groups and bias."""
+    for option, values, advice in (
+        ("moe_router_pre_softmax", (True,), "--moe-router-pre-softmax: V2's scores are over all experts"),
+        (
+            "moe_router_num_groups",
+            (None, 1),
+            "--moe-router-num-groups 1: V2 scores a group by its best expert",
+        ),
+        ("moe_router_group_topk", (None, 1), "--moe-router-group-topk 1"),
+        ("moe_router_enable_expert_bias", (False,), "no --moe-router-enable-expert-bias"),
+    ):
+        value = getattr(config, option)
+        if value not in values:
+            raise ValueError(
+                f"{option}={value!r} with moe_router_score_function='softmax' is no gate of DeepSeek's: use {advice}, "
+                "or --moe-router-score-function sigmoid"
+            )
+
+
 class DSV3Router(TopKRouter):
     """Routes as DeepSeek-V3 does (R§2.1.2) where Megatron's `TopKRouter` differs from it.
 
@@ -62,6 +84,9 @@ class DSV3Router(TopKRouter):
     - `expert_bias` [E] stays fp32, values included, under `.bfloat16()`, `.half()`, `.to(dtype)`.
     - `local_tokens_per_expert` [E] is int64; padded tokens are not counted.
     - The balance loss is per sequence also where sequences have different numbers of padded tokens.
+
+    With `moe_router_score_function` softmax it is DeepSeek-V2-Lite's gate: the K best of all experts, weighed by their
+    scores as they are.
 
     Tokens are counted where Megatron counts them, in a forward that records a graph: evaluation does not
         count, and under activation recompute (Megatron's and TE's checkpoint run the first forward without a
@@ -107,7 +132,8 @@ class DSV3Router(TopKRouter):
         seq_length, _, num_experts = logits.shape
         # Contiguous: the mask comes transposed, and its layout would become that of the gradient of the logits.
         valid = None if padding_mask is None else (~self._own_part(padding_mask, seq_length)).contiguous()
-        scores = routing.affinity(logits)
+        score_function = self.config.moe_router_score_function
+        scores = routing.affinity(logits, score_function)
         weights, indices = routing.group_limited_topk(
             scores.flatten(0, 1),
             self.expert_bias,
@@ -115,6 +141,7 @@ class DSV3Router(TopKRouter):
             self.config.moe_router_num_groups,
             self.config.moe_router_group_topk,
             self.config.moe_router_topk_scaling_factor or 1.0,
+            normalize=score_function == "sigmoid",
         )
         probs, routing_map = routing.to_dense(weights, indices, num_experts)
         if torch.is_grad_enabled():

@@ -51,16 +51,18 @@ def check_routing(num_experts: int, topk: int, num_groups: int | None, group_top
         )
 
 
-def affinity(logits: Tensor) -> Tensor:
-    """Sigmoid scores s = σ(u·e), computed in fp32 (R§2.1.2 eq. 15), or in fp64 for fp64 logits.
+def affinity(logits: Tensor, score_function: str = "sigmoid") -> Tensor:
+    """Scores of the experts, computed in fp32, or in fp64 for fp64 logits.
 
     Args:
         logits: [..., E], any floating dtype.
+        score_function: "sigmoid", s = σ(u·e) (R§2.1.2 eq. 15), or "softmax" over the experts (DeepSeek-V2).
 
     Returns:
         [..., E] fp32 or fp64, differentiable.
     """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.sigmoid() if score_function == "sigmoid" else wide.softmax(dim=-1)
 
 
 def stable_topk(scores: Tensor, k: int) -> Tensor:
@@ -75,6 +77,7 @@ def group_limited_topk(
     num_groups: int | None,
     group_topk: int | None,
     scaling: float = 1.0,
+    normalize: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose K experts per token and weigh them (R§2.1.2 eq. 13, 14, 16; `Gate.forward` of DeepSeek-V3).
 
@@ -90,6 +93,7 @@ def group_limited_topk(
         num_groups: groups of E / num_groups neighbouring experts, or None for no group limit.
         group_topk: groups kept per token, or None with `num_groups` None.
         scaling: routed scaling factor (2.5 in DeepSeek-V3).
+        normalize: let the weights sum to `scaling` (DeepSeek-V3), or take scores · `scaling` (DeepSeek-V2).
 
     Returns:
         weights [T, K] of the scores' dtype (differentiable) and expert indices [T, K] int64, in order of the
@@ -110,6 +114,8 @@ def group_limited_topk(
             biased = grouped_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
         indices = stable_topk(biased, topk)
     chosen = scores.gather(1, indices)
+    if not normalize:
+        return chosen * scaling, indices
     # 1e-20 as in the released Gate: sigmoid underflows to 0 for logits below −103.
     return chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20) * scaling, indices
 

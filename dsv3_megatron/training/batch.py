@@ -13,7 +13,10 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args
+
+# As a position: the token is padding (rotary embeddings count by themselves, and nothing else looks).
+PADDING = -1
 
 KEYS = (
     "tokens",
@@ -80,7 +83,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
     )
     batch = flatten_batch_for_packed_sequences(batch)
-    batch["padding_mask"] = batch["tokens"] == get_tokenizer().pad if args.sft else None
+    batch["padding_mask"] = batch["position_ids"] == PADDING if args.sft else None
     if not needed:
         kept = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "padding_mask")
         return {key: batch.get(key) if key in kept else None for key in (*KEYS, "padding_mask")}

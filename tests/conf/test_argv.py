@@ -30,6 +30,8 @@ def test_every_setting_arrives(model: str) -> None:
         got = getattr(args, options()[name][1].dest)
         if name == "moe_layer_freq":
             assert got == eval(value)
+        elif name in ("q_lora_rank", "mtp_num_layers"):
+            assert (got or 0) == value, name  # Megatron's word for "none of that" is None
         elif isinstance(got, list):
             assert got == (list(value) if OmegaConf.is_list(value) else [value])
         else:
@@ -118,9 +120,15 @@ def test_every_combination_is_a_deepseek_v3(monkeypatch: pytest.MonkeyPatch) -> 
             ranks_per_node=cfg.cluster.gpus_per_node,
             on_cpu=on_cpu,
             has_te=not on_cpu,
+            files_here=False,
         )
         monkeypatch.setattr(refusals, "detect", lambda there=there: there)
         complete(to_megatron_argv(cfg), parser())
+
+
+def test_names_of_other_projects_are_explained() -> None:
+    with pytest.raises(ConfigError, match=r"qk_nope_head_dim=16: no such argument: .*--qk-head-dim"):
+        to_argv(compose(["model=micro", "qk_nope_head_dim=16"]))
 
 
 def test_a_deviation_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

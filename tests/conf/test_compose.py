@@ -74,7 +74,7 @@ def test_a_layout_brings_cluster_and_precision_and_the_command_line_wins() -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model=v3_67b", "model=v3_67b: no such model; did you mean 'v3_671b'? Available: micro, tiny"),
+        ("model=v3_67b", "model=v3_67b: no such model; did you mean 'v3_671b'? Available: deepseek"),
         ("layout=pp16_ep46", "did you mean 'pp16_ep64'?"),
         ("recipe=v3_pretrian", "did you mean 'v3_pretrain'?"),
         ("cluster.node=4", "cluster.node=4: no such entry; did you mean 'nodes'?"),
@@ -176,7 +176,7 @@ def test_every_model_with_every_layout_and_cluster() -> None:
     for layout, cluster in itertools.product(options["layout"], options["cluster"]):
         for model in options["model"]:
             overrides = [f"model={model}", f"layout={layout}", f"cluster={cluster}", "global_batch_size=4096"]
-            large = model.startswith("v3_")
+            large = model not in ("micro", "tiny")
             fits_cluster = cluster == "laptop_cpu" or layout.startswith("cpu_") or cluster in FITS[layout]
             fits_model = layout.startswith("cpu_") or large
             if fits_cluster and fits_model:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
 
 INDEX = "model.safetensors.index.json"
 YARN = {
@@ -51,9 +51,44 @@ def micro(**overrides: Any) -> DeepseekV3Config:
     return DeepseekV3Config(**settings | overrides)
 
 
+def kimi_k2() -> DeepseekV3Config:
+    """What Kimi K2 has and V3 has not; its model_type is `config.json`'s, see `named`."""
+    rope = YARN | {"rope_theta": 50000.0, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0}
+    return micro(
+        n_group=1, topk_group=1, n_routed_experts=12, routed_scaling_factor=2.827, rope_parameters=rope,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+
+
+def moonlight() -> DeepseekV3Config:
+    """What Moonlight-16B-A3B has and V3 has not."""
+    return micro(
+        n_group=1, topk_group=1, routed_scaling_factor=2.446, q_lora_rank=None, rms_norm_eps=1e-5, n_shared_experts=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 50000.0}, num_nextn_predict_layers=0,
+    )  # fmt: skip
+
+
+def v2_lite(**overrides: Any) -> DeepseekV2Config:
+    """DeepSeek-V2-Lite in small: softmax gate, no groups, queries not compressed, YaRN with mscale 0.707."""
+    of_v3 = micro(
+        q_lora_rank=None, n_shared_experts=2, num_nextn_predict_layers=0, n_group=1, topk_group=1
+    ).to_dict()
+    names = set(DeepseekV2Config().to_dict()) - {"model_type", "head_dim", "qk_head_dim"}
+    settings = {name: value for name, value in of_v3.items() if name in names}
+    rope = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+    settings |= {"routed_scaling_factor": 1.0, "norm_topk_prob": False, "topk_method": "greedy"}
+    return DeepseekV2Config(**settings | {"rope_parameters": rope} | overrides)
+
+
+def named(folder: Path, **values: Any) -> None:
+    """Change keys of a directory's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
 def release(
     folder: Path,
-    config: DeepseekV3Config | None = None,
+    config: DeepseekV3Config | DeepseekV2Config | None = None,
     mtp: bool = False,
     dtype: torch.dtype = torch.float32,
     shard_size: str = "40KB",
@@ -65,7 +100,7 @@ def release(
     layer's shapes, whatever `config` says of MTP.
     """
     config = config or micro()
-    model = DeepseekV3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

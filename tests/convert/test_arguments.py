@@ -49,7 +49,7 @@ OTHER = dataclasses.replace(
 )
 PLAIN = dataclasses.replace(V3, yarn=None)
 # Fields in which a trainer's configuration may differ from that of a model in one process.
-OF_THE_RUN = {"moe_router_load_balancing_type", "perform_initialization"}
+OF_THE_RUN = {"moe_router_load_balancing_type", "perform_initialization", "gradient_accumulation_fusion"}
 
 
 def trainer_fields(rank: int, world_size: int, words: list[str]) -> dict:

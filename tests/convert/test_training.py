@@ -1,5 +1,6 @@
 """Converted checkpoints in the trainer: any layout and schedule loads them, and what it trains converts back."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.convert.__main__ import command_line
 from dsv3_megatron.convert.hf_directory import HFDirectory
 from dsv3_megatron.convert.hf_names import to_hf
 from dsv3_megatron.convert.logits import of_transformers
@@ -58,7 +60,7 @@ def train_and_evaluate(rank: int, world_size: int, words: list[str]) -> float | 
 
 
 def evaluated(layout: Layout, checkpoint: Path, *words: str, timeout: float = 400) -> float:
-    model = [word for name, value in arguments(checkpoint).items() for word in (name, str(value))]
+    model = shlex.split(command_line(MegatronWeights(checkpoint).architecture.arguments()))
     given = [*RUN, *model, *layout.words(), "--load", str(checkpoint), *words]
     losses = run_distributed(
         train_and_evaluate, world_size=layout.world_size, timeout=timeout, init=False, words=given
@@ -66,11 +68,6 @@ def evaluated(layout: Layout, checkpoint: Path, *words: str, timeout: float = 40
     found = {loss for loss in losses if loss is not None}
     assert len(found) == 1
     return found.pop()
-
-
-def arguments(checkpoint: Path) -> dict[str, Any]:
-    arch = MegatronWeights(checkpoint).architecture
-    return {f"--{name.replace('_', '-')}": value for name, value in arch.arguments().items()}
 
 
 def loss_of(logits: Tensor) -> float:
@@ -87,21 +84,21 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "steps"),
     [
-        Layout("dualpipe", pp=2),
-        pytest.param(Layout("dualpipe", pp=2, ep=2, world_size=4), marks=pytest.mark.slow),
+        (Layout("dualpipe", pp=2), 5),
+        pytest.param(Layout("dualpipe", pp=2, ep=2, world_size=4), 20, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_training_goes_on_under_dualpipe_and_converts_back(
-    layout: Layout, converted: Path, tmp_path: Path
+    layout: Layout, steps: int, converted: Path, tmp_path: Path
 ) -> None:
-    """20 steps; then transformers has the trainer's loss of the same windows."""
+    """Some steps; then transformers has the trainer's loss of the same windows."""
     source = HFDirectory(converted / "hf")
     tokens = [torch.from_numpy(WINDOWS.tokens)]
     before = loss_of(of_transformers(source, tokens)[0])
-    save = ["--train-iters", "20", "--save", str(tmp_path / "trained"), "--save-interval", "20"]
+    save = ["--train-iters", str(steps), "--save", str(tmp_path / "trained"), "--save-interval", str(steps)]
     trained = evaluated(layout, converted / "megatron", *save)
     megatron_to_hf(tmp_path / "trained", tmp_path / "back", hf_files=converted / "megatron" / "hf")
     back = HFDirectory(tmp_path / "back")

@@ -129,7 +129,9 @@ class V3:
         return (F.silu(gate) * up) @ self[at + "down_proj.weight"].T
 
     def norm(self, x: Tensor, at: str) -> Tensor:
-        scaled = x * (x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
+        # The released code builds the two norms of the latents without the configured epsilon.
+        epsilon = 1e-6 if at.endswith("_a_layernorm") else self.config["rms_norm_eps"]
+        scaled = x * (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
         return scaled * self[at + ".weight"]
 
     def yarn(self) -> dict[str, Any] | None:

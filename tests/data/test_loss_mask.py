@@ -56,3 +56,12 @@ def test_masks_do_not_depend_on_what_was_read_first() -> None:
 def test_megatrons_own_do(unpatched: None) -> None:
     """The reason for the patch: when this fails, it can go."""
     assert masks(0, 1) != masks(1, 0)
+
+
+def test_a_tokenizer_without_padding_token_masks_nothing() -> None:
+    patching.install(["dataset_loss_mask"])
+    dataset = Dataset()
+    dataset._pad_token_id = None  # type: ignore[assignment]
+    sample = GPTDataset.__getitem__(dataset, 0)
+    assert dataset._pad_token_id == -1  # with which Megatron fills a short sample up
+    assert sample["loss_mask"].tolist() == [1.0] * 4 and sample["tokens"].tolist() == SAMPLES[0][:-1].tolist()

@@ -68,10 +68,11 @@ def test_a_671b_rank_takes_less_than_a_minute(last_rank) -> None:
 @pytest.mark.parametrize(
     "rank, stages, layers",
     [
+        # A pipeline rank and its mirror are neighbouring blocks of 128 ranks.
         (0, [0, 15], [0, 1, 2, 3, 60]),
-        (2047, [0, 15], [0, 1, 2, 3, 60]),
-        (7 * 128, [7, 8], list(range(28, 36))),
-        (8 * 128 + 5, [7, 8], list(range(28, 36))),
+        (128 + 5, [0, 15], [0, 1, 2, 3, 60]),
+        (14 * 128, [7, 8], list(range(28, 36))),
+        (2047, [7, 8], list(range(28, 36))),
     ],
 )
 def test_dualpipe_holds_two_stages_and_twice_the_replicas(rank, stages, layers, last_rank) -> None:

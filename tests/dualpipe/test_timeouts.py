@@ -1,5 +1,6 @@
 """A rank that stops is an error on its neighbours that names what is missing, within the time limit."""
 
+import threading
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -7,6 +8,8 @@ from unittest import mock
 
 import pytest
 
+from dsv3_megatron import cpu
+from dsv3_megatron.dualpipe.p2p import late_message
 from tests.dualpipe.common import ScheduledLayout, ScheduledProblem
 from tests.harness import run_distributed
 from tests.parallel import common
@@ -14,10 +17,21 @@ from tests.parallel import common
 TIMEOUT_S = 0.5
 
 
-def step_with_stopping_rank(rank: int, world_size: int, layout: ScheduledLayout) -> tuple[str, float]:
-    """Rank 1 stands still in its first forward; returns the error, and when it came (`time.monotonic()`)."""
+def step_with_stopping_rank(
+    rank: int, world_size: int, layout: ScheduledLayout, nccl: bool
+) -> tuple[str, float, list[str]]:
+    """Rank 1 stands still in its first forward.
+
+    Returns:
+        The error, when it came (`time.monotonic()`), and what the watch would have found late until then.
+    """
     from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
+    late: list[str] = []
+    if nccl or cpu.is_like_nccl():
+        # Where a GPU would hang, waits raise, later than the watch sees it.
+        cpu.behave_like_nccl(limit_s=4 * TIMEOUT_S)
+        threading.Thread(target=look_for_late_messages, args=(late,), daemon=True).start()
     problem = ScheduledProblem(num_sequences=8)
     layout.initialize()
     config = problem.config(layout)
@@ -34,25 +48,45 @@ def step_with_stopping_rank(rank: int, world_size: int, layout: ScheduledLayout)
             common.step(chunks, problem, problem.global_batch(config.vocab_size), schedule)
         except Exception as error:
             text = f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', ()))}"
-            return text, time.monotonic()
-    return "finished", time.monotonic()
+            return text, time.monotonic(), late
+    return "finished", time.monotonic(), late
+
+
+def look_for_late_messages(late: list[str]) -> None:
+    """As the watch does, more often."""
+    while not late:
+        time.sleep(0.1)
+        late += [message] if (message := late_message()) is not None else []
+
+
+# In NCCL's order the oldest message is the one that rank 1 would have taken next, where there is one.
+NOT_TAKEN = "nobody took activation for stage 1, direction 0, microbatch 1 (rank 0 to rank 1)"
+STOPS = {
+    "zb1p": ("gradient for stage 0, direction 0, microbatch 0 (rank 1 to rank 0)", NOT_TAKEN),
+    "dualpipe": 2 * ("activation for stage 1, direction 1, microbatch 4 (rank 1 to rank 0)",),
+    "dualpipev": ("activation for stage 3, direction 0, microbatch 0 (rank 1 to rank 0)", NOT_TAKEN),
+}
 
 
 @pytest.mark.parametrize(
-    "schedule, missing",
+    "schedule, nccl",
     [
-        ("zb1p", "gradient for stage 0, direction 0, microbatch 0 (rank 1 to rank 0)"),
-        ("dualpipe", "activation for stage 1, direction 1, microbatch 4 (rank 1 to rank 0)"),
-        ("dualpipev", "activation for stage 3, direction 0, microbatch 0 (rank 1 to rank 0)"),
+        *((schedule, False) for schedule in STOPS),
+        ("dualpipe", True),
+        *(pytest.param(schedule, True, marks=pytest.mark.slow) for schedule in ("zb1p", "dualpipev")),
     ],
 )
-def test_a_rank_that_stops_is_named(schedule: str, missing: str) -> None:
+def test_a_rank_that_stops_is_named(schedule: str, nccl: bool) -> None:
     """Eight microbatches; under DualPipe the second half of them is direction 1."""
+    missing, oldest = STOPS[schedule]
     layout = ScheduledLayout(world_size=2, pp=2, schedule=schedule)
-    (waiting, gave_up), (stopped, woke_up) = run_distributed(
-        step_with_stopping_rank, 2, timeout=60, layout=layout
+    (waiting, gave_up, late), (stopped, woke_up, _) = run_distributed(
+        step_with_stopping_rank, 2, timeout=60, layout=layout, nccl=nccl
     )
     assert waiting.startswith(f"PipelineTimeout: pipeline rank 0 got no {missing} within 0.5 s")
     assert "while pipeline rank 0 ran" in waiting
     assert stopped.startswith("InterruptedError: stopped while pipeline rank 1 ran")
     assert gave_up < woke_up
+    if nccl:
+        (named,) = late
+        assert named.startswith("pipeline rank 0 waits for longer than 0.5 s: ") and oldest in named

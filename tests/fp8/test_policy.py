@@ -1,5 +1,6 @@
 """The policy table on real modules and optimizer states."""
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from dsv3_megatron.fp8 import policy
 from dsv3_megatron.fp8.linear import FP8AttentionOutput, FP8DownProjection, FP8WeightGrad
 from dsv3_megatron.specs.select import select_backend
+from tests.fp8.kept import SIZES, assert_table, kept_by_module
 from tests.harness import run_distributed
 from tests.specs.models import build, micro_config, random_batch
 
@@ -70,6 +72,15 @@ class TestReference:
         assert dtypes["logits"] == {torch.float32}
         assert gate.expert_bias.dtype == torch.float32
 
+    def test_what_is_kept(self) -> None:
+        """The table's last column against the tensors that live after a forward pass, module by module."""
+        sizes = SIZES | {"fp8_recipe": "dsv3"}
+        model = build(micro_config(**sizes, **PRECISION))
+        batch = random_batch(batch=1, seq=128)
+        model(**batch, attention_mask=None)
+        found = kept_by_module(model, lambda: model(**batch, attention_mask=None))
+        assert_table(model, found, "local", tokens=128)
+
     def test_without_the_recipe_nothing_changes(self) -> None:
         """The very backend object, and so the very classes, that there are without FP8."""
         from dsv3_megatron.backends import reference
@@ -119,11 +130,16 @@ def test_optimizer_of_the_trainer() -> None:
     assert formats == {name: {names[value]} for name, value in policy.OPTIMIZER.items()}
 
 
-def test_table_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_table_is_printed_once(impl: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is kept on the backend that runs, and what is dispatched."""
     policy._print_once.cache_clear()
     for recipe in ("delayed", "dsv3", "dsv3"):
-        policy.announce(SimpleNamespace(fp8_recipe=recipe))
+        policy.announce(SimpleNamespace(fp8_recipe=recipe, transformer_impl=impl))
     text = capsys.readouterr().out
-    assert text.count("--fp8-recipe dsv3") == 1
+    assert text.count("--fp8-recipe dsv3") == 1 and re.search(r"dispatch +E4M3", text)
     for row in policy.POLICY:
-        assert row.what in text and row.compute in text and row.cache in text
+        line = next(line for line in text.splitlines() if line.startswith(f">   {row.what} "))
+        assert row.compute in line and line.endswith(row.kept(impl) or row.compute)
+    policy.announce(SimpleNamespace(fp8_recipe="dsv3", fp8_dispatch="bf16", transformer_impl=impl))
+    assert re.search(r"dispatch +BF16", capsys.readouterr().out)

@@ -65,6 +65,10 @@ def _rank_main(
         import torch.distributed as dist
 
         torch.manual_seed(0)
+        if os.environ.get("DSV3_TEST_LIKE_NCCL") == "1":  # `make test-nccl`
+            from dsv3_megatron import cpu
+
+            cpu.behave_like_nccl(limit_s=60)
         if init:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)
         value = fn(rank, world_size, **kwargs)
@@ -102,6 +106,8 @@ def run_distributed(
         logs = [Path(log_dir or scratch) / f"rank{rank}.log" for rank in range(world_size)]
         env = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         env["LOCAL_WORLD_SIZE"] = str(world_size)
+        if "DSV3_TEST_LIKE_NCCL" in os.environ:
+            env["DSV3_TEST_LIKE_NCCL"] = os.environ["DSV3_TEST_LIKE_NCCL"]
         ranks, pipes = [], []
         for rank in range(world_size):
             receive, send = _context().Pipe()

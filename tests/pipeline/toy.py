@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsv3_megatron import cpu
 from dsv3_megatron.dualpipe.p2p import PipelineP2P
 from dsv3_megatron.pipeline import build_schedule, simulate
 from dsv3_megatron.pipeline.autograd_stage import AutogradStage, WeightGradients
@@ -118,9 +119,13 @@ def tensor_spec(message: Message) -> tuple[tuple[int, int], torch.dtype]:
     return (BATCH, width(boundary)), torch.float64
 
 
-def run_schedules(rank: int, world_size: int, names: list[tuple[str, int]], num_steps: int = 1) -> dict:
+def run_schedules(
+    rank: int, world_size: int, names: list[tuple[str, int]], num_steps: int = 1, like_nccl: bool = False
+) -> dict:
     """Every (schedule name, microbatches) in turn over the same channels; returns losses, gradients and
     events."""
+    if like_nccl:
+        cpu.behave_like_nccl(limit_s=60)
     p2p = PipelineP2P(list(range(world_size)), tensor_spec, timeout_s=30) if world_size > 1 else None
     results = {}
     for name, num_microbatches in names:

@@ -20,6 +20,7 @@ from dsv3_megatron.plan.step import plan
 PUBLISHED = ["model=v3_671b", "layout=pp16_ep64", "cluster=h800_2048"]
 PLAIN = [*PUBLISHED, "schedule=1f1b", "precision=bf16"]
 KEYS = {"step_s", "tokens_per_s_per_gpu", "gpu_hours_per_1t", "days_per_1t", "bubble_s", "memory_gib", "fits"}
+KEYS |= {"host_save_gib", "host_load_gib", "host_average_gib"}
 
 
 def _json(capsys: pytest.CaptureFixture, words: list[str]) -> dict:
@@ -37,6 +38,21 @@ def test_json(capsys: pytest.CaptureFixture) -> None:
     half = _json(capsys, [*PUBLISHED, "global_batch_size=7680"])
     assert 0.5 < half["step_s"] / published["step_s"] < 0.6  # the bubble and the update do not halve
     assert half["days_per_1t"] > published["days_per_1t"]
+
+
+def test_dispatch_as_launched(capsys: pytest.CaptureFixture) -> None:
+    """DeepEP is planned for on a machine without it; bf16 through it is faster than E4M3 by all-to-all."""
+    flex = [*PUBLISHED, "moe_token_dispatcher_type=flex"]
+    steps = [
+        _json(capsys, words)["step_s"]
+        for words in (flex, [*flex, "fp8_dispatch=bf16"], [*PUBLISHED, "moe_token_dispatcher_type=alltoall"])
+    ]
+    assert steps == sorted(steps) and len(set(steps)) == 3
+    assert steps[0] == pytest.approx(_json(capsys, PUBLISHED)["step_s"])
+    command.main([*flex, "fp8_dispatch=bf16", "moe_flex_dispatcher_backend=hybridep"])
+    assert "BF16, one copy per node\n" in capsys.readouterr().out
+    command.main(PUBLISHED)
+    assert "E4M3, one copy per node, as DeepSeek's own; Megatron's alltoall sends" in capsys.readouterr().out
 
 
 def test_table_says_what_would_make_it_fit(capsys: pytest.CaptureFixture) -> None:

@@ -234,3 +234,31 @@ def test_fields_are_all_used() -> None:
     )
     for field in dataclasses.fields(Job):
         assert text.count(f"job.{field.name}") + text.count(f"self.{field.name}") > 0, field.name
+
+
+# --- dispatch
+
+
+def per_token(job: Job) -> float:
+    """Bytes over InfiniBand of a token's dispatch and combine, forward."""
+    nodes, _ = destinations(job, 8)
+    size = 1 + 4 / 128 if job.precision.fp8_dispatch else 2
+    return nodes * job.sizes.hidden_size * (size + 2)
+
+
+def test_copies_per_expert_or_per_node() -> None:
+    """By hand, for 8 experts on 4 of 8 nodes: DeepEP sends 3.5 copies to other nodes, an all-to-all 7.
+
+    So E4M3 by all-to-all is as many bytes as BF16 through DeepEP, and combine is twice as many.
+    """
+    flex, plain = replace(JOB, dispatcher="flex"), replace(JOB, dispatcher="alltoall")
+    assert destinations(replace(JOB, dispatcher=None), 8) == destinations(flex, 8)
+    assert destinations(flex, 8)[0] == pytest.approx(3.5)
+    assert destinations(plain, 8) == pytest.approx((7.0, 8 * 7 / 64))
+    assert destinations(replace(plain, layout=replace(JOB.layout, ep=8)), 8) == pytest.approx((0, 7))
+    in_bf16 = replace(flex, precision=replace(JOB.precision, fp8_dispatch=False))
+    assert per_token(plain) == pytest.approx(7 * 7168 * (1.03125 + 2))
+    assert per_token(in_bf16) == pytest.approx(3.5 * 7168 * 4)
+    assert per_token(flex) < per_token(in_bf16) < per_token(plain)
+    steps = [planned(job).step_s for job in (flex, in_bf16, plain)]
+    assert steps == sorted(steps) and steps[0] < steps[2]

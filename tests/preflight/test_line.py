@@ -96,8 +96,8 @@ def test_our_words_may_stand_anywhere_and_collide_with_none() -> None:
 @pytest.mark.parametrize(
     ("version", "missing"),
     [
-        ("2.8.0", {"custom_recipe", "compact_gather", "bf16_moments_in_place"}),
-        ("2.9", {"compact_gather", "bf16_moments_in_place"}),
+        ("2.7", {use.key for use in USES if use.package == TE}),
+        ("2.8.0", {"bf16_moments_in_place"}),
         ("2.12.0", {"bf16_moments_in_place"}),
         ("2.13.0+cu13", set()),
         ("2.20.2", set()),
@@ -120,14 +120,14 @@ def test_symbols() -> None:
 
 def test_findings_have_their_parts() -> None:
     text = (
-        "--fp8-recipe dsv3: the installed Transformer Engine has no X. Use Transformer Engine 2.9 or newer."
+        "--fp8-recipe dsv3: the installed Transformer Engine has no X. Use Transformer Engine 2.8 or newer."
     )
     assert from_message(text + "\nunrecognized arguments: --manuel-gc; did you mean --manual-gc?") == [
         Finding(
             "error",
             "--fp8-recipe dsv3",
             "the installed Transformer Engine has no X",
-            "Transformer Engine 2.9 or newer",
+            "Transformer Engine 2.8 or newer",
         ),
         Finding("error", "--manuel-gc", "no such argument", "--manual-gc"),
     ]

@@ -65,13 +65,11 @@ def command_of(script: str) -> list[str]:
     return shlex.split(done.stdout.splitlines()[-1])
 
 
-def expected(te: str, on_cpu: bool, fp8: bool) -> str | None:
+def expected(te: str, on_cpu: bool) -> str | None:
     """Argument of the error that is due, None where the job can run."""
     if on_cpu:
         return None
-    if te == "absent":
-        return "--transformer-impl"
-    return "--fp8-recipe" if fp8 and te == "2.8" else None
+    return "--transformer-impl" if te == "absent" else None
 
 
 def machines_of(layout: str) -> list[dict[str, str]]:
@@ -79,12 +77,12 @@ def machines_of(layout: str) -> list[dict[str, str]]:
     return FEWER[:1] if layout.startswith("cpu_") else FEWER
 
 
-def judge(name: str, machines: list[dict[str, str]], answers: list[Findings], fp8: bool) -> None:
+def judge(name: str, machines: list[dict[str, str]], answers: list[Findings]) -> None:
     """What cannot run is refused with what to use, and nothing else is."""
     on_cpu = name.startswith("cpu_")
     for machine, found in zip(machines, answers, strict=True):
         errors = [f for f in found if f["severity"] == "error"]
-        due = expected(machine["te"], on_cpu, fp8)
+        due = expected(machine["te"], on_cpu)
         if due is None:
             assert not errors, (name, machine, errors)
         else:
@@ -111,13 +109,7 @@ def answers_of_layouts() -> dict[str, list[Findings]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout: str) -> None:
-    judge(layout, machines_of(layout), answers_of_layouts()[layout], is_fp8(layout))
-
-
-def is_fp8(layout: str) -> bool:
-    """Whether the layout, or the one it begins with, asks for FP8."""
-    text = (ROOT / "dsv3_megatron" / "conf" / "layout" / f"{layout}.yaml").read_text()
-    return "fp8_dsv3" in text or "- pp16_ep64" in text
+    judge(layout, machines_of(layout), answers_of_layouts()[layout])
 
 
 BUILT = ("cpu_pp2_ep2", "pp16_ep64")
@@ -144,7 +136,6 @@ def built() -> dict[str, list[Findings]]:
         "old torch": (plain, te | {"torch": "2.9.1"}),
         "one queue": ("CUDA_DEVICE_MAX_CONNECTIONS=1 " + plain + "--pipeline-schedule dualpipe", te),
         "mirrors": (plain.replace("--use-distributed-optimizer", "--pipeline-schedule dualpipe"), te),
-        "tp gather on 2.9": (plain + "--fp8-recipe dsv3 " + tp, {"te": "2.9"}),
         "size": (plain.replace("--nnodes 32", "--nnodes 30"), te),
         "experts": (plain + "--num-experts 255", te),
         "layers": (plain + "--num-layers 62 --pipeline-schedule zb1p", te),
@@ -152,6 +143,8 @@ def built() -> dict[str, list[Findings]]:
         "deepep": (plain + "--moe-token-dispatcher-type flex", te | {"deepep": "absent"}),
         # and its contrary: with tensor parallelism and a schedule of ours, Megatron's wish for one queue is met
         "fine: tensor parallel": (plain + tp, te),
+        # block scaling of TE's own gathers compact tensors in every version
+        "fine: fp8 tensor parallel": (plain + "--fp8-recipe dsv3 " + tp, {"te": "2.8"}),
         "fine: plain": (plain, te),
         "fine: reference": (plain + "--transformer-impl local", {"te": "absent"}),
     }
@@ -185,7 +178,6 @@ CONTROLS = {
     "old torch": "torch",
     "one queue": "CUDA_DEVICE_MAX_CONNECTIONS",
     "mirrors": "--use-distributed-optimizer",
-    "tp gather on 2.9": "--sequence-parallel",
     "size": "",
     "experts": "",
     "layers": "",
@@ -200,7 +192,9 @@ def test_a_planted_fault_is_found(name: str) -> None:
     assert any(CONTROLS[name] in f["argument"] + f["why"] for f in errors), built()[name]
 
 
-@pytest.mark.parametrize("name", ["fine: tensor parallel", "fine: plain", "fine: reference"])
+@pytest.mark.parametrize(
+    "name", ["fine: tensor parallel", "fine: fp8 tensor parallel", "fine: plain", "fine: reference"]
+)
 def test_a_good_line_is_not_refused(name: str) -> None:
     assert not errors_of(name)
 
@@ -210,12 +204,12 @@ def test_every_script_and_every_layout_built() -> None:
     lines = {script: command_of(script) for script in SCRIPTS} | LAYOUTS
     tasks = [{"line": line, "machines": MACHINES, "build": True} for line in lines.values()]
     for name, answers in zip(lines, walk(tasks), strict=True):
-        judge(name, MACHINES, answers, name in SCRIPTS or is_fp8(name))
+        judge(name, MACHINES, answers)
 
 
 def test_a_script() -> None:
     [answers] = walk([{"line": command_of("slurm_2048gpu.sh"), "machines": FEWER, "build": False}])
-    judge("slurm_2048gpu.sh", FEWER, answers, fp8=True)
+    judge("slurm_2048gpu.sh", FEWER, answers)
     runs = next(a for m, a in zip(FEWER, answers, strict=True) if m == {"apex": "absent", "te": "2.20"})
     # The launch flags that a GPU job wants are all there: nothing is advised but what this machine cannot see.
     advised = {f["argument"] for f in runs if f["severity"] == "warning"}

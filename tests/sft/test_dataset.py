@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dsv3_megatron.data.vocabulary import DocumentEncoder
 from dsv3_megatron.sft.chat import BadConversation, conversation_tokens
 from dsv3_megatron.sft.dataset import PackedRows
 from dsv3_megatron.sft.prepare import main, prepare, read_conversations, read_report
+from dsv3_megatron.training.batch import PADDING
 
 SEQ_LENGTH = 48
 
@@ -53,6 +56,7 @@ def test_rows_hold_the_conversations_and_targets_are_their_answers(prepared: Pat
                 ids = row["tokens"][start:end].tolist()
                 if not ids or ids[0] == encoder.special_ids["<|pad_token|>"]:
                     assert row["loss_mask"][start:end].sum() == 0
+                    assert set(row["position_ids"][start:end].tolist()) <= {PADDING}
                     continue
                 assert row["position_ids"][start:end].tolist() == list(range(end - start))
                 # What is learnt at a position is the next token of the same conversation, if it is the assistant's.
@@ -98,3 +102,25 @@ def test_too_long_conversations_are_counted(tokenizer_dir: Path, tmp_path: Path)
     chats[3][0]["content"] = "no " * 100
     report = prepare({"train": chats, "valid": []}, tokenizer_dir, tmp_path, SEQ_LENGTH)
     assert report["too_long"] == 1 and report["train"]["conversations"] == 9
+
+
+def test_padding_is_told_by_its_place_and_not_by_its_token(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A released tokenizer pads with its end token, which also ends answers of weight 0; a full row has no padding."""
+    shutil.copytree(tokenizer_dir, tmp_path / "released")
+    config = json.loads((tmp_path / "released" / "tokenizer_config.json").read_text())
+    (tmp_path / "released" / "tokenizer_config.json").write_text(
+        json.dumps(config | {"pad_token": "<|eos_token|>"})
+    )
+    chat = conversations(1)[0]
+    chats: list[list[dict[str, Any]]] = [[*chat[:1], chat[1] | {"weight": 0}, *chat]]
+    length = prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / "one", 200)["train"][
+        "tokens"
+    ]
+    for name, room in (("full", 0), ("one left", 1), ("more left", 5)):
+        prepare({"train": chats, "valid": []}, tmp_path / "released", tmp_path / name, length + room)
+        row = PackedRows(tmp_path / name, "train", 1, seed=0)[0]
+        padded = row["position_ids"] == PADDING
+        assert padded.tolist() == [False] * length + [True] * room
+        end = DocumentEncoder(tmp_path / "released").special_ids["<|eos_token|>"]
+        assert (row["tokens"][:length] == end).sum() == 2 and (row["tokens"][length:] == end).all()
+        assert row["loss_mask"][length - 1 :].sum() == 0 and row["loss_mask"].sum() > 0

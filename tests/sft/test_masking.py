@@ -179,9 +179,9 @@ def test_dropped_boundaries_are_seen(with_mtp: Setup) -> None:
         pytest.param("1f1b", 2, 1, "", marks=pytest.mark.slow),
         pytest.param("1f1b", 2, 1, "--num-virtual-stages-per-pipeline-rank 2", marks=pytest.mark.slow),
         pytest.param("zb1p", 4, 2, "", marks=pytest.mark.slow),
-        pytest.param("dualpipe", 2, 1, "", marks=pytest.mark.slow),
+        ("dualpipe", 2, 1, ""),
         pytest.param("dualpipev", 2, 1, "", marks=pytest.mark.slow),
-        ("dualpipe", 4, 2, ""),
+        pytest.param("dualpipe", 4, 2, "", marks=pytest.mark.slow),
     ],
 )
 def test_with_mtp(schedule: str, world_size: int, ep: int, words: str, with_mtp: Setup) -> None:

@@ -57,6 +57,16 @@ def config(**changes) -> TransformerConfig:
     return TransformerConfig(**(settings | changes))
 
 
+# DeepSeek-V2-Lite's: softmax over all experts, no groups, no bias.
+V2_GATE = {
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": True,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": 1,
+    "moe_router_group_topk": 1,
+}
+
+
 def router(pg=None, cls=DSV3Router, seed=0, **changes):
     torch.manual_seed(seed)
     made = cls(config=config(**changes), pg_collection=pg or groups())
@@ -313,6 +323,14 @@ def test_mask_of_all_tensor_parallel_ranks_is_cut_and_a_wrong_one_refused() -> N
     "changes, message",
     [
         ({"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False}, "score_function"),
+        (
+            V2_GATE | {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+            "moe_router_num_groups=4.*best expert",
+        ),
+        (
+            V2_GATE | {"moe_router_pre_softmax": False},
+            "moe_router_pre_softmax=False.*--moe-router-pre-softmax",
+        ),
         ({"moe_router_load_balancing_type": "aux_loss"}, "moe_router_load_balancing_type='aux_loss'"),
         ({"moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff=0.001"),
         ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),

@@ -75,6 +75,26 @@ def test_a_mask_of_zero_would_leak_dropped_groups() -> None:
     assert torch.allclose(weights, torch.tensor([[0.9 / 1.7, 0.8 / 1.7]]))
 
 
+def test_v2_lites_gate_is_megatrons_and_plain_python() -> None:
+    """Softmax over all experts, the K best, weighed by their scores as they are (no normalisation)."""
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    logits = torch.randn(50, 16, generator=torch.Generator().manual_seed(1)) * 2
+    scores = routing.affinity(logits, "softmax")
+    weights, indices = routing.group_limited_topk(scores, None, 6, 1, 1, 16.0, normalize=False)
+    for token, row in enumerate(logits.tolist()):
+        largest = sum(math.exp(x) for x in row)
+        soft = [math.exp(x) / largest for x in row]
+        best = sorted(range(16), key=lambda e: -soft[e])[:6]
+        assert indices[token].tolist() == best
+        assert weights[token].tolist() == pytest.approx([16 * soft[e] for e in best], rel=1e-5)
+    probs, routing_map = routing.to_dense(weights, indices, 16)
+    theirs, their_map = topk_routing_with_score_function(
+        logits, 6, use_pre_softmax=True, scaling_factor=16.0, score_function="softmax"
+    )
+    assert torch.equal(routing_map, their_map) and torch.allclose(probs, theirs, rtol=1e-6)
+
+
 def test_groups_are_scored_by_two_experts_whatever_topk() -> None:
     """topk=2 of 2 groups: Megatron would score groups by their topk // group_topk = 1 best expert."""
     scores = torch.tensor([[0.90, 0.10, 0.60, 0.60, 0.55, 0.55]])

@@ -96,6 +96,16 @@ def test_modules_are_transformer_engines() -> None:
     assert scale == pytest.approx((128 + 64) ** -0.5)
 
 
+def test_norms_of_the_latents_keep_their_epsilon() -> None:
+    """TE has them inside the up projections, and reads their epsilon there at each forward pass."""
+    from tests.specs.models import build, micro_config
+
+    model = build(micro_config(**SIZES | TE | {"layernorm_epsilon": 1e-5}))
+    attention = model.decoder.layers[1].self_attention
+    assert (attention.linear_q_up_proj.eps, attention.linear_kv_up_proj.eps) == (1e-6, 1e-6)
+    assert model.decoder.layers[0].mlp.linear_fc1.eps == 1e-5
+
+
 def test_delayed_weight_gradients_reach_the_modules() -> None:
     from tests.specs.models import build, micro_config
 

@@ -9,8 +9,11 @@ from argparse import Namespace
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import (
     backend,
+    checkpoint,
     ema,
+    files,
     layout,
+    length,
     machine,
     model,
     overlap,
@@ -27,6 +30,9 @@ __all__ = ["REFUSALS", "Refusal", "check"]
 
 REFUSALS: tuple[Refusal, ...] = (
     *run.ROWS,
+    *files.ROWS,
+    *length.ROWS,
+    *checkpoint.ROWS,
     *model.ROWS,
     *layout.ROWS,
     *overlap.ROWS,

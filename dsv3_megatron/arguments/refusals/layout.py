@@ -21,10 +21,62 @@ def _data_parallel_size(a: Namespace, around: Surroundings) -> int:
     return max(1, around.world_size // _dense_model_size(a))
 
 
-def _expert_nodes(a: Namespace, around: Surroundings) -> int:
-    """Machines over which the experts of one layer are spread."""
-    ranks = a.expert_model_parallel_size * (a.expert_tensor_parallel_size or a.tensor_model_parallel_size)
-    return -(-ranks // around.ranks_per_node)
+def nvlink_domain_size(a: Namespace, around: Surroundings) -> int:
+    """Ranks that reach each other over NVLink: a machine's, where nothing else is given."""
+    return a.nvlink_domain_size or around.ranks_per_node
+
+
+def _domains_too_many(a: Namespace, around: Surroundings) -> int:
+    """NVLink domains that the experts of one token can lie in, 0 where the group limit holds or there is none."""
+    groups, chosen = a.moe_router_num_groups or 1, a.moe_router_group_topk or 0
+    if not 0 < chosen < groups or a.num_experts is None or a.num_experts % a.expert_model_parallel_size:
+        return 0
+    reached = domains_of_a_token(
+        num_groups=groups,
+        group_topk=chosen,
+        expert_ranks=a.expert_model_parallel_size,
+        ranks_per_expert=a.expert_tensor_parallel_size or a.tensor_model_parallel_size,
+        domain=nvlink_domain_size(a, around),
+        world_size=around.world_size,
+    )
+    return reached if reached > chosen else 0
+
+
+def domains_of_a_token(
+    *,
+    num_groups: int,
+    group_topk: int,
+    expert_ranks: int,
+    ranks_per_expert: int,
+    domain: int,
+    world_size: int,
+) -> int:
+    """The most NVLink domains among which `group_topk` of `num_groups` expert groups can lie.
+
+    Experts are dealt out over `expert_ranks` × `ranks_per_expert` neighbouring ranks, group after group, and the next
+    such block of ranks holds them again; `domain` neighbouring ranks share NVLink.
+    """
+    block = expert_ranks * ranks_per_expert
+    starts = {start % domain for start in range(0, max(block, min(world_size, block * domain)), block)}
+    return max(_most_covered(_spans(start, block, num_groups, domain), group_topk) for start in starts)
+
+
+def _spans(start: int, block: int, num_groups: int, domain: int) -> list[tuple[int, int]]:
+    """First and last domain of each group."""
+    first = [start + group * block // num_groups for group in range(num_groups)]
+    last = [start + -(-(group + 1) * block // num_groups) - 1 for group in range(num_groups)]
+    return [(low // domain, high // domain) for low, high in zip(first, last, strict=True)]
+
+
+def _most_covered(spans: list[tuple[int, int]], chosen: int) -> int:
+    """The most domains that `chosen` of these rising intervals cover together."""
+    most: list[list[int]] = []  # most[i][n]: with interval i as the last of n + 1
+    for i, (low, high) in enumerate(spans):
+        most.append([high - low + 1])
+        for n in range(1, min(chosen, i + 1)):
+            before = (most[j][n - 1] - max(0, spans[j][1] - low + 1) for j in range(i) if len(most[j]) >= n)
+            most[i].append(high - low + 1 + max(before))
+    return max(max(counts) for counts in most)
 
 
 def _uneven_stages(a: Namespace) -> bool:
@@ -116,7 +168,11 @@ ROWS = (
         EP,
         "--expert-model-parallel-size",
         "{expert_model_parallel_size}",
-        lambda a, s: s.world_size % _expert_model_size(a) != 0,
+        # Without expert parallelism it is the row above that says it.
+        lambda a, s: (
+            s.world_size % _expert_model_size(a) != 0
+            and (a.expert_model_parallel_size > 1 or s.world_size % _dense_model_size(a) == 0)
+        ),
         "expert × expert-tensor × pipeline parallel sizes do not divide the number of ranks, {world_size}",
         "an --expert-model-parallel-size that divides the ranks of a pipeline stage",
         "--pipeline-model-parallel-size 4 --expert-model-parallel-size 4",
@@ -132,18 +188,21 @@ ROWS = (
         "--num-experts 12 --moe-router-num-groups 4 --expert-model-parallel-size 8",
     ),
     Refusal(
-        "groups_over_nodes",
+        "groups_over_domains",
         EP,
-        "--moe-router-num-groups",
-        "{moe_router_num_groups}",
-        lambda a, s: _expert_nodes(a, s) > 1 and (a.moe_router_num_groups or 1) % _expert_nodes(a, s) != 0,
-        "with --expert-model-parallel-size {expert_model_parallel_size} and {ranks_per_node} ranks per node "
-        "an expert group would straddle nodes, so a token could be sent to more nodes than "
-        "--moe-router-group-topk {moe_router_group_topk} allows (R§2.1.2)",
-        "a number of groups that is a multiple of the nodes of one expert-parallel group, or a smaller "
         "--expert-model-parallel-size",
-        "--moe-router-num-groups 2 --expert-model-parallel-size 8",
+        "{expert_model_parallel_size}",
+        lambda a, s: _domains_too_many(a, s) > 0,
+        "puts expert groups across NVLink domains, so that a token can be sent to more of them than the "
+        "--moe-router-group-topk {moe_router_group_topk} of --moe-router-num-groups {moe_router_num_groups} groups "
+        "that limit it (R§2.1.2)",
+        "an --expert-model-parallel-size with each group inside one domain, or --nvlink-domain-size where more ranks "
+        "than a machine's share NVLink",
+        "--moe-router-num-groups 2 --moe-router-group-topk 1 --expert-model-parallel-size 8",
         Surroundings(world_size=8, ranks_per_node=2),
+        detail=lambda a, s: (
+            f"{_domains_too_many(a, s)} domains of {nvlink_domain_size(a, s)} ranks can be reached"
+        ),
     ),
     Refusal(
         "tp_without_sequence_parallel",
@@ -330,8 +389,8 @@ ROWS = (
     Refusal(
         "weight_shards",
         TP,
-        "--tensor-parallel-num-weight-shards",
-        "{tensor_parallel_num_weight_shards}",
+        "--tensor-parallel-num-weight-shards / --expert-tensor-parallel-num-weight-shards",
+        "{tensor_parallel_num_weight_shards} / {expert_tensor_parallel_num_weight_shards}",
         lambda a, s: (
             a.tensor_parallel_num_weight_shards not in (None, a.tensor_model_parallel_size)
             or a.expert_tensor_parallel_num_weight_shards not in (None, a.expert_tensor_parallel_size)

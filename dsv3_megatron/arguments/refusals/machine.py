@@ -29,7 +29,7 @@ def _overlaps(a: Namespace) -> bool:
     return a.pipeline_schedule != "1f1b"
 
 
-def _wants_one_connection(a: Namespace, s: Surroundings) -> bool:
+def wants_one_connection(a: Namespace, s: Surroundings) -> bool:
     """Megatron's own rule for tensor and context parallelism before Blackwell (training/arguments.py)."""
     return (
         (a.tensor_model_parallel_size > 1 or a.context_parallel_size > 1)
@@ -58,7 +58,7 @@ ROWS = (
         GPU,
         MAX_CONNECTIONS,
         "{max_connections}",
-        lambda a, s: not s.on_cpu and _wants_one_connection(a, s) and s.max_connections != 1,
+        lambda a, s: not s.on_cpu and wants_one_connection(a, s) and s.max_connections != 1,
         "under Megatron's own schedule tensor and context parallelism count on the order of one queue",
         f"export {MAX_CONNECTIONS}=1, or a --pipeline-schedule of ours, which does not",
         "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -107,35 +107,6 @@ ROWS = (
         "--bf16 alone, or other GPUs",
         _FP8,
         replace(HERE, capability=(8, 0)),
-    ),
-    Refusal(
-        "fp8_compact_gather",
-        FP8,
-        "--sequence-parallel",
-        "with --tensor-model-parallel-size {tensor_model_parallel_size} and --fp8-recipe dsv3",
-        lambda a, s: (
-            recipe_of(a) is not None
-            and _te(a)
-            and a.sequence_parallel
-            and a.tensor_model_parallel_size > 1
-            and "compact_gather" in s.lacks
-        ),
-        'the installed Transformer Engine gathers tensors with block scales in another form than it makes ("requires '
-        'compact data format" in the first forward pass)',
-        "Transformer Engine 2.12 or newer, or --tensor-model-parallel-size 1",
-        _FP8 + " --tensor-model-parallel-size 2 --sequence-parallel",
-        replace(HERE, max_connections=1, lacks=frozenset({"compact_gather"})),
-    ),
-    Refusal(
-        "fp8_param_gather",
-        FP8,
-        "--fp8-param-gather",
-        "",
-        lambda a, s: recipe_of(a) is not None and bool(a.fp8_param_gather),
-        'weights kept in E4M3 are of another recipe than --fp8-recipe dsv3 for Transformer Engine ("Recipe mismatch" '
-        "in the first forward pass), and the reference backend has none",
-        "no such option: weights stay bf16 and are quantised each step",
-        _FP8 + " --fp8-param-gather --use-distributed-optimizer",
     ),
     Refusal(
         "mla_attention",

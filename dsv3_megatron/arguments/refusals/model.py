@@ -84,10 +84,33 @@ ROWS = (
         "--moe-router-topk 5",
     ),
     Refusal(
+        "softmax_groups",
+        ROUTING,
+        "--moe-router-num-groups",
+        "{moe_router_num_groups}",
+        lambda a, s: a.moe_router_score_function == "softmax" and (a.moe_router_num_groups or 1) > 1,
+        "DeepSeek-V2 scores a group by its best expert, which Megatron's router does not, and --moe-router-pre-softmax "
+        "asks for V2's gate",
+        "1 (as V2-Lite), or no --moe-router-pre-softmax for V3's gate",
+        "--moe-router-pre-softmax",
+    ),
+    Refusal(
+        "softmax_bias",
+        ROUTING,
+        "--moe-router-enable-expert-bias",
+        "",
+        lambda a, s: a.moe_router_score_function == "softmax" and a.moe_router_enable_expert_bias,
+        "the gate of --moe-router-pre-softmax, DeepSeek-V2's, has no bias",
+        "neither, or no --moe-router-pre-softmax for V3's gate",
+        "--moe-router-pre-softmax --moe-router-num-groups 1 --moe-router-group-topk 1 --moe-router-enable-expert-bias",
+    ),
+    Refusal(
         "yarn_options",
         ROPE,
-        "--yarn-original-max-position-embeddings / --yarn-beta-fast / --yarn-beta-slow",
-        "{yarn_original_max_position_embeddings} / {yarn_beta_fast} / {yarn_beta_slow}",
+        "--yarn-original-max-position-embeddings / --yarn-beta-fast / --yarn-beta-slow / "
+        "--no-yarn-correction-range-round-to-int",
+        "{yarn_original_max_position_embeddings} / {yarn_beta_fast} / {yarn_beta_slow} / "
+        "{yarn_correction_range_round_to_int}",
         lambda a, s: (
             any(
                 x is not None
@@ -98,6 +121,17 @@ ROWS = (
         "Megatron's MLA ignores these options; it has DeepSeek-V3's values (4096, 32, 1) already",
         "--original-max-position-embeddings, --beta-fast and --beta-slow where other values are meant",
         "--rope-type yarn --yarn-beta-fast 16",
+    ),
+    Refusal(
+        "scaling_without_yarn",
+        ROPE,
+        "--rotary-scaling-factor",
+        "{rotary_scaling_factor}",
+        lambda a, s: a.rope_type != "yarn" and a.rotary_scaling_factor != 1.0,
+        "without YaRN it changes the softmax scale only, which Megatron's MLA multiplies by mscale² "
+        "whatever the rope type",
+        "--rope-type yarn as well for the long context, or leave it out before",
+        "--rotary-scaling-factor 40",
     ),
     Refusal(
         "reset_position_ids",
@@ -132,8 +166,8 @@ ROWS = (
     Refusal(
         "hybrid_model",
         "Model",
-        "--hybrid-layer-pattern",
-        "{hybrid_layer_pattern}",
+        "--hybrid-layer-pattern / --hybrid-override-pattern / --is-hybrid-model",
+        "{hybrid_layer_pattern} / {hybrid_override_pattern} / {is_hybrid_model}",
         lambda a, s: bool(a.hybrid_layer_pattern or a.hybrid_override_pattern or a.is_hybrid_model),
         "describes another model",
         "--num-layers and --moe-layer-freq",
@@ -142,8 +176,8 @@ ROWS = (
     Refusal(
         "heterogeneous_layers",
         "Model",
-        "--heterogeneous-layers-config-path",
-        "{heterogeneous_layers_config_path}",
+        "--heterogeneous-layers-config-path / --heterogeneous-layers-config-encoded-json",
+        "{heterogeneous_layers_config_path} / {heterogeneous_layers_config_encoded_json}",
         lambda a, s: bool(a.heterogeneous_layers_config_path or a.heterogeneous_layers_config_encoded_json),
         "describes another model",
         "--num-layers and --moe-layer-freq",

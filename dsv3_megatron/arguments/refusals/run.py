@@ -77,6 +77,16 @@ ROWS = (
         "--use-checkpoint-args",
     ),
     Refusal(
+        "no_initialization",
+        "Model",
+        "--no-initialization",
+        "",
+        lambda a, s: not a.perform_initialization and a.load is None and a.pretrained_checkpoint is None,
+        "the weights would be whatever the memory holds",
+        "it beside --load or --pretrained-checkpoint only",
+        "--no-initialization",
+    ),
+    Refusal(
         "async_save",
         "Checkpoints",
         "--async-save",

@@ -165,6 +165,16 @@ ROWS = (
         "--pipeline-schedule dualpipev --pipeline-model-parallel-size 4 --global-batch-size 32",
     ),
     Refusal(
+        "schedule_max_ctas",
+        FEATURE,
+        "--pipeline-max-ctas",
+        "{pipeline_max_ctas}",
+        lambda a, s: _on(a) and a.pipeline_max_ctas < 1,
+        "a message's kernel has at least one thread block",
+        "1 or 2",
+        DUALPIPE + " --global-batch-size 32 --pipeline-max-ctas 0",
+    ),
+    Refusal(
         "dualpipe_experts_over_mirror",
         FEATURE,
         "--expert-model-parallel-size",

@@ -23,6 +23,7 @@ class Refusal:
         where: surroundings of the example.
         without: words of the valid command line that the example lacks.
         detail: what the message adds about these very arguments, computed from them.
+        remedy: what to use for these very arguments, where `use` can only say it in general.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Refusal:
     where: Surroundings = field(default_factory=lambda: Surroundings(world_size=8))
     without: str = ""
     detail: Callable[[Namespace, Surroundings], str] | None = None
+    remedy: Callable[[Namespace, Surroundings], str] | None = None
 
     def message(self, args: Namespace, around: Surroundings) -> str:
         """The error text: argument, value, reason, what to use."""
@@ -44,7 +46,8 @@ class Refusal:
         reason = self.reason.format(**names)
         if self.detail is not None:
             reason += f" ({self.detail(args, around)})"
-        return f"{given}: {reason}. Use {self.use.format(**names)}."
+        use = self.use.format(**names) if self.remedy is None else self.remedy(args, around)
+        return f"{given}: {reason}. Use {use}."
 
 
 def has_cuda_graphs(a: Namespace) -> bool:

@@ -5,7 +5,9 @@ They run on a CUDA device and nowhere else: CPU tensors are an error, not a fall
 
 from dsv3_megatron.fp8.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from dsv3_megatron.fp8.kernels.gemm import gemm_nt, grouped_gemm_nt
+from dsv3_megatron.fp8.kernels.message import decode_message, dequantize, encode_message
 from dsv3_megatron.fp8.kernels.swiglu import swiglu_quantize_tile, swiglu_quantize_tile_backward
+from dsv3_megatron.fp8.kernels.swiglu_cache import swiglu_and_cache, swiglu_from_cache, swiglu_gradients
 from dsv3_megatron.fp8.kernels.tiles import (
     quantize_block,
     quantize_tile,
@@ -14,6 +16,9 @@ from dsv3_megatron.fp8.kernels.tiles import (
 )
 
 __all__ = [
+    "decode_message",
+    "dequantize",
+    "encode_message",
     "gemm_nt",
     "grouped_gemm_nt",
     "pack_e5m6",
@@ -21,6 +26,9 @@ __all__ = [
     "quantize_tile",
     "quantize_tile_t",
     "requantize_transposed",
+    "swiglu_and_cache",
+    "swiglu_from_cache",
+    "swiglu_gradients",
     "swiglu_quantize_tile",
     "swiglu_quantize_tile_backward",
     "unpack_e5m6",

@@ -4,16 +4,19 @@ Triton makes a binary per combination of dtypes, constants and divisibility of t
 share one. Rows are the 4096 tokens of a microbatch, or those of an expert: any number, such as 1501.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3_megatron.fp8.kernels.e5m6 import pack_e5m6, unpack_e5m6
 from dsv3_megatron.fp8.kernels.gemm import gemm_nt, grouped_gemm_nt
+from dsv3_megatron.fp8.kernels.message import decode_message, dequantize, encode_message
 from dsv3_megatron.fp8.kernels.swiglu import swiglu_quantize_tile, swiglu_quantize_tile_backward
+from dsv3_megatron.fp8.kernels.swiglu_cache import swiglu_and_cache, swiglu_from_cache, swiglu_gradients
 from dsv3_megatron.fp8.kernels.tiles import (
     quantize_block,
     quantize_tile,
@@ -42,11 +45,15 @@ LINEARS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call on meta tensors; `expects_wgmma`: its kernels multiply FP8 matrices."""
+    """A call on meta tensors; with `flops` of the tensor cores its kernels must multiply FP8 matrices."""
 
     name: str
-    call: Callable[[], object]
-    expects_wgmma: bool = False
+    call: partial[Any]
+    flops: int = 0
+
+    @property
+    def expects_wgmma(self) -> bool:
+        return self.flops > 0
 
 
 def v3_cases() -> Iterator[Case]:
@@ -59,6 +66,7 @@ def v3_cases() -> Iterator[Case]:
     packed = matrix(TOKENS, x.size(1) // 2 * 3, torch.uint8), matrix(TOKENS, x.size(1) // 128, FP32)
     yield Case("attention_output E5M6 pack", partial(pack_e5m6, x))
     yield Case("attention_output E5M6 unpack", partial(unpack_e5m6, *packed, dtype=BF16))
+    yield from _dispatch()
 
 
 def _linear(name: str, rows: int, inputs: int, outputs: int) -> Iterator[Case]:
@@ -82,16 +90,21 @@ def _linear(name: str, rows: int, inputs: int, outputs: int) -> Iterator[Case]:
         blocked(inputs, outputs),
     )
     x_t, grad_t = tiled(inputs, rows), tiled(outputs, rows)
-    yield Case(f"{name} fprop", partial(gemm_nt, x, w, out_dtype=BF16), True)
-    yield Case(f"{name} dgrad", partial(gemm_nt, grad, w_t, out_dtype=BF16), True)
-    yield Case(f"{name} wgrad", partial(gemm_nt, grad_t, x_t), True)
+    flops = 2 * rows * inputs * outputs
+    yield Case(f"{name} fprop", partial(gemm_nt, x, w, out_dtype=BF16), flops)
+    yield Case(f"{name} dgrad", partial(gemm_nt, grad, w_t, out_dtype=BF16), flops)
+    yield Case(f"{name} wgrad", partial(gemm_nt, grad_t, x_t), flops)
     if name.startswith("expert"):
         sizes = EXPERTS_OF_A_RANK
         x, grad = tiled(sum(sizes), inputs), tiled(sum(sizes), outputs)
-        yield Case(f"{name} grouped fprop", partial(grouped_gemm_nt, x, [w] * 4, sizes, out_dtype=BF16), True)
-        yield Case(
-            f"{name} grouped dgrad", partial(grouped_gemm_nt, grad, [w_t] * 4, sizes, out_dtype=BF16), True
+        experts, experts_t = (
+            [blocked(*shape) for _ in sizes] for shape in ((outputs, inputs), (inputs, outputs))
         )
+        flops = 2 * sum(sizes) * inputs * outputs
+        fprop = partial(grouped_gemm_nt, x, experts, sizes, out_dtype=BF16)
+        yield Case(f"{name} grouped fprop", fprop, flops)
+        dgrad = partial(grouped_gemm_nt, grad, experts_t, sizes, out_dtype=BF16)
+        yield Case(f"{name} grouped dgrad", dgrad, flops)
 
 
 def _swiglu(name: str) -> Iterator[Case]:
@@ -105,6 +118,20 @@ def _swiglu(name: str) -> Iterator[Case]:
         yield Case(words, partial(swiglu_quantize_tile, u, weights, pow2=pow2))
         backward = partial(swiglu_quantize_tile_backward, grad, tiled(rows, 2 * width), weights, pow2=pow2)
         yield Case(f"{words} backward", backward)
+    u, grad, cache = matrix(rows, 2 * width), matrix(rows, width), tiled(rows, 2 * width)
+    yield Case(f"{name} SwiGLU, input kept", partial(swiglu_and_cache, u, weights))
+    yield Case(f"{name} SwiGLU again", partial(swiglu_from_cache, cache, weights, dtype=BF16))
+    yield Case(f"{name} SwiGLU gradients", partial(swiglu_gradients, grad, cache, weights))
+
+
+def _dispatch() -> Iterator[Case]:
+    """A microbatch's tokens, each to eight experts: sent by all-to-all, or by DeepEP with their scales apart."""
+    rows, hidden = TOKENS * 8, LINEARS["expert_fc1"][0]
+    message = matrix(rows, hidden + hidden // 128, torch.uint8)
+    yield Case("dispatch encode", partial(encode_message, matrix(rows, hidden), 1e-4))
+    yield Case("dispatch decode", partial(decode_message, message, hidden, BF16))
+    yield Case("DeepEP encode", partial(quantize_tile, matrix(TOKENS, hidden), pow2=True))
+    yield Case("DeepEP decode", partial(dequantize, *tiled(rows, hidden), dtype=BF16))
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -2,9 +2,10 @@
 
 Each case calls a function of this package on tensors of the meta device, at DeepSeek-V3's sizes, and compiles the
 launches that come of it. The table has a line per binary: registers and spilled bytes per thread, shared memory per
-block, FP8 wgmma instructions, and the cases that use it; the last line is the same as JSON. Exit status 1 when a
-kernel spills, needs more shared memory than Hopper has, or is a product without FP8 wgmma. Cubins, PTX and Triton's
-cache go to runs/kernels.
+block, FP8 wgmma instructions, and the cases that use it. A second table says for each kernel what its largest case must
+move and multiply, and the least time that an H100 needs for it (`roofline.py`). The last line is both as JSON. Exit
+status 1 when a kernel spills, needs more shared memory than Hopper has, or is a product without FP8 wgmma. Cubins, PTX
+and Triton's cache go to runs/kernels.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dsv3_megatron.fp8.kernels import roofline
 from dsv3_megatron.fp8.kernels.cases import Case, v3_cases
-from dsv3_megatron.fp8.kernels.launch import Launch, recording
+from dsv3_megatron.fp8.kernels.launch import Launch, is_interpreted
 from dsv3_megatron.fp8.kernels.resources import Resources, read_resources
 
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -33,6 +35,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 HEADER = f"{'kernel':<26} {'registers':>9} {'spills':>6} {'shared':>7} {'wgmma':>5}  used by"
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None, cases: Iterable[Case] | None = None)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/kernels"), help="default runs/kernels")
     options = parser.parse_args(argv)
-    if triton.knobs.runtime.interpret:
+    if is_interpreted():
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter's kernels cannot be compiled")
     all_cases = list(v3_cases() if cases is None else cases)
     chosen = [case for case in all_cases if options.only in case.name]
@@ -77,11 +80,20 @@ def main(argv: Sequence[str] | None = None, cases: Iterable[Case] | None = None)
         parser.error(f"--only {options.only}: no such case. Use a part of one of:\n" + _names(all_cases))
     with _writing_to(options.output_dir):
         binaries = compile_cases(chosen, options.output_dir)
+    rooflines = roofline.per_kernel(chosen)
     print(HEADER, *(binary.line() for binary in binaries), sep="\n")
+    print("", *roofline.table(rooflines), sep="\n")
     problems = [f"{b.kernel} ({b.cases[0]}) {text}" for b in binaries for text in b.problems]
     for text in problems:
         print(f"error: {text}", file=sys.stderr)
-    print(json.dumps({"target": "sm_90", "ok": not problems, "kernels": [b.as_dict() for b in binaries]}))
+    floors = [{"kernel": k, **asdict(r), "floor_us": round(r.floor_us, 2)} for k, r in rooflines.items()]
+    report = {
+        "target": "sm_90",
+        "ok": not problems,
+        "kernels": [b.as_dict() for b in binaries],
+        "roofline": floors,
+    }
+    print(json.dumps(report))
     return 1 if problems else 0
 
 
@@ -89,17 +101,14 @@ def compile_cases(cases: Sequence[Case], output_dir: Path) -> list[Binary]:
     """Compile all launches of `cases`, with progress on stderr; one entry per distinct binary."""
     binaries: dict[str, Binary] = {}
     for number, case in enumerate(cases, 1):
-        launches: list[Launch] = []
-        with recording(launches.append):
-            case.call()
+        _, launches = roofline.of(case)
         if not launches:
             raise RuntimeError(f"{case.name} launches nothing: there is nothing to compile")
         for planned in launches:
             key, cubin = compile_launch(planned, output_dir)
             if key not in binaries:
-                name = planned.kernel.__name__.strip("_").removesuffix("_kernel")
-                binaries[key] = Binary(name, read_resources(cubin))
-                print(f"[{number}/{len(cases)}] {name} for {case.name}", file=sys.stderr, flush=True)
+                binaries[key] = Binary(planned.name, read_resources(cubin))
+                print(f"[{number}/{len(cases)}] {planned.name} for {case.name}", file=sys.stderr, flush=True)
             binaries[key].cases.append(case.name)
             binaries[key].problems = binaries[key].resources.problems(case.expects_wgmma)
     return list(binaries.values())

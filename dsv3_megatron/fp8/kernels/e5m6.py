@@ -17,11 +17,12 @@ _ROWS = 16
 def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `dsv3_megatron.fp8.pack_e5m6`: [M, K] → bytes [M, 3·⌈K/2⌉] and scale [M, ⌈K/128⌉], bit for bit."""
     m, k = check_matrix(x)
-    packed = empty(x, m, 3 * triton.cdiv(k, 2), torch.uint8)
+    words = empty(x, m, 3 * triton.cdiv(k, 8), torch.int32)
     scale = empty(x, m, triton.cdiv(k, TILE), torch.float32)
     grid = (triton.cdiv(m, _ROWS), scale.size(1))
-    launch(_pack_e5m6_kernel, grid, x.contiguous(), packed, scale, m, k, ROWS=_ROWS)
-    return packed, scale
+    launch(_pack_e5m6_kernel, grid, x.contiguous(), words, scale, m, k, ROWS=_ROWS)
+    packed = words.view(torch.uint8)
+    return (packed[:, : 3 * triton.cdiv(k, 2)].contiguous() if k % 8 else packed), scale
 
 
 def unpack_e5m6(
@@ -38,48 +39,73 @@ def unpack_e5m6(
         )
     out = empty(packed, m, k, dtype)
     grid = (triton.cdiv(m, _ROWS), scale.size(1))
-    launch(_unpack_e5m6_kernel, grid, packed.contiguous(), scale.contiguous(), out, m, k, ROWS=_ROWS)
+    launch(_unpack_e5m6_kernel, grid, _words(packed), scale.contiguous(), out, m, k, ROWS=_ROWS)
     return out
 
 
+def _words(packed: Tensor) -> Tensor:
+    """The bytes as 32-bit words; a copy where a row does not fill its last three words, or starts between two."""
+    packed = torch.nn.functional.pad(packed, [0, -packed.size(1) % 12]).contiguous()
+    return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
+
+
 @any_rows
-def _pack_e5m6_kernel(x_ptr, packed_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
+def _pack_e5m6_kernel(x_ptr, words_ptr, scale_ptr, m, k, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
-    pairs = tile * 64 + tl.arange(0, 64)
     columns = tile * 128 + tl.arange(0, 128)
     at = rows[:, None].to(tl.int64) * k + columns[None, :]
     x = tl.load(x_ptr + at, mask=(rows[:, None] < m) & (columns[None, :] < k), other=0.0).to(tl.float32)
     amax = tl.max(finite_abs(x), axis=1)
     scale = ceil_to_power_of_two(tl.maximum(tl.div_rn(amax, 129024.0), SMALLEST_NORMAL))
     scale = tl.where(amax == 0.0, 1.0, scale)
-    a, b = tl.split(tl.reshape(_encode(x, scale[:, None]), (ROWS, 64, 2)))
-    packed_columns = 3 * tl.cdiv(k, 2)
-    at = packed_ptr + rows[:, None].to(tl.int64) * packed_columns + 3 * pairs[None, :]
-    inside = (rows[:, None] < m) & (2 * pairs[None, :] < k)
-    tl.store(at, (a & 255).to(tl.uint8), mask=inside)
-    tl.store(at + 1, ((a >> 8) | ((b & 15) << 4)).to(tl.uint8), mask=inside)
-    tl.store(at + 2, (b >> 4).to(tl.uint8), mask=inside)
     tl.store(scale_ptr + rows * tl.cdiv(k, 128) + tile, scale, mask=rows < m)
+    # Eight neighbours apart, c[4i + 2j + l] from the last index to the first.
+    codes = tl.reshape(_encode(x, scale[:, None]), (ROWS, 16, 2, 2, 2))
+    even, odd = tl.split(codes)
+    c04, c26 = tl.split(even)
+    c15, c37 = tl.split(odd)
+    c0, c4 = tl.split(c04)
+    c1, c5 = tl.split(c15)
+    c2, c6 = tl.split(c26)
+    c3, c7 = tl.split(c37)
+    at, inside = _groups(words_ptr, rows, tile, m, k)
+    tl.store(at, c0 | (c1 << 12) | (c2 << 24), mask=inside)
+    tl.store(at + 1, (c2 >> 8) | (c3 << 4) | (c4 << 16) | (c5 << 28), mask=inside)
+    tl.store(at + 2, (c5 >> 4) | (c6 << 8) | (c7 << 20), mask=inside)
 
 
 @any_rows
-def _unpack_e5m6_kernel(packed_ptr, scale_ptr, out_ptr, m, k, ROWS: tl.constexpr):
+def _unpack_e5m6_kernel(words_ptr, scale_ptr, out_ptr, m, k, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(1)
-    pairs = tile * 64 + tl.arange(0, 64)
     columns = tile * 128 + tl.arange(0, 128)
-    at = packed_ptr + rows[:, None].to(tl.int64) * (3 * tl.cdiv(k, 2)) + 3 * pairs[None, :]
-    inside = (rows[:, None] < m) & (2 * pairs[None, :] < k)
-    low = tl.load(at, mask=inside, other=0).to(tl.int32)
-    middle = tl.load(at + 1, mask=inside, other=0).to(tl.int32)
-    high = tl.load(at + 2, mask=inside, other=0).to(tl.int32)
-    a = low | ((middle & 15) << 8)
-    b = (middle >> 4) | (high << 4)
+    at, inside = _groups(words_ptr, rows, tile, m, k)
+    low = tl.load(at, mask=inside, other=0)
+    middle = tl.load(at + 1, mask=inside, other=0)
+    high = tl.load(at + 2, mask=inside, other=0)
+    # A right shift repeats the sign, which every mask of 12 bits or fewer cuts off.
+    c0, c1 = low & 0xFFF, (low >> 12) & 0xFFF
+    c2 = ((low >> 24) & 0xFF) | ((middle & 0xF) << 8)
+    c3, c4 = (middle >> 4) & 0xFFF, (middle >> 16) & 0xFFF
+    c5 = ((middle >> 28) & 0xF) | ((high & 0xFF) << 4)
+    c6, c7 = (high >> 8) & 0xFFF, (high >> 20) & 0xFFF
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    codes = tl.reshape(tl.join(even, odd), (ROWS, 128))
     scale = tl.load(scale_ptr + rows * tl.cdiv(k, 128) + tile, mask=rows < m, other=0.0)
-    x = tl.reshape(tl.join(_decode(a), _decode(b)), (ROWS, 128)) * scale[:, None]
     at = rows[:, None].to(tl.int64) * k + columns[None, :]
-    tl.store(out_ptr + at, x, mask=(rows[:, None] < m) & (columns[None, :] < k))
+    inside = (rows[:, None] < m) & (columns[None, :] < k)
+    tl.store(out_ptr + at, _decode(codes) * scale[:, None], mask=inside)
+
+
+@triton.jit
+def _groups(words_ptr, rows, tile, m, k):
+    """Where the three words of each eight numbers of a tile begin, [rows, 16], and whether they exist."""
+    group = tile * 16 + tl.arange(0, 16)
+    per_row = tl.cdiv(k, 8)
+    at = words_ptr + 3 * (rows[:, None].to(tl.int64) * per_row + group[None, :])
+    return at, (rows[:, None] < m) & (group[None, :] < per_row)
 
 
 @triton.jit

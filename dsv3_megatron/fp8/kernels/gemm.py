@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.fp8.kernels.launch import TILE, any_rows, launch
-from dsv3_megatron.fp8.kernels.tiles import E4M3, check_matrix, empty
+from dsv3_megatron.fp8.kernels.launch import any_rows, launch
+from dsv3_megatron.fp8.kernels.tiles import E4M3, check_matrix, empty, tile_rows
 from dsv3_megatron.fp8.tiles import Quantized
 
 __all__ = ["gemm_nt", "grouped_gemm_nt"]
@@ -37,12 +37,12 @@ def gemm_nt(a: Quantized, b: Quantized, *, out_dtype: torch.dtype = torch.float3
         ValueError: shapes do not fit.
     """
     k = check_matrix(a[0])[1]
-    tile_rows = {"A_TILE_ROWS": _tile_rows("a", a, k), "B_TILE_ROWS": _tile_rows("b", b, k)}
+    scales = {"A_TILE_ROWS": tile_rows("a", a, k), "B_TILE_ROWS": tile_rows("b", b, k)}
     m, n = a[0].size(0), b[0].size(0)
     out = empty(a[0], m, n, out_dtype)
     grid = (triton.cdiv(m, _BLOCK["BLOCK_M"]), triton.cdiv(n, _BLOCK["BLOCK_N"]))
     a, b = _wide(a), _wide(b)
-    launch(_gemm_kernel, grid, *a, *b, out, m, n, a[0].size(1), **_LAUNCH, **_BLOCK, **tile_rows)
+    launch(_gemm_kernel, grid, *a, *b, out, m, n, a[0].size(1), **_LAUNCH, **_BLOCK, **scales)
     return out
 
 
@@ -70,9 +70,9 @@ def grouped_gemm_nt(
     m, k = check_matrix(a[0])
     if len(group_sizes) != len(b) or sum(group_sizes) != m:
         raise ValueError(f"{list(group_sizes)=} must name {len(b)} experts and sum to {m} rows")
-    if _tile_rows("a", a, k) != 1:
+    if tile_rows("a", a, k) != 1:
         raise ValueError("a must have one scale per 1×128 tile: rows of several experts share no block")
-    layouts = {(tuple(q.shape), _tile_rows("b", (q, scale), k), q.device) for q, scale in b}
+    layouts = {(tuple(q.shape), tile_rows("b", (q, scale), k), q.device) for q, scale in b}
     if len(layouts) != 1 or b[0][0].device != a[0].device:
         raise ValueError(f"all experts must have one shape and a's device {a[0].device}, got {layouts}")
     ((n, _), b_tile_rows, _) = layouts.pop()
@@ -83,26 +83,6 @@ def grouped_gemm_nt(
     args = (*a, work, out, n, a[0].size(1))
     launch(_grouped_gemm_kernel, grid, *args, **_LAUNCH, **_BLOCK, B_TILE_ROWS=b_tile_rows)
     return out
-
-
-def _tile_rows(name: str, x: Quantized, k: int) -> int:
-    """Rows that share a scale: 1 or 128.
-
-    Raises:
-        ValueError: not E4M3, the inner dimension is not k, or the scale's shape is that of neither.
-    """
-    q, scale = x
-    if check_matrix(q)[1] != k:
-        raise ValueError(f"inner dimensions differ: {name} is {tuple(q.shape)}, K is {k}")
-    if (q.dtype, scale.dtype) != (E4M3, torch.float32):
-        raise ValueError(f"{name} is {q.dtype} with scales in {scale.dtype}: use {E4M3} and torch.float32")
-    tiles = triton.cdiv(k, TILE)
-    for rows in (1, TILE):
-        if tuple(scale.shape) == (triton.cdiv(q.size(0), rows), tiles):
-            return rows
-    raise ValueError(
-        f"{name}'s scale has shape {tuple(scale.shape)}: {tuple(q.shape)} needs one per 1×{TILE} or {TILE}×{TILE} tile"
-    )
 
 
 def _wide(x: Quantized) -> Quantized:

@@ -4,6 +4,7 @@ The functions of this package describe a launch once, sizes and all; `compile.py
 tensors of the meta device, so that what it compiles is exactly what a GPU would run.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
 
+    @property
+    def name(self) -> str:
+        """The kernel's, for people."""
+        return self.kernel.__name__.strip("_").removesuffix("_kernel")
+
     def tensors(self) -> list[torch.Tensor]:
         return [a for a in self.args if isinstance(a, torch.Tensor)]
 
@@ -46,6 +52,14 @@ def recording(record: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _recorder = None
+
+
+def is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET was set when the kernels were decorated; `triton.knobs` came with Triton 3.4."""
+    knobs = getattr(triton, "knobs", None)
+    if knobs is None:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return bool(knobs.runtime.interpret)
 
 
 def launch(
@@ -68,7 +82,7 @@ def launch(
     if _recorder is not None and kinds == {"meta"}:
         _recorder(planned)
         return
-    interpreted = triton.knobs.runtime.interpret
+    interpreted = is_interpreted()
     if len(devices) != 1 or kinds != {"cpu" if interpreted else "cuda"}:
         raise RuntimeError(
             f"{kernel.__name__}: the FP8 kernels run on one CUDA device, the tensors are on "

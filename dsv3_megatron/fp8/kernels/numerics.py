@@ -42,3 +42,8 @@ def to_e4m3(x, scale):
     """x / scale in E4M3; NaN where x is not finite (the conversion itself would saturate ±inf)."""
     x, scale = tl.broadcast(x, scale)
     return tl.where(is_finite(x), tl.div_rn(x, scale), float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))

@@ -45,7 +45,7 @@ def read_resources(cubin: Path) -> Resources:
     Raises:
         RuntimeError: cuobjdump printed something else than it does today.
     """
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    command = [_cuobjdump(), "--dump-resource-usage", str(cubin)]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     if set(usage) != {"REG", "STACK", "LOCAL"}:
@@ -56,3 +56,11 @@ def read_resources(cubin: Path) -> Resources:
         shared_bytes=json.loads(cubin.with_suffix(".json").read_text())["shared"],
         fp8_wgmma=len(FP8_WGMMA.findall(cubin.with_suffix(".ptx").read_text())),
     )
+
+
+def _cuobjdump() -> str:
+    """The program that Triton's wheel brings along, or the one that its environment variable names."""
+    knobs = getattr(triton, "knobs", None)  # came with Triton 3.4
+    if knobs is not None:
+        return str(knobs.nvidia.cuobjdump.path)
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv3_megatron.fp8.kernels.launch import TILE, any_rows, launch
-from dsv3_megatron.fp8.kernels.numerics import finite_abs, tile_scale, to_e4m3
+from dsv3_megatron.fp8.kernels.numerics import finite_abs, sigmoid, tile_scale, to_e4m3
 from dsv3_megatron.fp8.kernels.swiglu_reference import SwigluGradients
 from dsv3_megatron.fp8.kernels.tiles import check_matrix, check_scale, empty
 from dsv3_megatron.fp8.tiles import Quantized
@@ -30,7 +30,7 @@ def swiglu_quantize_tile(
         raise ValueError(f"u of shape {(m, width)}: gate and up are halves of its columns")
     q, scale = empty(u, m, width // 2), empty(u, m, triton.cdiv(width // 2, TILE), torch.float32)
     grid = (triton.cdiv(m, _ROWS), scale.size(1))
-    args = (u.contiguous(), _weights(u, weights), q, scale, m, width // 2, eps)
+    args = (u.contiguous(), checked_weights(u, weights), q, scale, m, width // 2, eps)
     launch(_swiglu_kernel, grid, *args, WEIGHTED=weights is not None, POW2=pow2, ROWS=_ROWS)
     return q, scale
 
@@ -62,7 +62,7 @@ def swiglu_quantize_tile_backward(
     grad_weights = empty(
         grad, m, tiles, fp32
     )  # per tile of columns: summed in a fixed order, without atomics
-    inputs = (grad.contiguous(), u[0].contiguous(), u[1].contiguous(), _weights(grad, weights))
+    inputs = (grad.contiguous(), u[0].contiguous(), u[1].contiguous(), checked_weights(grad, weights))
     launch(
         _swiglu_backward_kernel,
         (row_tiles, tiles),
@@ -83,18 +83,13 @@ def swiglu_quantize_tile_backward(
     return SwigluGradients(grad_u, grad_u_t, hidden_t, summed)
 
 
-def _weights(x: Tensor, weights: Tensor | None) -> Tensor:
+def checked_weights(x: Tensor, weights: Tensor | None) -> Tensor:
     """weights, checked; where there are none, a tensor that the kernel does not read."""
     if weights is None:
         return x
     if tuple(weights.shape) != (x.size(0), 1):
         raise ValueError(f"weights of shape {tuple(weights.shape)}: {tuple(x.shape)} needs {(x.size(0), 1)}")
     return weights.contiguous()
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @any_rows
@@ -117,7 +112,7 @@ def _swiglu_kernel(
     at = u_ptr + rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    hidden = gate * _sigmoid(gate) * up
+    hidden = gate * sigmoid(gate) * up
     if WEIGHTED:
         hidden *= tl.load(weights_ptr + rows, mask=rows < m, other=0.0).to(tl.float32)[:, None]
     scale = tile_scale(tl.max(finite_abs(hidden), axis=1), eps, POW2)
@@ -197,8 +192,8 @@ def _gradients(
     up = _load_tiles(u_ptr, u_scale_ptr, rows, columns + width, tile + width // 128, m, width)
     at = rows[:, None].to(tl.int64) * width + columns[None, :]
     grad = tl.load(grad_ptr + at, mask=rows[:, None] < m, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid(gate)
-    silu = gate * sigmoid
+    s = sigmoid(gate)
+    silu = gate * s
     hidden = silu * up
     of_weights = tl.sum(grad * hidden, axis=1)
     if WEIGHTED:
@@ -206,7 +201,7 @@ def _gradients(
         hidden *= weights
         grad *= weights
     # silu' = sigmoid · (1 + gate · (1 − sigmoid))
-    return hidden, grad * up * (sigmoid + silu - silu * sigmoid), grad * silu, of_weights
+    return hidden, grad * up * (s + silu - silu * s), grad * silu, of_weights
 
 
 @triton.jit

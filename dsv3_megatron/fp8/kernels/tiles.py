@@ -82,6 +82,26 @@ def check_scale(q: Tensor, scale: Tensor) -> None:
         )
 
 
+def tile_rows(name: str, x: Quantized, k: int) -> int:
+    """Rows that share a scale: 1 or 128.
+
+    Raises:
+        ValueError: not E4M3, the inner dimension is not k, or the scale's shape is that of neither.
+    """
+    q, scale = x
+    if check_matrix(q)[1] != k:
+        raise ValueError(f"inner dimensions differ: {name} is {tuple(q.shape)}, K is {k}")
+    if (q.dtype, scale.dtype) != (E4M3, torch.float32):
+        raise ValueError(f"{name} is {q.dtype} with scales in {scale.dtype}: use {E4M3} and torch.float32")
+    tiles = triton.cdiv(k, TILE)
+    for rows in (1, TILE):
+        if tuple(scale.shape) == (triton.cdiv(q.size(0), rows), tiles):
+            return rows
+    raise ValueError(
+        f"{name}'s scale has shape {tuple(scale.shape)}: {tuple(q.shape)} needs one per 1×{TILE} or {TILE}×{TILE} tile"
+    )
+
+
 def empty(like: Tensor, rows: int, columns: int, dtype: torch.dtype = E4M3) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device=like.device)
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsv3_megatron.data.documents import document_id, is_validation
-from dsv3_megatron.sft.prepare import SPLITS, Conversation
+from dsv3_megatron.sft.conversation import Conversation
+from dsv3_megatron.sft.prepare import SPLITS
 
 SYSTEM = "Write the signature of the Python function that this docstring describes."
 LONGEST_QUESTION = 300  # characters; the first lines of a docstring say what the function does
@@ -25,13 +26,12 @@ def conversations(
         split = "valid" if is_validation(document_id(text), valid_fraction) else "train"
         for question, answer in documented_functions(text):
             if len(found[split]) < limits[split]:
-                found[split].append(
-                    [
-                        {"role": "system", "content": SYSTEM},
-                        {"role": "user", "content": question},
-                        {"role": "assistant", "content": answer},
-                    ]
-                )
+                messages = [
+                    {"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+                found[split].append(Conversation(messages))
     return found
 
 

@@ -66,13 +66,36 @@ def assert_e5m6(call: Call, x: Tensor) -> None:
 
 
 def assert_unpacks(call: Call, packed: Tensor, scale: Tensor, num_columns: int) -> None:
-    actual = call("unpack_e5m6", packed, scale, num_columns)
     expected = fp8.unpack_e5m6(packed, scale, num_columns)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    bits, bits_ref = (t.nan_to_num(0.0).view(torch.int32) for t in (actual, expected))
-    assert torch.equal(bits, bits_ref), _differing("numbers", actual, expected)
+    assert_same_numbers(call("unpack_e5m6", packed, scale, num_columns), expected)
     in_bf16 = call("unpack_e5m6", packed, scale, num_columns, dtype=torch.bfloat16)
     assert torch.equal(in_bf16.nan_to_num(0.0), expected.bfloat16().nan_to_num(0.0))
+
+
+def assert_message(call: Call, x: Tensor, eps: float) -> None:
+    """Bytes, and the numbers that a receiver reads from them, bit for bit (NaN as NaN)."""
+    message, expected = call("encode_message", x, eps), fp8.encode_message(x, eps)
+    k = x.size(1)
+    assert_same((message[:, :k].view(torch.float8_e4m3fn), message[:, k:].float()),
+                (expected[:, :k].view(torch.float8_e4m3fn), expected[:, k:].float()))  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_numbers(
+            call("decode_message", expected, k, dtype), fp8.decode_message(expected, k, dtype)
+        )
+
+
+def assert_dequantizes(call: Call, q: Tensor, scale: Tensor) -> None:
+    expected = fp8.dequantize(q, scale)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_numbers(call("dequantize", q, scale, dtype), expected.to(dtype))
+
+
+def assert_same_numbers(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN in other places"
+    integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[expected.dtype]
+    bits, bits_ref = (t.nan_to_num(0.0).view(integers) for t in (actual, expected))
+    assert torch.equal(bits, bits_ref), _differing("numbers", actual, expected)
 
 
 def assert_gemm(call: Call, a: Quantized, b: Quantized, tensor_core_error: float = 0.0) -> None:
@@ -125,6 +148,47 @@ def assert_swiglu_backward(
     torch.testing.assert_close(
         actual.grad_weights, expected.grad_weights, rtol=1e-5, atol=atol, equal_nan=True
     )
+
+
+def assert_swiglu_cache(call: Call, u: Tensor, grad: Tensor, weights: Tensor | None) -> None:
+    """What is kept bit for bit; what exp enters up to one step of bf16, or a few of fp32."""
+    hidden, cache = call("swiglu_and_cache", u, weights)
+    hidden_ref, cache_ref = fp8.swiglu_and_cache(u, weights)
+    assert_same(cache, cache_ref)
+    assert_one_rounding(hidden, hidden_ref)
+    again = call("swiglu_from_cache", cache_ref, weights, dtype=u.dtype)
+    assert_one_rounding(again, fp8.swiglu_from_cache(cache_ref, weights, dtype=u.dtype))
+    grad_u, grad_weights = call("swiglu_gradients", grad, cache_ref, weights)
+    grad_u_ref, grad_weights_ref = fp8.swiglu_gradients(grad, cache_ref, weights)
+    # The derivative has terms of both signs, and so has the sum over columns: the bounds are of their absolute values.
+    halves = cache_ref[0].size(0) * 2, cache_ref[0].size(1) // 2
+    kept = fp8.dequantize(cache_ref[0].view(halves), cache_ref[1].view(halves[0], -1)).view(u.shape)
+    weight = 1.0 if weights is None else weights
+    terms = (kept.roll(halves[1], 1) * (grad.float() * weight).repeat(1, 2)).abs()
+    assert_one_rounding(grad_u, grad_u_ref, terms.nan_to_num(0, 0, 0))
+    if weights is None:
+        assert grad_weights is grad_weights_ref is None
+        return
+    products = fp8.swiglu_from_cache(cache_ref, dtype=torch.float32).mul_(grad.float()).abs_()
+    assert grad_weights_ref is not None
+    finite = grad_weights_ref.isfinite()
+    assert torch.equal(grad_weights.isfinite(), finite) and grad_weights.dtype == torch.float32
+    bound = 1e-5 * products.sum(1, keepdim=True)
+    assert bool(((grad_weights - grad_weights_ref).abs() <= bound)[finite].all())
+
+
+def assert_one_rounding(actual: Tensor, expected: Tensor, terms: Tensor | float = 0.0) -> None:
+    """Within 2⁻¹⁸, or in bf16 one step apart in at most 0.5 % of the elements; beside that 2⁻²⁰ of `terms`."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    a, b = actual.float(), expected.float()
+    assert torch.equal(a.isnan(), b.isnan()), "NaN in other places"
+    in_bf16 = expected.dtype == torch.bfloat16
+    bound = b.abs() * (2.0**-7 if in_bf16 else 2.0**-18) + terms * 2.0**-20 + 2.0**-126
+    finite = b.isfinite()
+    assert torch.equal(a.isfinite(), finite)
+    assert bool(((a - b).abs() <= bound)[finite].all()), _differing("numbers", actual, expected)
+    if in_bf16:
+        assert int((a != b)[finite].sum()) <= max(2, a.numel() // 200)
 
 
 def assert_nearly_same(actual: Quantized, expected: Quantized) -> None:

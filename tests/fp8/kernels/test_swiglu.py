@@ -6,7 +6,7 @@ import torch
 from dsv3_megatron import fp8
 from dsv3_megatron.fp8.kernels import swiglu_reference
 from dsv3_megatron.fp8.tiles import expand_scale
-from tests.fp8.kernels.agreement import assert_swiglu, assert_swiglu_backward, example
+from tests.fp8.kernels.agreement import assert_swiglu, assert_swiglu_backward, assert_swiglu_cache, example
 from tests.fp8.kernels.interpreter import Interpreter
 
 
@@ -39,6 +39,16 @@ def test_backward(interpreted: Interpreter, kind: str, rows: int, width: int, we
     assert_swiglu_backward(interpreted, grad, u, weights(rows) if weighted else None, pow2=weighted)
 
 
+@pytest.mark.parametrize("kind", ["normal", "zeros", "gradients", "not finite"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_input_kept(interpreted: Interpreter, kind: str, weighted: bool) -> None:
+    for seed, (rows, half) in enumerate(((1, 1), (17, 130), (40, 256))):
+        for dtype in (torch.float32, torch.bfloat16):
+            u = (example("normal" if kind == "gradients" else kind, rows, 2 * half, seed=seed) * 2).to(dtype)
+            grad = example(kind, rows, half, dtype, seed=9)
+            assert_swiglu_cache(interpreted, u, grad, weights(rows) if weighted else None)
+
+
 def test_reference_is_the_gradient() -> None:
     """Before quantisation, the reference's gradients are autograd's of the definition."""
     u, grad = fp8.quantize_tile(example("normal", 20, 256)), example("normal", 20, 128, seed=1)
@@ -67,5 +77,9 @@ def test_refuses_what_does_not_fit(interpreted: Interpreter) -> None:
         interpreted("swiglu_quantize_tile", torch.ones(4, 6), torch.ones(3))
     with pytest.raises(ValueError, match="grad has 100 columns: the fused backward needs a multiple of 128"):
         interpreted("swiglu_quantize_tile_backward", torch.ones(4, 100), u)
+    with pytest.raises(ValueError, match=r"grad of shape \(4, 100\): u of \(4, 512\) needs \(4, 256\)"):
+        interpreted("swiglu_gradients", torch.ones(4, 100), u)
+    with pytest.raises(ValueError, match=r"scale of shape \(4, 3\): halves of \(4, 512\) have \(4, 4\)"):
+        interpreted("swiglu_from_cache", (u[0], u[1][:, :3]), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"u of shape \(4, 512\): grad of \(4, 128\) needs \(4, 256\)"):
         interpreted("swiglu_quantize_tile_backward", torch.ones(4, 128), u)

@@ -25,7 +25,16 @@ class Unknown:
     def __init__(self, *args: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> "Unknown":
+        return self
+
     def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
         pass
 
 

@@ -1,4 +1,8 @@
-"""`training.load_checkpoint`: with the weights their average (`--ema-decay`, `--eval-ema`) is loaded."""
+"""`training.load_checkpoint`: functions can be called around it and once it is done (`dsv3_megatron.training.hooks`).
+
+What else belongs to a checkpoint is loaded there: the average of the weights, the learning-rate schedule without the
+optimizer.
+"""
 
 import functools
 import inspect
@@ -12,11 +16,13 @@ def _install(original: Any) -> Any:
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        from dsv3_megatron.ema.trainer import after_load
+        from dsv3_megatron.training import hooks
 
-        call = signature.bind(*args, **kwargs).arguments
-        iteration, flops = original(*args, **kwargs)
-        after_load(call["ddp_model"], iteration)
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        with hooks.loading(call.arguments):
+            iteration, flops = original(*call.args, **call.kwargs)
+        hooks.loaded(dict(call.arguments), iteration)
         return iteration, flops
 
     return load_checkpoint
@@ -30,6 +36,6 @@ PATCH = Patch(
         "skip_load_to_model_and_opt=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, "
         "expt_dp_group=None, rng_state_key_prefix='')"
     ),
-    why="--ema-decay, --eval-ema: the average of the weights is loaded with them",
+    why="what belongs to a checkpoint is loaded with it: the average of the weights, the learning-rate schedule",
     install=_install,
 )
