@@ -1,17 +1,23 @@
-"""`python -m dsv3_megatron.plan model=v3_671b layout=pp16_ep64 cluster=h800_2048`."""
+"""`dsv3 plan model=v3_671b layout=pp16_ep64 cluster=h800_2048`, `dsv3 plan --launch 'torchrun …'`."""
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from dsv3_megatron.conf import compose
 from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.plan.options import Options, parse
 
-USAGE = """usage: python -m dsv3_megatron.plan [output=table|json] [NAME=VALUE ...]
+if TYPE_CHECKING:
+    from dsv3_megatron.plan.from_config import Planned
+
+USAGE = """usage: dsv3 plan [output=table|json] [NAME=VALUE ...]
+       dsv3 plan --launch 'torchrun … LINE' [gpu=NAME nodes=N gpus_per_node=M]
+       dsv3 plan --script FILE.sh [gpu=NAME …] [VARIABLE=VALUE ...]
 
 Predicts memory, time and cost of a training job without running it. NAME=VALUE: as in dsv3_megatron.train_hydra
-(model=, layout=, cluster=, schedule=, precision=, and any argument), and:
+(model=, layout=, cluster=, schedule=, precision=, and any argument). --launch, --script: any line of Megatron's, with or without --spec dsv3, as it is. And:
 
   tokens=14.8e12 price=2.0   cost of a token budget, at dollars per GPU-hour
   load_imbalance=1.0         tokens of the fullest expert-parallel rank against the mean (1: forced balance)
@@ -30,16 +36,27 @@ def main(argv: list[str] | None = None) -> None:
     run(parse(argv))
 
 
+def planned_of(options: Options) -> "Planned":
+    """The job that the command line means, through all refusals; starts Megatron."""
+    cfg = compose(options.overrides) if options.launch is None and options.script is None else None
+    start_megatron()
+    from dsv3_megatron.plan.from_config import from_config, from_launch
+    from dsv3_megatron.plan.launch import of_line, of_script
+
+    if cfg is not None:
+        return from_config(cfg, options.load_imbalance)
+    if options.script is not None:
+        return from_launch(of_script(options.script, options.said), options.load_imbalance)
+    return from_launch(of_line(options.launch or "", options.said), options.load_imbalance)
+
+
 def run(options: Options) -> None:
     """Plan and print."""
-    cfg = compose(options.overrides)
-    start_megatron()
+    planned = planned_of(options)
     from dsv3_megatron.plan import report
     from dsv3_megatron.plan.cost import cost_table
-    from dsv3_megatron.plan.from_config import from_config
     from dsv3_megatron.plan.step import plan
 
-    planned = from_config(cfg, options.load_imbalance)
     report.refuse_host_memory(planned.host, planned.host_available, planned.memory_efficient)
     result = plan(planned.job, planned.gpu, planned.counts)
     if options.pictures is not None:
@@ -50,6 +67,8 @@ def run(options: Options) -> None:
     if options.output == "json":
         print(json.dumps(report.as_dict(result) | report.host_as_dict(planned.host)))
         return
+    for note in planned.notes:
+        print(f"note: {note}")
     print(report.summary(result))
     print(f"\n{report.memory_table(result)}")
     if planned.host is not None:

@@ -17,9 +17,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dsv3_megatron.plan import deepseek
+from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.hardware import GPUS, Achieved, Gpu
 from dsv3_megatron.plan.job import Job
-from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.stage_times import pair
 from dsv3_megatron.plan.step import plan
@@ -129,9 +129,7 @@ def main() -> None:
     print("milliseconds, trace and table:")
     for name, ms in trace_times(gpu).items():
         print(f"  {name:20} {published[name]:6.1f} {ms:6.1f} {ms / published[name] - 1:+.0%}")
-    print(
-        f"sustained speed fitted on W of Table 4: {fit_sustained(gpu):.3f} (table: {gpu.sustained})"
-    )
+    print(f"sustained speed fitted on W of Table 4: {fit_sustained(gpu):.3f} (table: {gpu.sustained})")
     for kind, ms in unit_times(gpu).items():
         if kind in deepseek.UNIT_TIMES:
             print(f"  {kind:4} {deepseek.UNIT_TIMES[kind]:6.0f} {ms:6.1f}")

@@ -7,6 +7,7 @@ fit; `calibration.py` repeats the fits. Peaks of NVIDIA's GPUs as in its dgxc-be
 
 from dataclasses import dataclass, replace
 
+from dsv3_megatron.plan.host_time import GRACE, X86, Host
 from dsv3_megatron.plan.job import PlanError
 
 
@@ -60,7 +61,7 @@ HOPPER = Achieved(
     attention_forward=0.584,
     attention_backward=0.4885,
     hbm=0.80,
-    full_watts=786,
+    full_watts=806,
 )
 BLACKWELL = Achieved(
     fp8_gemm=0.545,
@@ -86,7 +87,7 @@ class Gpu:
         nvlink_domain: GPUs that reach each other over NVLink, of one machine or of many.
         sms: streaming multiprocessors.
         watts: power limit.
-        host: the machine's processor: "x86" or "grace".
+        host: the machine's processor, which launches kernels.
         overhead: bytes that are not tensors: CUDA context, NCCL buffers, fragmentation.
     """
 
@@ -103,7 +104,7 @@ class Gpu:
     nvlink_domain: int = 8
     sms: int = 132
     watts: float = 700
-    host: str = "x86"
+    host: Host = X86
     overhead: float = 5 * 2**30
 
     @property
@@ -115,10 +116,25 @@ class Gpu:
 _MIB = 2**20
 _HOPPER = {"bf16": 989.5e12, "fp8": 1979e12, "achieved": HOPPER}
 _BLACKWELL = {"sms": 148, "achieved": BLACKWELL, "hbm": 8e12, "nvlink": 900e9}
-_RACK = {"node": 4, "nvlink_domain": 72, "host": "grace"}
+_RACK = {"node": 4, "nvlink_domain": 72, "host": GRACE}
 _80_GB = 81_559 * _MIB  # as the driver reports it
-_B200 = {"bf16": 2250e12, "fp8": 4500e12, "fp4": 9000e12, "memory": 183_359 * _MIB, "watts": 1000, **_BLACKWELL}
-_GB200 = {"watts": 1200, "bf16": 2450e12, "fp8": 4900e12, "fp4": 9800e12, "memory": 186 * 2**30, **_BLACKWELL, **_RACK}
+_B200 = {
+    "bf16": 2250e12,
+    "fp8": 4500e12,
+    "fp4": 9000e12,
+    "memory": 183_359 * _MIB,
+    "watts": 1000,
+    **_BLACKWELL,
+}
+_GB200 = {
+    "watts": 1200,
+    "bf16": 2450e12,
+    "fp8": 4900e12,
+    "fp4": 9800e12,
+    "memory": 186 * 2**30,
+    **_BLACKWELL,
+    **_RACK,
+}
 # Blackwell Ultra: more memory, faster FP4, twice the InfiniBand.
 _ULTRA = {"memory": 275_040 * _MIB, "ib": 100e9}
 GPUS = {
@@ -130,7 +146,15 @@ GPUS = {
         Gpu(name="h200", hbm=4.8e12, memory=141e9, nvlink=450e9, **_HOPPER),  # type: ignore[arg-type]
         # H20: Hopper with 78 SMs, and memory and links as they were.
         Gpu(
-            name="h20", bf16=148e12, fp8=296e12, hbm=4.0e12, memory=97_871 * _MIB, nvlink=450e9, sms=78, watts=500, achieved=HOPPER
+            name="h20",
+            bf16=148e12,
+            fp8=296e12,
+            hbm=4.0e12,
+            memory=97_871 * _MIB,
+            nvlink=450e9,
+            sms=78,
+            watts=500,
+            achieved=HOPPER,
         ),
         Gpu(name="b200", **_B200),  # type: ignore[arg-type]
         Gpu(name="b300", **(_B200 | _ULTRA | {"fp4": 13_500e12, "watts": 1100})),  # type: ignore[arg-type]

@@ -45,10 +45,8 @@ class Host:
 
 
 # Fitted in `calibration.py` on Megatron's guide (Grace) and on a B200 run (x86).
-HOSTS = {
-    "grace": Host(kernel=10e-6, module=150e-6),
-    "x86": Host(kernel=7e-6, module=100e-6),
-}
+GRACE = Host(kernel=15e-6, module=300e-6)
+X86 = Host(kernel=15.5e-6, module=380e-6)
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,7 @@ def _attention(job: Job) -> tuple[Launches, Launches]:
 
 def _router(job: Job) -> tuple[Launches, Launches]:
     """Scores, groups, choice, balance loss: 72 kernels, or 31 when fused (Megatron's guide)."""
-    return _graphed(
-        job, "router", (Launches(31 if job.software.router_fusion else 72, 2), Launches(20, 2))
-    )
+    return _graphed(job, "router", (Launches(31 if job.software.router_fusion else 72, 2), Launches(20, 2)))
 
 
 def _preprocess(job: Job) -> tuple[Launches, Launches]:

@@ -7,7 +7,6 @@ from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
 
-
 # Megatron's `--fp8-recipe` and `--fp4-recipe`.
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
 # Megatron's `--recompute-modules`, and what is recomputed as a whole.

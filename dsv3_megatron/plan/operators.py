@@ -12,7 +12,6 @@ from dsv3_megatron.plan import token_exchange
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
 
-
 # Bytes read and written per logit, forward and backward. Unfused and Megatron's own: to fp32, maximum, exponentials, sum,
 # quotient, and back through them, in more or fewer kernels; Transformer Engine's: twice over the logits, the gradient in
 # their place.
@@ -183,9 +182,7 @@ class Operators:
         products = 2 * causal_flops / (self.gpu.bf16 * a.bf16_gemm * self.gpu.sustained)
         return products + self.memory(4 * scores), 2 * products + self.memory(7 * scores)
 
-    def _mlp(
-        self, width: float, tokens: float, module: str, experts: int = 1
-    ) -> tuple[float, float, float]:
+    def _mlp(self, width: float, tokens: float, module: str, experts: int = 1) -> tuple[float, float, float]:
         """Forward, input backward, weight backward of `experts` SwiGLU MLPs of `width`, on `tokens` rows in all."""
         s, recompute = self.job.sizes, self.job.recompute
         parameters = 3 * s.hidden_size * width

@@ -157,7 +157,14 @@ def _of_rate(job: Job, tokens_per_s_per_gpu: float) -> float:
 
 
 def _rated(
-    name: str, gpu: str, job: Job, rate: float, half: Half, source: str, assumed: str = "", peak: float | None = None
+    name: str,
+    gpu: str,
+    job: Job,
+    rate: float,
+    half: Half,
+    source: str,
+    assumed: str = "",
+    peak: float | None = None,
 ) -> Run:
     """A run that was published in tokens per second and GPU."""
     return Run(name, gpu, job, _of_rate(job, rate), half, source, assumed, peak)
@@ -200,9 +207,9 @@ _HOPPER = (
         "vocabulary 256,000 padded to 6,464"),
     Run("64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all", "h100", _PROXY_2048, 2.50, "judge", _6429,
         "225.1 TFLOP/s/GPU is 2.50 s; router not fused; layout Ett|(tt|)*6mL", 68_704 / 1024),
-    Run("the same with full recompute", "h100", replace(_PROXY_2048, recompute=frozenset({"full"})), 3.044, "judge",
+    Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute", "h100", replace(_PROXY_2048, recompute=frozenset({"full"})), 3.044, "judge",
         _6429, "as above", 60_154 / 1024),
-    Run("the same with full recompute and overlap", "h100",
+    Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute, overlap", "h100",
         replace(_PROXY_2048, recompute=frozenset({"full"}),
                 layout=replace(_PROXY_2048.layout, overlap_pairs=True)), 2.839, "judge", _6429,
         "CUDA_DEVICE_MAX_CONNECTIONS 32", 60_378 / 1024),
@@ -214,7 +221,9 @@ _B200 = megatron(
     num_gpus=256, pp=16, ep=8, batch=4096, layers=_16_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
     dispatcher="hybridep", communication_sms=32,
 )  # fmt: skip
-_B200_PLAIN = replace(_B200, dispatcher="alltoall", global_batch_size=2048, software=Software(te=(2, 9), cross_entropy="te"))
+_B200_PLAIN = replace(
+    _B200, dispatcher="alltoall", global_batch_size=2048, software=Software(te=(2, 9), cross_entropy="te")
+)
 _B300_TWO = megatron(
     num_gpus=256, pp=8, ep=8, micro=2, batch=4096, layers=_8_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
     dispatcher="hybridep", communication_sms=32, software=Software(graphs=ATTN_ROUTER, cross_entropy="te"),
@@ -241,7 +250,10 @@ def _simumax_runs() -> tuple[Run, ...]:
         for count, ms in times.items():
             job = _simumax(ep, pp, count)
             job = replace(
-                job, precision=replace(job.precision, moment=4), overlap_param_gather=False, recompute=frozenset()
+                job,
+                precision=replace(job.precision, moment=4),
+                overlap_param_gather=False,
+                recompute=frozenset(),
             )
             half: Half = "fitted" if (ep, count) == (8, 8) else "judge"
             name = f"8 B200, BF16, 4 layers, PP{pp} EP{ep}, all-to-all, {count} microbatches"
@@ -326,7 +338,9 @@ def _ladder() -> tuple[Run, ...]:
         job = replace(job, **change, software=replace(job.software, **software))  # type: ignore[arg-type]
         name = f"256 GB200, MXFP8, PP8 VPP4 EP32, step {number}: {what}"
         half: Half = "fitted" if number % 2 else "judge"
-        runs.append(_rated(name, "gb200", job, tflops * 1e12 / MEGATRON_FLOPS_PER_TOKEN, half, _GUIDE, _OF_STEP))
+        runs.append(
+            _rated(name, "gb200", job, tflops * 1e12 / MEGATRON_FLOPS_PER_TOKEN, half, _GUIDE, _OF_STEP)
+        )
     return tuple(runs)
 
 
@@ -364,7 +378,7 @@ _NVL72 = (
            3139, "judge", f"{_BRIDGE}, 25.11", "recompute and graphs of the router as in the recipe of v0.2.0"),
     _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "gb300", _GB300, 6288, "judge",
            f"{_BRIDGE}, 26.08", "no recompute, FP8 attention and head, overlap and one graph as in the recipe of v0.5.0"),
-    _rated("the same, GBS 15360", "gb300", replace(_GB300, global_batch_size=15360), 6422, "judge",
+    _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph, GBS 15360", "gb300", replace(_GB300, global_batch_size=15360), 6422, "judge",
            f"{_BRIDGE}, 26.06", "as above"),
     _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, two sequences", "gb300",
            replace(_GB300, micro_batch_size=2, recompute=frozenset({"mla_up_proj"}), precision=MXFP8_BRIDGE,

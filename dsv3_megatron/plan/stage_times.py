@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from dsv3_megatron.pipeline import Costs
 from dsv3_megatron.plan import host_time
 from dsv3_megatron.plan.hardware import Gpu
-from dsv3_megatron.plan.host_time import HOSTS
 from dsv3_megatron.plan.job import Job, Stage
 from dsv3_megatron.plan.operators import LayerTimes, Operators
 
@@ -116,9 +115,10 @@ def _host(job: Job, gpu: Gpu, moe: bool) -> tuple[tuple[float, float], tuple[flo
     software = job.software
     if software.own_kernels or job.whole_iteration_graph:
         return (0, 0), (0, 0)
-    host, parts = HOSTS[gpu.host], host_time.parts(job, moe)
+    host, parts = gpu.host, host_time.parts(job, moe)
     forward, backward = (
-        tuple(host.seconds(part[way], software.bound) for part in (parts.first, parts.second)) for way in (0, 1)
+        tuple(host.seconds(part[way], software.bound) for part in (parts.first, parts.second))
+        for way in (0, 1)
     )
     return forward, backward  # type: ignore[return-value]
 

@@ -69,6 +69,11 @@ class Plan:
         return [rank.peak / GIB for rank in self.memory]
 
     @property
+    def memory_margin_gib(self) -> float:
+        """What the fullest rank leaves of the GPU; negative where it does not fit."""
+        return self.gpu.memory / GIB - max(self.memory_gib)
+
+    @property
     def fits(self) -> bool:
         return max(rank.peak for rank in self.memory) <= self.gpu.memory
 

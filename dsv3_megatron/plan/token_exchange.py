@@ -47,12 +47,18 @@ def seconds(job: Job, gpu: Gpu, bytes_per_element: float, beside: bool = False, 
     a = gpu.achieved
     if job.layout.ep == 1:
         return 0
-    tokens = job.tokens / job.layout.tp * (job.load_imbalance if job.capacity_factor is None else job.capacity_factor)
+    tokens = (
+        job.tokens
+        / job.layout.tp
+        * (job.load_imbalance if job.capacity_factor is None else job.capacity_factor)
+    )
     size = bytes_per_element * job.sizes.hidden_size * tokens
     over = copies(job, nvlink_domain(job, gpu), back)
     ib, nvlink = (
         copies_ * size / (link * share)
-        for copies_, link, share in zip(over, (gpu.ib, gpu.nvlink), _shares(job, gpu, beside, back), strict=True)
+        for copies_, link, share in zip(
+            over, (gpu.ib, gpu.nvlink), _shares(job, gpu, beside, back), strict=True
+        )
     )
     latency = tokens * a.beside_token if beside and over.ib and job.dispatcher != "alltoall" else a.latency
     # two_hop: the first piece's first hop and the last one's second have nothing beside them.
@@ -79,9 +85,12 @@ def permutations(job: Job) -> float:
     NCCL's all-to-all: rows are copied for each expert, sent, and sorted by expert; the same back. DeepEP writes its
     rows by rank, and a copy for each expert follows; HybridEP does that while it receives.
     """
-    if job.layout.ep == 1 or job.dispatcher is None:
+    if job.layout.ep == 1 or job.dispatcher is None or job.software.own_kernels:
         return 0
-    topk, row = job.sizes.moe_router_topk, job.tokens / job.layout.tp * job.sizes.hidden_size * job.precision.compute
+    topk, row = (
+        job.sizes.moe_router_topk,
+        job.tokens / job.layout.tp * job.sizes.hidden_size * job.precision.compute,
+    )
     if job.dispatcher in ("alltoall", "two_hop"):
         sorted_ = 2 * topk if job.local_experts > 1 else 0
         return row * 2 * (1 + topk + sorted_)

@@ -9,9 +9,10 @@ from dsv3_megatron.pipeline import build_schedule, simulate
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.compare import place, with_layout
+from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.hardware import GPUS, without_communication
 from dsv3_megatron.plan.job import Job, PlanError, Stage
-from dsv3_megatron.plan.operators import Operators, destinations
+from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.stage_times import costs, pair, stage_times
 from dsv3_megatron.plan.step import Plan, plan
 
