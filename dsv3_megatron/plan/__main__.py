@@ -17,7 +17,8 @@ USAGE = """usage: dsv3 plan [output=table|json] [NAME=VALUE ...]
        dsv3 plan --script FILE.sh [gpu=NAME …] [VARIABLE=VALUE ...]
 
 Predicts memory, time and cost of a training job without running it. NAME=VALUE: as in dsv3_megatron.train_hydra
-(model=, layout=, cluster=, schedule=, precision=, and any argument). --launch, --script: any line of Megatron's, with or without --spec dsv3, as it is. And:
+(model=, layout=, cluster=, schedule=, precision=, and any argument). --launch, --script: any line of
+Megatron's, with or without --spec dsv3, as it is. And:
 
   tokens=14.8e12 price=2.0   cost of a token budget, at dollars per GPU-hour
   load_imbalance=1.0         tokens of the fullest expert-parallel rank against the mean (1: forced balance)

@@ -61,8 +61,9 @@ def main() -> None:
     ):
         fitted = fit_host(host, free)
         print(
-            f"{name}: {fitted.kernel * 1e6:.1f} us a kernel, {fitted.module * 1e6:.0f} us a module, ×{fitted.unbound:.2f} "
-            f"unbound (table: {host.kernel * 1e6:.1f}, {host.module * 1e6:.0f}, {host.unbound:.2f})"
+            f"{name}: {fitted.kernel * 1e6:.1f} us a kernel, {fitted.module * 1e6:.0f} us a module, "
+            f"×{fitted.unbound:.2f} unbound "
+            f"(table: {host.kernel * 1e6:.1f}, {host.module * 1e6:.0f}, {host.unbound:.2f})"
         )
 
 

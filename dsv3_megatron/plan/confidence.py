@@ -1,8 +1,8 @@
 """How far a plan may be believed: what like it has been held against a published run, and by how much that was off.
 
-A domain is hardware, dispatcher and precision. Inside of one the error is the largest of its runs, fitted or not; outside
-of all the output says so, and the error is the largest of all runs. The errors are those of `errors.py`, which a test
-compares with the runs planned anew.
+A domain is hardware, dispatcher and precision. Inside of one the error is the largest of its runs, fitted or not;
+outside of all the output says so, and the error is the largest of all runs. The errors are those of `errors.py`,
+which a test compares with the runs planned anew.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """How many NVLink domains and ranks a token is sent to: exact expectations, from where experts and groups lie.
 
-Routing keeps a token to `chosen` of the expert groups (R§2.1.2) and takes `topk / chosen` experts of each, drawn without
-replacement: even load. Experts lie in order over the ranks of the expert-parallel group, ranks in order over the NVLink
-domains; a domain need not divide the group (EP128 on NVL72 lies in two domains, 72 and 56 ranks).
+Routing keeps a token to `chosen` of the expert groups (R§2.1.2) and takes `topk / chosen` experts of each, drawn
+without replacement: even load. Experts lie in order over the ranks of the expert-parallel group, ranks in order over
+the NVLink domains; a domain need not divide the group (EP128 on NVL72 lies in two domains, 72 and 56 ranks).
 """
 
 from functools import lru_cache
@@ -81,7 +81,7 @@ def _expected(experts: int, ep: int, domain: int, groups: int, chosen: int, topk
 
 
 def _missed(size: int, held: int, drawn: float) -> float:
-    """Probability that none of `drawn` of `size` experts is one of `held`; between whole numbers, by a straight line."""
+    """Probability that none of `drawn` of `size` experts is one of `held`; between whole numbers, linear."""
     low = int(drawn)
     exact = [comb(size - held, n) / comb(size, n) if n <= size else 0.0 for n in (low, low + 1)]
     return exact[0] + (drawn - low) * (exact[1] - exact[0])

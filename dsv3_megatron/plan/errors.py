@@ -1,4 +1,4 @@
-"""Errors of the planner in percent, by published run: written by `dsv3_megatron.studies.planner_error errors`."""
+"""Errors in percent, by published run: written by `python -m dsv3_megatron.studies.planner_error errors`."""
 
 # Name: (hardware, dispatcher, precision), predicted step against the published one.
 TIME_PERCENT: dict[str, tuple[tuple[str, str, str], float]] = {

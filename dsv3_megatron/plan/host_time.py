@@ -62,7 +62,7 @@ class Parts:
     second: tuple[Launches, Launches]
 
 
-# Kernels of a linear layer: the product; in FP8 also the quantisation of its input, and swizzled scales of both operands.
+# Kernels of a linear layer: the product; in FP8 also its input's quantisation, and swizzled scales of both operands.
 # Transformer Engine before 2.8 fills the scales' padding with zeros in kernels of their own.
 def _linear(job: Job, calls: int = 1) -> tuple[Launches, Launches]:
     """Forward and backward of so many linear layers."""

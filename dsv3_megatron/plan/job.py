@@ -167,7 +167,7 @@ class Job:
         recompute_layers: of whole layers, the first so many of each stage (`--recompute-method block`); None for all.
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
-        dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each NVLink domain of its experts, which forwards it;
+        dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each NVLink domain, which forwards it;
             "alltoall" sends a copy for each expert. None, where the configuration does not say, is planned as
             "flex": DeepSeek's own all-to-all, and what the table is fitted to.
         flex_backend: "deepep" or "hybridep".

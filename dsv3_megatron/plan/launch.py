@@ -1,8 +1,9 @@
 """A GPU job's arguments as its trainer would have them: checked as `dsv3 preflight` checks them, without its GPUs.
 
 Three forms of a job: words of `dsv3_megatron.train` (our Hydra configurations become such words), a launch line, a
-launch script. A line of Megatron's own, without `--spec dsv3`, goes through Megatron's parser and validation alone: it is
-planned as it is. The packages are thought to be there (Transformer Engine, DeepEP, Apex), in the newest version known.
+launch script. A line of Megatron's own, without `--spec dsv3`, goes through Megatron's parser and validation alone:
+it is planned as it is. The packages are thought to be there (Transformer Engine, DeepEP, Apex), in the newest version
+known.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Seconds of the operators of one layer and microbatch on one rank, from their shapes.
 
-A matrix product takes its FLOPs at an achieved fraction of the peak, a grouped one besides the bytes of its weights; norms,
-SwiGLU, quantisation and copies take their bytes at HBM's rate. Dispatch and combine: `token_exchange.py`.
+A matrix product takes its FLOPs at an achieved fraction of the peak, a grouped one besides the bytes of its weights;
+norms, SwiGLU, quantisation and copies take their bytes at HBM's rate. Dispatch and combine: `token_exchange.py`.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from dsv3_megatron.plan import token_exchange
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
 
-# Bytes read and written per logit, forward and backward. Unfused and Megatron's own: to fp32, maximum, exponentials, sum,
-# quotient, and back through them, in more or fewer kernels; Transformer Engine's: twice over the logits, the gradient in
-# their place.
+# Bytes read and written per logit, forward and backward. Unfused and Megatron's own: to fp32, maximum, exponentials,
+# sum, quotient, and back through them, in more or fewer kernels; Transformer Engine's: twice over the logits, the
+# gradient in their place.
 CROSS_ENTROPY = {"": (34, 20), "native": (22, 12), "te": (8, 4)}
 
 
@@ -95,8 +95,9 @@ class Operators:
     def grouped(self, parameters: float, rows: float, experts: int) -> Product:
         """`rows` rows over all `experts`, each with weights of so many elements.
 
-        Weights are read once for the few rows of an expert, and their gradient is read and written: this is what is left
-        of the measured slowness of few rows (SimuMax's grouped products by shape), and needs no constant of its own.
+        Weights are read once for the few rows of an expert, and their gradient is read and written: this is what is
+        left of the measured slowness of few rows (SimuMax's grouped products by shape), and needs no constant of its
+        own.
         """
         p, dense = self.job.precision, self.linear(parameters, rows)
         read = self.memory(parameters * experts * (1 if p.fp8 else p.compute))

@@ -1,8 +1,8 @@
 """Other people's published runs of DeepSeek-V3, as jobs: what the constants are fitted on, and what judges them.
 
 Which is which was written here before anything was fitted: of each domain (hardware, dispatcher, precision) that has
-more than one run the named one is fitted, of the thirteen steps of Megatron's guide the odd ones, and every other run is
-a judge. `half` says it. Each run names its source, and what the source leaves open and is assumed here.
+more than one run the named one is fitted, of the thirteen steps of Megatron's guide the odd ones, and every other run
+is a judge. `half` says it. Each run names its source, and what the source leaves open and is assumed here.
 
 Routing is forced to be even, or tokens are dropped and padded to a capacity, unless a run says otherwise.
 """
@@ -207,8 +207,8 @@ _HOPPER = (
         "vocabulary 256,000 padded to 6,464"),
     Run("64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all", "h100", _PROXY_2048, 2.50, "judge", _6429,
         "225.1 TFLOP/s/GPU is 2.50 s; router not fused; layout Ett|(tt|)*6mL", 68_704 / 1024),
-    Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute", "h100", replace(_PROXY_2048, recompute=frozenset({"full"})), 3.044, "judge",
-        _6429, "as above", 60_154 / 1024),
+    Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute", "h100",
+        replace(_PROXY_2048, recompute=frozenset({"full"})), 3.044, "judge", _6429, "as above", 60_154 / 1024),
     Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute, overlap", "h100",
         replace(_PROXY_2048, recompute=frozenset({"full"}),
                 layout=replace(_PROXY_2048.layout, overlap_pairs=True)), 2.839, "judge", _6429,
@@ -299,7 +299,8 @@ _GB200_PP8 = megatron(
 )  # fmt: skip
 _WHOLE = megatron(
     num_gpus=256, pp=4, ep=64, batch=4096, layers=_16_STAGES, precision=replace(MXFP8_BRIDGE, fp8_head=True),
-    recompute={"mla_up_proj"}, dispatcher="hybridep", overlap_pairs=True, communication_sms=32, whole_iteration_graph=True,
+    recompute={"mla_up_proj"}, dispatcher="hybridep", overlap_pairs=True, communication_sms=32,
+    whole_iteration_graph=True,
     software=Software(norm_quantises=True, cross_entropy="te"),
 )  # fmt: skip
 _GB300 = replace(
@@ -349,7 +350,8 @@ MEGATRON_FLOPS_PER_TOKEN = 1003e12 / 4018
 _OF_STEP = "no MTP, as in the guide's layout; Transformer Engine's version from the changes that a step names"
 _NVL72 = (
     Run("128 GB200, BF16, TP2 PP4 EP32, all-to-all, token drop", "gb200", _GB200_DROP, 34.229, "fitted",
-        f"{_DGXC}, 25.05", "as on H100; layers 15, 16, 16, 14; attention not fused: its container's cuDNN, 9.8, has none of MLA's head "
+        f"{_DGXC}, 25.05", "as on H100; layers 15, 16, 16, 14; attention not fused: its "
+        "container's cuDNN, 9.8, has none of MLA's head "
         "sizes on Blackwell, and only this recipe recomputes core attention"),
     Run("256 GB200, BF16, PP4 VPP4 EP64, all-to-all, token drop", "gb200",
         megatron(num_gpus=256, pp=4, ep=64, batch=2048, layers=_16_STAGES, precision=BF16_GRADIENTS, drop=True,
@@ -377,8 +379,9 @@ _NVL72 = (
                                      graphs=frozenset({"router", "preprocess", "shared_experts"}))),
            3139, "judge", f"{_BRIDGE}, 25.11", "recompute and graphs of the router as in the recipe of v0.2.0"),
     _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "gb300", _GB300, 6288, "judge",
-           f"{_BRIDGE}, 26.08", "no recompute, FP8 attention and head, overlap and one graph as in the recipe of v0.5.0"),
-    _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph, GBS 15360", "gb300", replace(_GB300, global_batch_size=15360), 6422, "judge",
+           f"{_BRIDGE}, 26.08", "no recompute, FP8 attention and head, overlap, one graph as in the recipe of v0.5.0"),
+    _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph, GBS 15360", "gb300",
+           replace(_GB300, global_batch_size=15360), 6422, "judge",
            f"{_BRIDGE}, 26.06", "as above"),
     _rated("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, two sequences", "gb300",
            replace(_GB300, micro_batch_size=2, recompute=frozenset({"mla_up_proj"}), precision=MXFP8_BRIDGE,

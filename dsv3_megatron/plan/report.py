@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dsv3_megatron.plan.confidence import confidence
-from dsv3_megatron.plan.host_memory import HostMemory, problem
+from dsv3_megatron.preflight.host_memory import HostMemory, problem
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts

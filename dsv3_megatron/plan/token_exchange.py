@@ -1,8 +1,9 @@
 """Dispatch and combine of one layer: which copies cross which links, and how long they take, by dispatcher.
 
-DeepEP and HybridEP send a token once to each NVLink domain and forward it inside (R§3.2.2). NCCL's all-to-all (Megatron's
-`alltoall`) sends a copy for each expert, to where the expert is, and its copies are made and sorted in memory before and
-after (`permutations`). `two_hop` sends a token once to each domain over NCCL, and forwards it in a second one.
+DeepEP and HybridEP send a token once to each NVLink domain and forward it inside (R§3.2.2). NCCL's all-to-all
+(Megatron's `alltoall`) sends a copy for each expert, to where the expert is, and its copies are made and sorted in
+memory before and after (`permutations`). `two_hop` sends a token once to each domain over NCCL, and forwards it in a
+second one.
 """
 
 from typing import NamedTuple

@@ -107,7 +107,7 @@ def errors_module(rows: Sequence[Judged]) -> str:
         r.run.name: (tuple(r.domain), 100 * r.time.error) for r in rows if r.run.job.software.fused_attention
     }
     lines = [
-        '"""Errors of the planner in percent, by published run: written by `dsv3_megatron.studies.planner_error errors`."""',
+        '"""Errors in percent, by published run: written by `python -m dsv3_megatron.studies.planner_error errors`."""',
         "",
         "# Name: (hardware, dispatcher, precision), predicted step against the published one.",
         "TIME_PERCENT: dict[str, tuple[tuple[str, str, str], float]] = {",
