@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
+.PHONY: help setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -60,8 +60,11 @@ test-te: setup  ## Transformer Engine's real modules, constructed on CPU (builds
 	bash scripts/install_te.sh $(PY)
 	DSV3_TEST_TE=1 $(PY) -m pytest tests -m te
 
-test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8), with a report in runs/gpu_report
+test-gpu: setup  ## the GPU tests on all visible GPUs (1, 2, 4 or 8; under 90 minutes), with a report in runs/gpu_report
 	$(PY) -m tests.gpu.run
+
+gpu-bundle: setup  ## gpu_bundle/: the GPU tests for a machine without a network (TE=1: Transformer Engine's part too)
+	$(PY) -m tests.gpu.bundle $(if $(TE),--te)
 
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.studies.pipeline_speed

@@ -42,6 +42,9 @@ VERBS = {
     ),
     "data": Verb("data.prepare:main", "text files to a tokenised corpus"),
     "sft": Verb("sft.prepare:main", "conversations to packed rows for fine-tuning"),
+    "card": Verb(
+        "arguments.card:main", "enter a report of the GPU tests into the verification card: --report FILE"
+    ),
     "kernels": Verb("fp8.kernels.compile:main", "compile the FP8 kernels for sm_90, without a GPU"),
 }
 

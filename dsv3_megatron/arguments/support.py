@@ -18,6 +18,7 @@ from dsv3_megatron.arguments.settings import SETTINGS, Setting
 from dsv3_megatron.arguments.surroundings import SUPPORTED_MEGATRON
 
 STATUSES = ("run on GPU", "run on CPU", "constructed with TE", "compiled", "not run")
+_ON_A_GPU = "run on "  # with the GPU's name: only `dsv3 card` writes it, with the sources that were run
 
 HEAD = f"""# What is supported, and how it was checked
 
@@ -106,7 +107,8 @@ def load_cards(folder: Path) -> list[dict[str, Any]]:
     """The verification card; raises ValueError for a status that is not one of `STATUSES`."""
     cards = tomllib.loads((folder / "verification.toml").read_text())["card"]
     for card in cards:
-        if card["status"] not in STATUSES:
+        on_a_gpu = card["status"].startswith(_ON_A_GPU) and bool(card.get("source"))
+        if card["status"] not in STATUSES and not on_a_gpu:
             raise ValueError(
                 f"verification.toml: {card['feature']}: status {card['status']!r} is none of {STATUSES}"
             )

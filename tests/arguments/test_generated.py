@@ -150,10 +150,13 @@ def related(n: int) -> list[tuple[dict[str, str], tuple[str, ...]]]:
         ({"--moe-router-topk": str(8 + n)}, ("--moe-router-topk", "--num-experts")),
         ({"--moe-router-group-topk": str(4 + n)}, ("--moe-router-group-topk", "--moe-router-num-groups")),
         ({"--moe-router-num-groups": str(8 + n)}, ("--moe-router-num-groups",)),
-        ({"--tensor-model-parallel-size": str(1 + n)}, ("--tensor-model-parallel-size",)),
+        (
+            {"--tensor-model-parallel-size": "2" if n % 2 else "4", "--sequence-parallel": ""},
+            ("--tensor-model-parallel-size",),
+        ),
         ({"--pipeline-model-parallel-size": "2" if n % 2 else "4"}, ("--pipeline-model-parallel-size",)),
-        ({"--context-parallel-size": str(1 + n)}, ("--context-parallel-size",)),
-        ({"--expert-model-parallel-size": str(1 + n)}, ("--expert-model-parallel-size",)),
+        ({"--context-parallel-size": "2" if n % 2 else "4"}, ("--context-parallel-size",)),
+        ({"--expert-model-parallel-size": str(2 ** (1 + n % 3))}, ("--expert-model-parallel-size",)),
         ({"--micro-batch-size": str(8 + n)}, ("--micro-batch-size", "--global-batch-size")),
         ({"--lr-warmup-iters": str(2 + n)}, ("--lr-warmup-iters",)),
         ({"--min-lr": f"{n}.5"}, ("--min-lr",)),
@@ -166,11 +169,9 @@ def related(n: int) -> list[tuple[dict[str, str], tuple[str, ...]]]:
             {"--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": f"nowhere/{n}"},
             ("--tokenizer-model",),
         ),
-        ({"--seq-length": str(4096 + n)}, ("--seq-length", "--max-position-embeddings")),
         ({"--moe-layer-freq": f"[0]*1+[1]*{3 + n}"}, ("--moe-layer-freq",)),
         ({"--eval-interval": str(n), "--eval-iters": "1", "--full-validation": ""}, ("--full-validation",)),
         ({"--wandb-project": f"p{n}"}, ("--wandb-project",)),
-        ({"--pipeline-schedule": "dualpipe"}, ("--pipeline-schedule",)),
         ({"--train-tokens": str(1000 * n)}, ("--train-tokens", "--train-iters")),
     ]
 
@@ -196,14 +197,13 @@ def of_groups(draw: st.DrawFn) -> Wrong:
                 Wrong(True, (f"cluster.{group}{n}=3",), (f"cluster.{group}{n}",)),
                 Wrong(True, (f"cluster={n}",), ("cluster",)),
                 Wrong(True, (f"cluster.nodes={n}",), ("nproc", "nodes")),
-                Wrong(True, (f"layout={other}", f"seed={n}"), ("layout", "nproc")),
+                Wrong(True, (f"layout={other}", f"seed={n}"), ("layout", "cluster")),
                 Wrong(True, (f"lr={n},{n + 1}",), ("lr",)),
                 Wrong(True, (f"train_iters{n}",), (f"train_iters{n}",)),
                 Wrong(True, (f"seed='{n}",), ("seed",)),
                 Wrong(True, (f"device=tpu{n}",), ("device",)),
                 Wrong(True, (f"num_experts=[{n}]",), ("num_experts",)),
                 Wrong(True, (f"global_batch_size={n}.5",), ("global_batch_size",)),
-                Wrong(True, (f"placement.last_stage_extra={n}",), ("last_stage_extra",)),
             ]
         )
     )
@@ -255,6 +255,9 @@ def outcome(
             except SystemExit as left:
                 status = left.code
             except Started:
+                from megatron.training.global_vars import destroy_global_vars
+
+                destroy_global_vars()
                 status = "started"
     return status, [line for line in said.getvalue().splitlines() if line.strip()]
 

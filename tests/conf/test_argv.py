@@ -5,7 +5,7 @@ import shlex
 import pytest
 from omegaconf import OmegaConf
 
-from dsv3_megatron.arguments import complete, refusals
+from dsv3_megatron.arguments import complete
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.conf import ConfigError, compose, groups, to_argv, to_command
 from dsv3_megatron.conf.argv import options, parser, to_megatron_argv
@@ -106,7 +106,7 @@ def fitting_combinations() -> list[list[str]]:
     return fitting
 
 
-def test_every_combination_is_a_deepseek_v3(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_combination_is_a_deepseek_v3() -> None:
     """None contradicts a DeepSeek-V3 setting or is refused on its own cluster: `complete` is what the
     trainer runs.
     """
@@ -122,8 +122,7 @@ def test_every_combination_is_a_deepseek_v3(monkeypatch: pytest.MonkeyPatch) -> 
             has_te=not on_cpu,
             files_here=False,
         )
-        monkeypatch.setattr(refusals, "detect", lambda there=there: there)
-        complete(to_megatron_argv(cfg), parser())
+        complete(to_megatron_argv(cfg), parser(), around=there)
 
 
 def test_names_of_other_projects_are_explained() -> None:
@@ -131,11 +130,12 @@ def test_names_of_other_projects_are_explained() -> None:
         to_argv(compose(["model=micro", "qk_nope_head_dim=16"]))
 
 
-def test_a_deviation_is_refused_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "detect", lambda: Surroundings(world_size=4, on_cpu=True))
+def test_a_deviation_is_refused_unless_allowed() -> None:
+    there = Surroundings(world_size=4, on_cpu=True)
     with pytest.raises(RefusedArgument, match=r"--weight-decay 0\.3 contradicts DeepSeek-V3"):
-        complete(to_megatron_argv(compose(["weight_decay=0.3"])), parser())
-    complete(to_megatron_argv(compose(["weight_decay=0.3", "allow_deviation=[weight_decay]"])), parser())
+        complete(to_megatron_argv(compose(["weight_decay=0.3"])), parser(), around=there)
+    allowed = ["weight_decay=0.3", "allow_deviation=[weight_decay]"]
+    complete(to_megatron_argv(compose(allowed)), parser(), around=there)
 
 
 def test_command_is_the_same_training() -> None:

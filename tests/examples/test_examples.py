@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.arguments import complete, megatron_parser, refusals
+from dsv3_megatron.arguments import complete, megatron_parser, surroundings
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.dryrun import FakeWorld, weights_of
 from dsv3_megatron.dryrun.world import megatron_args, model_config
@@ -80,11 +80,11 @@ def test_dry_run(
     assert option(arguments, "--spec") == "dsv3"
 
     # On its own cluster nothing is refused.
-    there = Surroundings(world_size=gpus, ranks_per_node=8)
+    there = Surroundings(world_size=gpus, ranks_per_node=8, files_here=False)
     # Here there is no Transformer Engine that Megatron could look at.
     with monkeypatch.context() as patch, with_packages_of(Machine(te="2.20")):
-        patch.setattr(refusals, "detect", lambda: there)
-        completed = complete(arguments)
+        patch.setattr(surroundings, "detect", lambda: there)
+        completed = complete(arguments, around=there)
         # Megatron accepts them as they are, Transformer Engine's backend and all.
         assert model_config(megatron_args(arguments, 0, gpus, 8)).transformer.bf16
     args = megatron_parser().parse_args(completed)
@@ -93,12 +93,12 @@ def test_dry_run(
     assert args.transformer_impl == "transformer_engine" and args.pipeline_schedule == "dualpipe"
     assert args.fp8_quantizer_factory == "dsv3_megatron.fp8.te_recipe.dsv3"
 
-    # The last rank, with Megatron's own validation, groups and modules.
-    with FakeWorld(arguments, gpus - 1, gpus, 8) as world:
+    # The first rank, with Megatron's own validation, groups and modules.
+    with FakeWorld(arguments, 0, gpus, 8) as world:
         assert world.group_sizes()["dp"] == gpus // pp and world.group_sizes()["ep"] == ep
         weights = [weight for chunk in world.build_chunks() for weight in weights_of(chunk)]
         layers = {weight.layer for weight in weights if weight.layer is not None and not weight.mtp}
-    # DualPipe: the first stage and the last.
+    # DualPipe: the first stage and the last lie on one rank.
     assert layers == {0, 1, 2, 3, 60}
 
 
@@ -118,6 +118,4 @@ def test_hydra_and_plain_scripts_train_alike() -> None:
 
 
 def _on_2048(arguments: list[str]) -> list[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refusals, "detect", lambda: Surroundings(world_size=2048))
-        return complete(arguments)
+    return complete(arguments, around=Surroundings(world_size=2048, files_here=False))

@@ -1,7 +1,4 @@
-"""pytest plugin: what ran, with which result and figures, as JSON and Markdown.
-
-A test adds a figure with pytest's own `record_property(name, value)`.
-"""
+"""The report of the GPU tests: `Report` gathers the steps' rows (`rows.py`) into one JSON and Markdown."""
 
 import importlib.metadata
 import json
@@ -10,75 +7,127 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
+from dsv3_megatron.arguments.card import FORMAT, source
+from tests.gpu.rows import write
+from tests.gpu.stages import STAGES, Step
 
-PACKAGES = ("dsv3_megatron", "megatron-core", "torch", "transformer-engine", "triton")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu-report", default=None, help="folder to write report.json and report.md into")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--gpu-report"):
-        config.pluginmanager.register(Report(Path(config.getoption("--gpu-report"))), "gpu-report")
+PACKAGES = ("dsv3_megatron", "megatron-core", "torch", "transformer-engine", "triton", "nvidia-nccl-cu13")
 
 
 class Report:
-    """Collects one row per test and writes them when the session ends, whatever its result."""
+    """The report of one version of the sources on one device; another's is put aside under its own name.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for report.json, report.md and the steps' logs and rows.
+        device: the GPU's name, "CPU" in a rehearsal.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        row = self.rows.setdefault(
-            report.nodeid, {"test": report.nodeid, "result": "not run", "seconds": 0.0}
-        )
-        row["seconds"] = round(row["seconds"] + report.duration, 2)
-        # Set-up and tear-down count only where they go wrong, or skip.
-        if report.when == "call" or report.outcome != "passed":
-            if row["result"] != "failed":
-                row["result"] = report.outcome
-            row["figures"] = dict(report.user_properties)
-            if report.outcome != "passed":
-                row["reason"] = str(report.longrepr)[-2000:]
-
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        results = [row["result"] for row in self.rows.values()]
-        record = {
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "exit_status": int(exitstatus),
-            "counts": {result: results.count(result) for result in sorted(set(results))},
+        folder.mkdir(parents=True, exist_ok=True)
+        self.record: dict[str, Any] = {
+            "format": FORMAT,
+            "version": _version("dsv3_megatron"),
+            "source": source(),
+            "device": device,
             "machine": machine(),
-            "tests": list(self.rows.values()),
+            "stages": {
+                name: {"title": stage.title, "steps": [step.name for step in stage.steps]}
+                for name, stage in STAGES.items()
+            },
+            "steps": {},
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "report.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-        (self.folder / "report.md").write_text(markdown(record))
+        file = folder / "report.json"
+        if file.exists():
+            old = json.loads(file.read_text())
+            if all(old.get(key) == self.record[key] for key in ("format", "version", "source", "device")):
+                self.record["steps"] = old["steps"]
+            else:
+                for path in [file, *folder.glob("*.rows.json"), *folder.glob("*.log")]:
+                    path.rename(folder / f"old-{old.get('source', 'unknown')}-{path.name}")
+
+    def passed(self, step: str) -> bool:
+        return self.record["steps"].get(step, {}).get("result") == "passed"
+
+    def rows_file(self, step: str) -> Path:
+        """Where the pytest process of a step writes its rows; those of earlier runs are there."""
+        file = self.folder / f"{step}.rows.json"
+        if not file.exists() and step in self.record["steps"]:
+            write(file, json.dumps(self.record["steps"][step]["tests"]))
+        return file
+
+    def add(self, stage: str, step: Step, status: int | None, seconds: float, command: str) -> dict[str, Any]:
+        """Enter a step that has ended (status None: killed at its limit); returns its entry."""
+        file = self.rows_file(step.name)
+        tests = json.loads(file.read_text()) if file.exists() else []
+        results = [test["result"] for test in tests]
+        result = "passed"
+        if status is None:
+            result = "killed at its limit"
+        elif status not in (0, 5) or "failed" in results or "not finished" in results:  # 5: no test was left
+            result = "failed"
+        elif not tests:
+            result = "failed"  # nothing ran: nothing is known
+        elif set(results) == {"skipped"}:
+            result = "skipped"
+        self.record["steps"][step.name] = {
+            "stage": stage,
+            "result": result,
+            "counts": {name: results.count(name) for name in sorted(set(results))},
+            "figures": {name: said for name in step.figures if (said := _recorded(tests, name))},
+            "seconds": round(seconds, 1),
+            "date": time.strftime("%Y-%m-%d"),
+            "command": command,
+            "tests": tests,
+        }
+        self.write()
+        return self.record["steps"][step.name]
+
+    def write(self) -> None:
+        write(self.folder / "report.json", json.dumps(self.record, indent=1) + "\n")
+        write(self.folder / "report.md", markdown(self.record))
+
+
+def _recorded(tests: list[dict[str, Any]], name: str) -> str:
+    """What the tests of a step recorded under a name, each value once."""
+    values = [str(test["figures"][name]) for test in tests if name in test.get("figures", {})]
+    return " / ".join(dict.fromkeys(values))
 
 
 def machine() -> dict[str, Any]:
-    """GPUs as the driver names them, package versions, commit."""
+    """GPUs as the driver names them, package versions."""
     return {
         "gpus": _output(
             "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
         ),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _output("git", "rev-parse", "HEAD"),
     }
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The report for people: machine, then a row per test."""
-    machine_rows = [f"- {name}: {value}" for name, value in record["machine"]["versions"].items()]
-    lines = ["# GPU tests", "", f"{record['date']}, commit {record['machine']['commit'] or 'unknown'}", ""]
+    """The report for people: machine, a row per step, a row per test."""
+    lines = ["# GPU tests", "", f"- device: {record['device']}"]
     lines += [f"- GPU: {gpu}" for gpu in (record["machine"]["gpus"] or "none").splitlines()]
-    lines += [*machine_rows, f"- results: {record['counts'] or 'no test ran'}", ""]
-    lines += ["| test | result | seconds | figures |", "|---|---|---|---|"]
-    for row in record["tests"]:
-        figures = ", ".join(f"{name} = {value}" for name, value in row.get("figures", {}).items())
-        lines.append(f"| {row['test']} | {row['result']} | {row['seconds']} | {figures} |")
+    lines += [f"- {name}: {value}" for name, value in record["machine"]["versions"].items()]
+    lines += [
+        f"- sources: {record['source']}",
+        "",
+        "| stage | step | result | tests | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, step in record["steps"].items():
+        counts = ", ".join(f"{count} {result}" for result, count in step["counts"].items())
+        lines.append(f"| {step['stage']} | {name} | {step['result']} | {counts} | {step['seconds']} |")
+    lines += ["", "| test | result | seconds | figures |", "|---|---|---|---|"]
+    for step in record["steps"].values():
+        for row in step["tests"]:
+            said = [f"{name} = {value}" for name, value in row["figures"].items()]
+            if row["result"] != "passed":
+                said.append(row.get("reason", "").strip().splitlines()[-1] if row.get("reason") else "")
+            text = ", ".join(filter(None, said)).replace("|", "\\|")
+            lines.append(
+                f"| {row['test'].removeprefix('tests/')} | {row['result']} | {row['seconds']} | {text} |"
+            )
     return "\n".join(lines) + "\n"
 
 

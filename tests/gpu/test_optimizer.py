@@ -1,18 +1,23 @@
 """Our AdamW against Transformer Engine's fused one: the same update, rounding and states."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
+
+from tests.gpu.device import DEVICE, REHEARSAL, needs_te
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_updates_and_states(moments: torch.dtype, record_property: Callable[[str, object], None]) -> None:
-    from transformer_engine.pytorch.optimizers import FusedAdam
-
+    needs_te()
     from dsv3_megatron.optimizer import AdamW
+
+    where = "dsv3_megatron.optimizer" if REHEARSAL else "transformer_engine.pytorch.optimizers"
+    fused = getattr(importlib.import_module(where), "AdamW" if REHEARSAL else "FusedAdam")
 
     options = {
         "lr": 1e-3,
@@ -23,12 +28,12 @@ def test_updates_and_states(moments: torch.dtype, record_property: Callable[[str
         "exp_avg_dtype": moments,
         "exp_avg_sq_dtype": moments,
     }
-    start = torch.randn(4096, device="cuda").bfloat16()
+    start = torch.randn(4096, device=DEVICE).bfloat16()
     params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
-    optimizers = [AdamW([params[0]], **options), FusedAdam([params[1]], **options)]
+    optimizers = [AdamW([params[0]], **options), fused([params[1]], **options)]
     differ = 0.0
     for _ in range(20):
-        grad = torch.randn(4096, device="cuda")
+        grad = torch.randn(4096, device=DEVICE)
         for parameter, optimizer in zip(params, optimizers, strict=True):
             parameter.decoupled_grad = grad.clone()  # type: ignore[attr-defined]
             optimizer.step()

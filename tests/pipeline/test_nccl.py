@@ -39,15 +39,14 @@ def test_no_condition_stops_a_step(name, conditions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", range(2, 33))
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name, num_ranks",
+    [(name, ranks) for name in SCHEDULES for ranks in range(2, 33) if name != "dualpipe" or ranks % 2 == 0],
+)
 def test_no_condition_stops_a_step_full_grid(name, num_ranks):
     """All even numbers of microbatches to 4·P under the worst, and under each condition alone at three of them."""
-    counts = [
-        m
-        for m in range(2, 4 * num_ranks + 1, 2)
-        if allowed(name, num_ranks, m) and not (name == "dualpipe" and num_ranks % 2)
-    ]
+    counts = [m for m in range(2, 4 * num_ranks + 1, 2) if allowed(name, num_ranks, m)]
+    assert counts
     for num_microbatches in counts:
         schedule = build_schedule(name, num_ranks, num_microbatches)
         some = num_microbatches in (counts[0], counts[len(counts) // 2], counts[-1])

@@ -27,8 +27,11 @@ def run(monkeypatch, capsys, *words):
         ("--num-layer 3", "error: unrecognized arguments: --num-layer 3; did you mean --num-layers"),
         ("--device tpu", "error: --device tpu: use cuda (the default) or cpu"),
         ("--save /proc/nowhere --save-interval 1", "error: --save /proc/nowhere: No such file or directory"),
-        # Megatron's own assertion.
-        ("--lr 1e-5 --min-lr 1e-3", "error: Megatron refuses these arguments: "),
+        # Known before Megatron's own assertion.
+        (
+            "--lr 1e-5 --min-lr 1e-3",
+            "error: --min-lr / --lr-warmup-init 0.001 / 0.0: is above the peak --lr 1e-05",
+        ),
     ],
 )
 def test_wrong_line(monkeypatch, capsys, words, message):

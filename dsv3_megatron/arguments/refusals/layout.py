@@ -31,6 +31,8 @@ def _domains_too_many(a: Namespace, around: Surroundings) -> int:
     groups, chosen = a.moe_router_num_groups or 1, a.moe_router_group_topk or 0
     if not 0 < chosen < groups or a.num_experts is None or a.num_experts % a.expert_model_parallel_size:
         return 0
+    if around.world_size % _expert_model_size(a):
+        return 0  # which has a row of its own
     reached = domains_of_a_token(
         num_groups=groups,
         group_topk=chosen,

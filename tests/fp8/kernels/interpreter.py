@@ -37,10 +37,23 @@ def _prepare(exact_casts: bool) -> None:
     import triton.runtime.interpreter as interpreter
 
     torch.set_num_threads(1)
+    _accept_loop_bounds(interpreter)
     if exact_casts:
         if not hasattr(interpreter, "_convert_float"):
             raise RuntimeError("this Triton's interpreter has no _convert_float: see how it rounds now")
         interpreter._convert_float = exact_convert
+
+
+def _accept_loop_bounds(interpreter: Any) -> None:
+    """Triton before 3.8 makes an int of an array of one number, which numpy from 2.4 on refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> Any:
+        result = patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+        return result
+
+    interpreter._patch_lang_tensor = patch_and_mend
 
 
 def _call(name: str, args: tuple, kwargs: dict) -> Any:
