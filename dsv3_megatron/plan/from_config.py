@@ -14,10 +14,10 @@ from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.plan.counting import count_parameters
 from dsv3_megatron.plan.from_args import job_of, sizes_of
 from dsv3_megatron.plan.hardware import Gpu, gpu_named
-from dsv3_megatron.preflight.host_memory import HostMemory, host_memory
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.launch import Launched, launched, refuse_modules
 from dsv3_megatron.plan.parameters import ParameterCounts, counts_of_sizes, held_by
+from dsv3_megatron.preflight.host_memory import HostMemory, host_memory
 
 
 @dataclass(frozen=True)

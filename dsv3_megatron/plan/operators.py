@@ -127,7 +127,7 @@ class Operators:
         back = self.all_to_all(2.0, beside, back=True)
         return LayerTimes(
             *self._attention(),
-            *mlp,
+            *mlp,  # type: ignore[misc]
             dispatch=there,
             combine=back,
             dispatch_b=back,
