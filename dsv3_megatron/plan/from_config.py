@@ -111,7 +111,7 @@ def validated(cfg: DictConfig) -> Launched:
 
 # What sizes can be at all; Megatron divides by some before it looks.
 _LEAST = {
-    "hidden_size": 1, "num_layers": 1, "num_attention_heads": 1, "kv_lora_rank": 1, "q_lora_rank": 1, "qk_head_dim": 1,
+    "hidden_size": 1, "num_layers": 1, "num_attention_heads": 1, "kv_lora_rank": 1, "q_lora_rank": 0, "qk_head_dim": 1,
     "qk_pos_emb_head_dim": 1, "v_head_dim": 1, "ffn_hidden_size": 1, "moe_ffn_hidden_size": 1,
     "moe_shared_expert_intermediate_size": 0, "num_experts": 1, "moe_router_topk": 1, "vocab_size": 1,
     "padded_vocab_size": 1, "seq_length": 1, "micro_batch_size": 1, "global_batch_size": 1, "mtp_num_layers": 0,
