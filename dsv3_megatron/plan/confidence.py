@@ -65,9 +65,7 @@ class Confidence:
 def domain_of(job: Job, gpu: Gpu) -> Domain:
     """Of a job on a GPU."""
     if job.dispatcher in (None, "flex"):
-        dispatcher = (
-            "DeepSeek's own" if job.software.own_kernels or job.dispatcher is None else job.flex_backend
-        )
+        dispatcher = "DeepSeek's own" if job.software.own_kernels else job.flex_backend
     else:
         dispatcher = str(job.dispatcher)
     return Domain(gpu.name, dispatcher, job.precision.name)

@@ -6,6 +6,7 @@ from typing import Any
 from dsv3_megatron.fp8.precision import recipe_of
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
 from dsv3_megatron.plan.launch import Launched
@@ -86,6 +87,10 @@ def _refuse(args: Namespace, load_imbalance: float) -> None:
             raise PlanError(
                 f"{name}=true: the planner knows the distributed optimizer, not FSDP; leave {name} out"
             )
+    if args.fine_grained_activation_offloading and "fused_group_mlp" in (args.offload_modules or ()):
+        raise PlanError(
+            f"offload_modules=fused_group_mlp: the planner knows {', '.join(OFFLOADED)}; use some of those"
+        )
     etp = args.expert_tensor_parallel_size or 1
     if args.num_experts and etp != 1:
         raise PlanError(

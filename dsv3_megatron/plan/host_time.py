@@ -31,12 +31,15 @@ class Host:
         module: one call of a module of Transformer Engine, besides its kernels.
         graph: a CUDA graph.
         unbound: how much longer everything takes where the scheduler moves processes about.
+        link, memory: bytes/s of a GPU to host memory, one way, and of AdamW in it, a GPU's share; stated, not measured.
     """
 
     kernel: float
     module: float
     graph: float = 30e-6
     unbound: float = 1.5
+    link: float = 50e9
+    memory: float = 40e9
 
     def seconds(self, launches: Launches, bound: bool) -> float:
         """Of so many launches."""
@@ -45,7 +48,7 @@ class Host:
 
 
 # Fitted in `calibration.py` on Megatron's guide (Grace) and on a B200 run (x86).
-GRACE = Host(kernel=15e-6, module=300e-6)
+GRACE = Host(kernel=15e-6, module=300e-6, link=200e9, memory=120e9)
 X86 = Host(kernel=15.5e-6, module=380e-6)
 
 

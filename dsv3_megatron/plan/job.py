@@ -182,6 +182,7 @@ class Job:
         software: versions, fusions and graphs.
         offload_optimizer: share of the optimizer's states in host memory (`--optimizer-offload-fraction`).
         offload_modules: whose inputs are in host memory (`--offload-modules`).
+        hardware: what its GPUs can do that those of the table cannot (`whatif.py`).
         nvlink_domain: neighbouring GPUs that share NVLink (`--nvlink-domain-size`); None: as the hardware table has it.
     """
 
@@ -210,6 +211,7 @@ class Job:
     offload_optimizer: float = 0.0
     offload_modules: frozenset[str] = frozenset()
     nvlink_domain: int | None = None
+    hardware: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if len(self.stages) != self.layout.num_stages:

@@ -90,6 +90,7 @@ def launched(
     refuse_modules(getattr(given, "recompute_modules", None) or ())
     machine, env = machine_of(gpu, env), dict(env or {})
     env.setdefault(MAX_CONNECTIONS, _connections(words, machine))
+    env.setdefault("NVTE_CPU_OFFLOAD_V1", "1")  # Megatron asks for it with offloading; nothing else reads it
     notes: tuple[str, ...] = ()
     try:
         with quiet(), as_on(machine, world, per_node, env):

@@ -174,7 +174,7 @@ class Operators:
             b += core_f
         if "layernorm" in recompute:
             b += self.memory(tokens * 2 * 2 * 2 * s.hidden_size / tp)
-        return f, b, gemm.w + (self.memory(traffic_w) if job.precision.fp8 else 0)
+        return f, b, gemm.w + self._transposing(traffic_w)
 
     def _unfused_attention(self, heads: float, causal_flops: float) -> tuple[float, float]:
         """Forward and backward over whole matrices of scores: four passes over them, and seven back."""
@@ -190,7 +190,8 @@ class Operators:
         gemm = self.linear(parameters, tokens) if experts == 1 else self.grouped(parameters, tokens, experts)
         cache = 1 if self.job.precision.fp8 else 2
         swiglu = tokens * width * (2 * 2 * 2 + cache)  # both halves written and read, the product written
-        edge = tokens * s.hidden_size * (2 + 2 * cache)
+        again = 0 if "online_quantization" in self.job.hardware and self.job.precision.fp8 else 2 * cache
+        edge = tokens * s.hidden_size * (2 + again)
         f = gemm.f + self.memory(swiglu + edge)
         b = gemm.b + self.memory(2 * (swiglu + edge))
         if module in recompute or (module == "shared_experts" and "moe" in recompute):
@@ -198,7 +199,12 @@ class Operators:
         elif "moe_act" in recompute:
             b += self.memory(swiglu / 2)
         traffic_w = tokens * 3 * (2 * s.hidden_size + 3 * width) * cache / 2
-        return f, b, gemm.w + (self.memory(traffic_w) if self.job.precision.fp8 else 0)
+        return f, b, gemm.w + self._transposing(traffic_w)
+
+    def _transposing(self, bytes_: float) -> float:
+        """Quantising FP8 activations again by the other axis for weight gradients."""
+        needed = self.job.precision.fp8 and "transposed_fp8_reads" not in self.job.hardware
+        return self.memory(bytes_) if needed else 0
 
     # --- ends of the model
 

@@ -39,7 +39,7 @@ class Options:
     launch: str | None = None
     script: Path | None = None
     said: dict[str, str] = field(default_factory=dict)
-    whatif: tuple[str, ...] = ()
+    whatif: tuple[str, ...] | None = None
     anchor: Path | None = None
     proxy: bool = False
     overrides: list[str] = field(default_factory=list)

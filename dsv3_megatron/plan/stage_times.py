@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dsv3_megatron.pipeline import Costs
 from dsv3_megatron.plan import host_time
+from dsv3_megatron.plan.activations_te import offloaded
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, Stage
 from dsv3_megatron.plan.operators import LayerTimes, Operators
@@ -91,7 +92,13 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     ends += [ops.mtp_projection()] * stage.mtp
     for end_f, end_b, end_w in ends:
         total = total.plus(StageTimes(end_f, end_b, end_w, end_f + end_b), 1)
-    return total
+    # Activations on their way to host memory and back, beside everything else.
+    away = offloaded(job, stage) / gpu.host.link
+    return (
+        StageTimes(max(total.f, away), max(total.b, away), total.w, max(total.fb, 2 * away))
+        if away
+        else total
+    )
 
 
 def _layer(job: Job, gpu: Gpu, alone: LayerTimes, beside: LayerTimes | None, *, moe: bool) -> StageTimes:

@@ -146,8 +146,10 @@ def _update_of_rank(job: Job, gpu: Gpu, counts: ParameterCounts, stages: tuple[i
     elements = sum(n / (ranks if job.distributed_optimizer else 1) for n, ranks, _ in groups)
     if not job.distributed_optimizer:
         reduce, gather = 2 * reduce, 0
+    away = elements * job.offload_optimizer  # AdamW in host memory, gradients there and parameters back
+    on_host = away * (states / gpu.host.memory + (p.main_gradient + p.compute) / gpu.host.link)
     return Update(
         reduce / len(stages) if job.overlap_grad_reduce else reduce,
-        ops.memory(elements * states),
+        ops.memory((elements - away) * states) + on_host,
         gather / len(stages) if job.overlap_param_gather else gather,
     )
