@@ -22,6 +22,7 @@ from dsv3_megatron.arguments.requirements import TE, USES, version_key
 from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS, imagined
 from dsv3_megatron.errors import RefusedArgument, told
 from dsv3_megatron.plan.counting import quiet
+from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import RECOMPUTE_MODULES, PlanError
 from dsv3_megatron.plan.options import SIZES
 from dsv3_megatron.preflight.line import read
@@ -173,6 +174,7 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
         from dsv3_megatron.conf import compose
 
         gpu = compose(list(line.words)).cluster.gpu
+    gpu_named(gpu or DEFAULT_GPU)
     notes = list(line.notes)
     machine = _size(machine_of(gpu or DEFAULT_GPU, line.env), said)
     ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
