@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dsv3_megatron.pipeline import Costs, simulate
 from dsv3_megatron.plan import deepseek
+from dsv3_megatron.plan.anchor import scaled, speed_of
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.calibration import trace_times, unit_times
 from dsv3_megatron.plan.compare import comparison
@@ -96,6 +97,42 @@ def judged() -> list[Judged]:
             memory = Row(run.name, "GiB", run.peak_gib, max(result.memory_gib), "prediction")
         found.append(Judged(run, time, memory))
     return found
+
+
+# A published run to anchor on, and the beginning of the names of others of its hardware, which it then predicts.
+ANCHORED = (
+    (
+        "64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all",
+        "64 H100, BF16, 14 layers, 2048 tokens, all-to-all",
+    ),
+    ("256 B200, BF16, PP16 EP8, all-to-all, GBS 2048", "256 B200, MXFP8, PP16 EP8, HybridEP"),
+    ("256 B300, MXFP8, PP16 EP8, HybridEP", "256 B300, MXFP8, PP8 EP8"),
+    ("256 GB200, BF16, PP8 VPP4 EP32, HybridEP", "256 GB200, BF16, PP4 VPP4 EP64, HybridEP"),
+    ("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "256 GB300, MXFP8, PP2 VPP8 EP32"),
+)
+
+
+def anchored_rows(rows: Sequence[Judged]) -> list[tuple[str, Judged, float]]:
+    """Anchor, predicted run with its plain error, and its error when anchored."""
+    by_name = {row.run.name: row.run for row in rows}
+    found = []
+    for name, others in ANCHORED:
+        run = by_name[name]
+        gpu = GPUS[run.gpu]
+        gpu = scaled(gpu, speed_of(run.job, gpu, run.counts, run.step_s))
+        for row in rows:
+            if row.run.name.startswith(others) and row.run is not run:
+                step = plan(row.run.job, gpu, row.run.counts).step_s
+                found.append((name, row, step / row.run.step_s - 1))
+    return found
+
+
+def anchored_table(rows: Sequence[Judged]) -> str:
+    """As Markdown."""
+    lines = ["| anchored on | predicted | error before | anchored |", "|---|---|---|---|"]
+    for name, row, error in anchored_rows(rows):
+        lines.append(f"| {name} | {row.run.name} | {row.time.error:+.1%} | {error:+.1%} |")
+    return "\n".join(lines)
 
 
 def errors_module(rows: Sequence[Judged]) -> str:
@@ -222,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in runs:
         print(f"  {row.run.name}: {row.time.note}")
     print("\nPeak of the fullest rank: predictions\n\n" + table(memory))
+    print("\nOne published run as the anchor of another of its hardware\n\n" + anchored_table(runs))
     print("\nAll-to-all alone, BF16, 4096 tokens (arXiv 2603.07685, table 7, HybridEP)\n\n" + table(exchange))
     print("\nCost of DeepSeek-V3 (report, Table 1: 2664K, 119K, 5K, 2788K GPU-hours, $5.576M)\n")
     for phase, hours, money in report_totals(plan(TRAINING, H800, deepseek.COUNTS).gpu_hours(1e12)):

@@ -129,3 +129,11 @@ def test_the_reports_totals() -> None:
     totals = {phase: (hours, money) for phase, hours, money in report_totals(deepseek.GPU_HOURS_PER_1T)}
     assert totals["pre-training"][0] == pytest.approx(2664)
     assert totals["total"] == pytest.approx((2788, 5.576), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_one_published_run_anchors_another(judged: list[bench.Judged]) -> None:
+    """Most of them come nearer; none is off by more than 15%."""
+    rows = bench.anchored_rows(judged)
+    assert len(rows) == 7 and all(abs(error) < 0.15 for _, _, error in rows)
+    assert sum(abs(error) < abs(row.time.error) for _, row, error in rows) >= 5
