@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
+.PHONY: help setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -68,6 +68,12 @@ gpu-bundle: setup  ## gpu_bundle/: the GPU tests for a machine without a network
 
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.studies.pipeline_speed
+
+bench-dispatch: setup  ## the two hops of dispatch beside each other, over links that sleep
+	$(PY) -m dsv3_megatron.studies.two_hop_speed
+
+bench-placement: setup  ## what moving all experts to other ranks costs beside a step
+	$(PY) -m dsv3_megatron.studies.placement_cost
 
 bench-convert: setup  ## throughput and memory of checkpoint conversion beside cp and sync of the same files (20 GB of disk)
 	$(PY) -m dsv3_megatron.studies.convert_speed

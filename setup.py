@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# Of `dsv3 serve`: HTTP, and the messages of Megatron's coordinator.
+SERVE = ["quart", "hypercorn", "pyzmq", "msgpack"]
 
 setup(
     name="dsv3_megatron",
@@ -21,6 +23,7 @@ setup(
         "torch>=2.11",
         "hydra-core>=1.3",
         "tokenizers",
+        "einops",
         "matplotlib",
         "tensorboard",
     ],
@@ -28,7 +31,8 @@ setup(
         # NVIDIA's apex is not on PyPI (the package of that name there is another one): it is detected, never
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors"],
+        "serve": SERVE,
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE],
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
     entry_points={

@@ -26,6 +26,9 @@ VERBS = {
     "doctor": Verb("doctor:main", "what is installed, and whether it fits together"),
     "plan": Verb("plan.__main__:main", "memory, time and cost of a layout before it is rented"),
     "search": Verb("plan.search:main", "the fastest layouts of a model on a cluster"),
+    "dispatchers": Verb(
+        "plan.dispatchers:main", "bytes and seconds of the three dispatchers, and where each wins"
+    ),
     "dryrun": Verb(
         "dryrun.__main__:main", "build any rank of a layout on a laptop: real modules, real groups"
     ),
@@ -36,6 +39,12 @@ VERBS = {
     "compare": Verb("pipeline.compare:main", "pipeline schedules side by side"),
     "recipe": Verb("plan.recipe.show:main", "a recipe's learning rate, batch size, γ and λ over its tokens"),
     "ranks": Verb("plan.recipe.ranks:main", "which ranks each phase of a batch ramp can use"),
+    "balance": Verb(
+        "balance.show:main", "redundant experts from a run's logged loads: a plan and its picture"
+    ),
+    "chat": Verb("serve.chat:main", "talk to a fine-tuned model in a terminal"),
+    "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
+    "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
     "adopt": Verb(
         "adopt.__main__:main", "what a launch script of Megatron-LM or a fork becomes under --spec dsv3"

@@ -61,7 +61,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from dsv3_megatron import dualpipe, metrics, optimizer, patching, resilience
+    from dsv3_megatron import dispatch, dualpipe, expert_placement, metrics, optimizer, patching, resilience
     from dsv3_megatron.arguments import add_arguments, megatron_parser
     from dsv3_megatron.arguments.failures import explain
     from dsv3_megatron.arguments.refusals.length import check_length
@@ -79,6 +79,8 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
 
     repairs.install()
     dualpipe.install()
+    dispatch.install()
+    expert_placement.install()
     set_startup_timestamps(program_start=started, main_entry=time.time())
     optimizer.install()
     metrics.install()

@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.foreign import unrecognized
 from dsv3_megatron.checkpoint import arguments as checkpoint_arguments
+from dsv3_megatron.dispatch import arguments as dispatch_arguments
 from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
 from dsv3_megatron.ema import arguments as ema_arguments
+from dsv3_megatron.expert_placement import arguments as placement_arguments
 from dsv3_megatron.fp8 import arguments as fp8_arguments
 from dsv3_megatron.recipe import arguments as recipe_arguments
 from dsv3_megatron.resilience import arguments as resilience_arguments
@@ -47,6 +49,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         if action.dest in ("mtp_num_layers", "q_lora_rank"):
             action.type = _number_or_none
     dualpipe_arguments.add_arguments(parser)
+    dispatch_arguments.add_arguments(parser)
+    placement_arguments.add_arguments(parser)
     fp8_arguments.add_arguments(parser)
     recipe_arguments.add_arguments(parser)
     ema_arguments.add_arguments(parser)

@@ -46,12 +46,14 @@ def complete_command_line(parser: ArgumentParser) -> None:
 
 def refuse_what_only_our_trainer_does(args: Namespace) -> None:
     options = {"--sft-data": args.sft_data, "--loss-spike-factor": args.loss_spike_factor}
+    if args.moe_token_dispatcher_type == "two_hop":
+        options["--moe-token-dispatcher-type"] = "two_hop"
     if args.on_bad_step != "stop":
         options["--on-bad-step"] = args.on_bad_step
     for option, value in options.items():
         if value is not None:
             raise RefusedArgument(
-                f"{option} {value}: pretrain_gpt.py has its own forward step and data. "
+                f"{option} {value}: pretrain_gpt.py has its own forward step, data and model builder. "
                 "Use python -m dsv3_megatron.train."
             )
 

@@ -159,9 +159,14 @@ def _grouped_gemm(args: Namespace) -> Any:
 
 
 def _communication_sms(args: Namespace) -> Any:
-    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself, and Megatron still takes former names."""
+    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself, and two_hop takes --communication-sms.
+
+    Megatron still takes former names.
+    """
     former = hasattr(args, "moe_deepep_num_sms") or hasattr(args, "moe_hybridep_num_sms")
-    return 20 if getattr(args, "moe_token_dispatcher_type", "") == "flex" and not former else NOT_SET
+    if getattr(args, "moe_token_dispatcher_type", "") != "flex" or former:
+        return NOT_SET
+    return getattr(args, "communication_sms", 20)
 
 
 def _cp_comm_type(args: Namespace) -> Any:
@@ -417,8 +422,8 @@ SETTINGS: tuple[Setting, ...] = (
         "alltoall",
         "--moe-token-dispatcher-type",
         "fixed",
-        "R§3.2.2: all-to-all; flex is DeepEP",
-        ("flex",),
+        "R§3.2.2: all-to-all; flex is DeepEP, two_hop ours",
+        ("flex", "two_hop"),
     ),
     Setting(
         "moe_flex_dispatcher_num_sms",

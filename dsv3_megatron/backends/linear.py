@@ -18,6 +18,11 @@ from megatron.core.tensor_parallel.layers import (
     linear_with_grad_accumulation_and_async_allreduce,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
@@ -162,6 +167,20 @@ class ColumnLinear(DelayedWeightGrad, ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self._init_delayed_weight_grad()
 
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; in inference without what prepares for a backward pass, which costs more than the product."""
+        if not torch.is_inference_mode_enabled() or type(self) is not ColumnLinear or self.bias is not None:
+            return super().forward(input_, weight, runtime_gather_output)
+        gathers = self.sequence_parallel and not self.explicit_expert_comm
+        x = all_gather_first_dim(input_, self.tp_group) if gathers else input_
+        y = torch.matmul(x, (self.weight if weight is None else weight).t())
+        gather_output = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        if gather_output and self.tp_group.size() > 1:
+            y = gather_from_tensor_model_parallel_region(y, group=self.tp_group)
+        return y, None
+
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         if not self._delays(weight):
             return super()._forward_impl(input=input, weight=weight, **kwargs)
@@ -180,6 +199,17 @@ class RowLinear(DelayedWeightGrad, RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._init_delayed_weight_grad()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; see `ColumnLinear.forward`."""
+        if not torch.is_inference_mode_enabled() or type(self) is not RowLinear or self.bias is not None:
+            return super().forward(x)
+        y = torch.matmul(x, self.weight.t())
+        if self.explicit_expert_comm or self.tp_group.size() == 1:
+            return y, None
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         if not self._delays(weight):

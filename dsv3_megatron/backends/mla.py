@@ -1,17 +1,36 @@
-"""Multi-head latent attention: Megatron's, with the norms exactly where DeepSeek-V3 has them."""
+"""Multi-head latent attention: Megatron's, with the norms exactly where DeepSeek-V3 has them, and with a cache."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor
 
-__all__ = ["LATENT_EPSILON", "DSV3SelfAttention", "ReferenceSelfAttention"]
+from dsv3_megatron.backends.latent_attention import LatentPages, attend, rotate
+
+__all__ = ["LATENT_EPSILON", "DSV3SelfAttention", "LatentCache", "ReferenceSelfAttention"]
 
 # Of the norms on compressed queries, keys and values, whatever --norm-epsilon is: the released code and transformers
 # build these two without the configured one. Equal in DeepSeek's models; Moonlight's other norms have 1e-5.
 LATENT_EPSILON = 1e-6
+
+
+class LatentCache(Protocol):
+    """What attention asks of an inference context (`dsv3_megatron.inference.context`)."""
+
+    def is_static_batching(self) -> bool:
+        """False: the cache is paged."""
+
+    def layer_cache(self, layer: int) -> Tensor:
+        """[pages, page size, rank + rope] of a layer, counted from 0 on this pipeline stage."""
+
+    def pages(self, rotary_embedding: Any) -> LatentPages:
+        """Where the tokens of this forward pass stand."""
 
 
 class DSV3SelfAttention(MLASelfAttention):
@@ -19,6 +38,11 @@ class DSV3SelfAttention(MLASelfAttention):
 
     Megatron chooses them by its own rules, and those want a norm in front of an uncompressed query too, which
     DeepSeek's models without query compression (q_lora_rank none) do not have.
+
+    With an inference context it reads and writes the cache of latents, absorbed in every phase. Megatron's own way to
+    do that wants TE's fused norm, takes `linear_kv_up_proj` out of the module, expands a layer's whole cache in each
+    prefill, and fails under sequence parallelism; here the up projections are views of the weight at each call, so
+    they follow whatever changes it, and the module's state is that of training.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -32,6 +56,72 @@ class DSV3SelfAttention(MLASelfAttention):
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: LatentCache | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; hidden_states [s, b, h], or [t, 1, h] (t / TP with sequence parallelism) with a context."""
+        if inference_context is None:
+            return super().forward(hidden_states, attention_mask, key_value_states, **more)
+        if inference_context.is_static_batching():
+            raise ValueError("static batching caches keys and values, not latents: use the dynamic engine")
+        return self._cached_forward(hidden_states, inference_context)
+
+    def _cached_forward(self, hidden_states: Tensor, context: LatentCache) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        pages = context.pages(self.rotary_pos_emb)
+        cache = context.layer_cache(self.layer_number - 1 - self._get_pp_layer_offset_for_inference())
+        q_compressed, kv = self._qkv_down_projection(hidden_states)
+        cache.view(-1, cache.size(-1)).index_copy_(0, pages.slots, self._latents(kv, pages))
+        up_k, up_v = self._absorbed_weights()
+        query = self._query(q_compressed)
+        plain, rotary = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+        absorbed = torch.bmm(plain.transpose(0, 1), up_k).transpose(0, 1)  # [t, n, rank]
+        query = torch.cat([absorbed, rotate(rotary, pages.cos, pages.sin)], dim=-1)
+        core = attend(query, cache, pages, self.softmax_scale, config.kv_lora_rank)
+        values = torch.bmm(core.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)  # [t, n, v]
+        return self.linear_proj(values.flatten(1).unsqueeze(1))
+
+    def _latents(self, kv: Tensor, pages: LatentPages) -> Tensor:
+        """What the cache keeps of each token: kv [t, 1, rank + rope], of this rank's tokens, → [all t, rank + rope]."""
+        rank, rope = self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim
+        compressed, key = kv.split([rank, rope], dim=-1)
+        latents = torch.cat([self._normed(compressed), key], dim=-1)
+        if self.config.sequence_parallel and self.tp_group.size() > 1:
+            latents = gather_from_sequence_parallel_region(latents, group=self.tp_group)
+        latents = latents.squeeze(1)
+        return torch.cat([latents[:, :rank], rotate(latents[:, rank:], pages.cos, pages.sin)], dim=-1)
+
+    def _normed(self, compressed: Tensor) -> Tensor:
+        """The norm of the compressed keys and values, wherever the backend keeps its weight."""
+        if not isinstance(self.kv_layernorm, IdentityOp):
+            return self.kv_layernorm(compressed)
+        weight = self.linear_kv_up_proj.layer_norm_weight
+        wide = compressed.to(torch.promote_types(compressed.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + LATENT_EPSILON)
+        return (normed * weight).to(compressed.dtype)
+
+    def _absorbed_weights(self) -> tuple[Tensor, Tensor]:
+        """Views of the up projection: keys [n, qk head dim, rank], values [n, v head dim, rank]."""
+        config = self.config
+        weight = self.linear_kv_up_proj.weight.view(
+            -1, config.qk_head_dim + config.v_head_dim, config.kv_lora_rank
+        )
+        up_k, up_v = weight.split([config.qk_head_dim, config.v_head_dim], dim=1)
+        return up_k, up_v
+
+    def _query(self, compressed: Tensor) -> Tensor:
+        """[t, n, qk head dim + rope] of all tokens."""
+        if self.config.q_lora_rank is None:
+            query, _ = self.linear_q_proj(compressed)
+        else:
+            query, _ = self.linear_q_up_proj(self.q_layernorm(compressed))
+        return query.view(query.size(0), -1, self.q_head_dim)
 
 
 class ReferenceSelfAttention(DSV3SelfAttention):

@@ -5,6 +5,7 @@ from dsv3_megatron.backends.backend import Backend
 from dsv3_megatron.backends.experts import routed_experts
 from dsv3_megatron.backends.linear import ColumnLinear, DuplicatedLinear, RowLinear
 from dsv3_megatron.backends.mla import ReferenceSelfAttention
+from dsv3_megatron.backends.moe import ReferenceMoELayer
 from dsv3_megatron.backends.norm import RMSNorm
 from dsv3_megatron.patching import install
 
@@ -30,6 +31,7 @@ BACKEND = Backend(
     duplicated=DuplicatedLinear,
     norm_column=None,
     routed_experts=routed_experts(),
+    moe_layer=ReferenceMoELayer,
     dense_keys={**_ATTENTION_KEYS, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
     moe_keys=_ATTENTION_KEYS,
 )

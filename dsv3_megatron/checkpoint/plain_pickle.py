@@ -7,8 +7,6 @@ Namespaces, strings and torch dtypes are what they are; anything else (enums, co
 import pickle
 from typing import Any
 
-import torch
-
 __all__ = ["Unknown", "Unpickler", "load"]
 
 _PLAIN = {
@@ -40,8 +38,14 @@ class Unknown:
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_dtype = module == "torch" and _is_dtype(name)
         return super().find_class(module, name) if is_dtype or (module, name) in _PLAIN else Unknown
+
+
+def _is_dtype(name: str) -> bool:
+    import torch
+
+    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def load(file: Any, **options: Any) -> Any:

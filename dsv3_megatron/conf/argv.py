@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from dsv3_megatron.arguments.foreign import foreign_options, hint
 from dsv3_megatron.conf.compose import SECTIONS, groups
 from dsv3_megatron.conf.errors import ConfigError, nearest
 
@@ -119,6 +118,8 @@ def _hint(name: str) -> str:
     for flag, action in _flags_named_otherwise():
         if action.dest == name:
             return f"; the command line calls it {flag}"
+    from dsv3_megatron.arguments.foreign import foreign_options, hint
+
     option = "--" + name.replace("_", "-")
     if option in foreign_options():
         return f": {hint(option, parser())}"

@@ -17,6 +17,7 @@ from dsv3_megatron.convert.hf_directory import HFDirectory
 
 __all__ = [
     "PROMPTS",
+    "check_kept",
     "free_memory",
     "megatron_model",
     "of_megatron",
@@ -136,7 +137,7 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
             position_embedding_type="rope",
             rotary_base=arch.rotary_base,
         )
-        _check_kept(fields, config.transformer)
+        check_kept(fields, config.transformer)
         model = DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
         wanted = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
         model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
@@ -147,8 +148,11 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def _check_kept(fields: dict[str, Any], config: Any) -> None:
-    """Megatron's model configuration writes its own defaults over fields of that name in the transformer's."""
+def check_kept(fields: dict[str, Any], config: Any) -> None:
+    """Raise `ConversionError` where a field was lost.
+
+    Megatron's model configuration writes its own defaults over fields of that name in the transformer's.
+    """
     lost = {name: getattr(config, name) for name, value in fields.items() if getattr(config, name) != value}
     if lost:
         raise ConversionError(f"Megatron's model was to be built with other values than {lost}")

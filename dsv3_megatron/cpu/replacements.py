@@ -136,6 +136,8 @@ DEVICES: tuple[Replacement, ...] = (
     _device("megatron.core.transformer.moe.moe_utils", ("maybe_move_tensor_to_cpu",),
                 megatron.maybe_move_tensor_to_cpu,
                 "makes lists of the alltoall dispatcher's split sizes only when they are on a GPU"),
+    _device("megatron.core.inference.communication_utils", ("_is_cuda", "_is_cuda_contiguous"),
+                devices.returns(None), "asserts that tensors between pipeline stages are on a GPU"),
     _device("megatron.core.dist_checkpointing.strategies.filesystem_async", ("get_write_results_queue",),
                 megatron.results_queue,
                 "a process of its own, clear of CUDA's memory, takes seconds to start at each rank's first save"),

@@ -12,21 +12,19 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 from omegaconf import DictConfig
 
-from dsv3_megatron import dualpipe
+from dsv3_megatron import dispatch, dualpipe
 from dsv3_megatron.conf import ConfigError
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.cpu import CPU_FLAGS
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.errors import told
-
-# The same job with the modules that exist everywhere, whose parameters have the same shapes; the last word wins.
-MODULES_EVERYWHERE = (*CPU_FLAGS, "--moe-token-dispatcher-type", "alltoall")
 
 
 class FakeWorld:
@@ -49,7 +47,7 @@ class FakeWorld:
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank}: the job has {world_size} ranks, 0 to {world_size - 1}")
         self.rank, self.world_size, self.ranks_per_node = rank, world_size, ranks_per_node
-        self.words = list(words) if own_modules else [*without_kernels(words), *MODULES_EVERYWHERE]
+        self.words = list(words) if own_modules else with_modules_everywhere(words)
         self.args: Namespace
         self.model_config: Any
         self.groups: Any
@@ -194,8 +192,21 @@ _KERNELS = {
 }
 
 
-def without_kernels(words: list[str]) -> list[str]:
-    """The words of the same model without the options of Transformer Engine's kernels."""
+def with_modules_everywhere(words: list[str]) -> list[str]:
+    """The words of the same job with modules that exist everywhere, whose parameters have the same shapes."""
+    dispatcher = "--moe-token-dispatcher-type"
+    plain = _without(words, _KERNELS)
+    if (
+        any(pair == [dispatcher, "flex"] for pair in map(list, pairwise(plain)))
+        or f"{dispatcher}=flex" in plain
+    ):
+        # DeepEP is a module of its own; the last word wins.
+        plain = [*_without(plain, {"--communication-sms": 1}), dispatcher, "alltoall"]
+    return [*plain, *CPU_FLAGS]
+
+
+def _without(words: list[str], options: dict[str, int]) -> list[str]:
+    """The words without these options and the number of values that follows each."""
     kept: list[str] = []
     skip = 0
     for word in words:
@@ -203,8 +214,8 @@ def without_kernels(words: list[str]) -> list[str]:
             skip -= 1
             continue
         name, equals, _ = word.partition("=")
-        if name in _KERNELS:
-            skip = 0 if equals else _KERNELS[name]
+        if name in options:
+            skip = 0 if equals else options[name]
         else:
             kept.append(word)
     return kept
@@ -227,6 +238,7 @@ def megatron_args(words: list[str], rank: int, world: int, ranks_per_node: int) 
         words = complete(words, around=replace(detect(), files_here=False))  # they are on the cluster
     with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["dryrun", *words]):
         dualpipe.install()
+        dispatch.install()
         args = arguments.parse_args(extra_args_provider=add_arguments)
         with contextlib.redirect_stdout(sys.stderr):
             try:

@@ -24,6 +24,7 @@ def install() -> None:
     hooks.before_step(_begin)
     hooks.before_update(_before_update)
     hooks.after_step(_after_step)
+    hooks.on_experts_move(_on_experts_move)
 
 
 def average() -> WeightAverage | None:
@@ -64,6 +65,15 @@ def _after_step(call: dict[str, Any], result: Any) -> None:
 
         force_param_sync(call["model"], call["optimizer"])
     _average.update()
+
+
+def _on_experts_move(carry: Callable[[Callable[[Any], Any]], None]) -> None:
+    """The average of an expert's weights goes where they go."""
+    if _average is None:
+        return
+    _average.wait()
+    of_parameter = {id(p): _average.average[name] for name, p in _average.parameters.items()}
+    carry(lambda parameter: of_parameter[id(parameter)])
 
 
 def _after_load(call: dict[str, Any], iteration: int) -> None:

@@ -6,9 +6,10 @@
 docs/metrics.md lists them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["install", "latest"]
+__all__ = ["add_figures", "install", "latest"]
 
 # `flops` is for pure code too: torch is imported only by those who train.
 
@@ -18,6 +19,13 @@ def install() -> None:
     from dsv3_megatron.metrics import hooks
 
     hooks.install()
+
+
+def add_figures(function: Callable[[dict[str, Any]], dict[str, float]]) -> None:
+    """See `hooks.add_figures`."""
+    from dsv3_megatron.metrics import hooks
+
+    hooks.add_figures(function)
 
 
 def latest() -> dict[str, Any]:

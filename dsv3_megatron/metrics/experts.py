@@ -47,7 +47,14 @@ class LayerExperts:
     def summary(self) -> dict[str, Any]:
         """The figures of this layer for a JSON record."""
         figures = {name: value for name, value in asdict(self).items() if name.startswith("bias")}
-        return {"max_over_mean": self.max_over_mean, "dead": self.dead, **figures, "dropped": self.dropped}
+        counts = {"tokens_per_expert": self.tokens_per_expert.tolist()}
+        return {
+            "max_over_mean": self.max_over_mean,
+            "dead": self.dead,
+            **figures,
+            "dropped": self.dropped,
+            **counts,
+        }
 
 
 def pack(tokens_per_expert: Tensor, bias: Tensor, routed: int, received: Tensor | int) -> Tensor:

@@ -1,6 +1,7 @@
 """Hooks the metrics into Megatron's training loop: two patches call back here."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dsv3_megatron.metrics import report
 from dsv3_megatron.metrics.collector import Collector
 from dsv3_megatron.metrics.flops import ModelSizes, flops_per_token
 
-__all__ = ["install", "latest"]
+__all__ = ["add_figures", "install", "latest", "on_counts"]
 
 
 class _Interval:
@@ -33,6 +34,8 @@ class _Interval:
 _collector = Collector()
 _interval = _Interval()
 _latest: dict[str, Any] = {}
+_counted: list[Callable[[list[torch.nn.Module]], None]] = []
+_more: list[Callable[[dict[str, Any]], dict[str, float]]] = []
 
 
 def install() -> None:
@@ -44,6 +47,18 @@ def install() -> None:
     patching.install(["expert_counts", "training_log"])
 
 
+def add_figures(function: Callable[[dict[str, Any]], dict[str, float]]) -> None:
+    """Add what `function(record)` returns to each logged step's record; called on every rank, it must agree on all."""
+    if function not in _more:
+        _more.append(function)
+
+
+def on_counts(function: Callable[[list[torch.nn.Module]], None]) -> None:
+    """Call `function(chunks)` whenever the routers of this rank hold a whole global batch's token counts."""
+    if function not in _counted:
+        _counted.append(function)
+
+
 def latest() -> dict[str, Any]:
     """Figures of the last logged step, the same on every rank; empty before the first."""
     return dict(_latest)
@@ -52,6 +67,8 @@ def latest() -> dict[str, Any]:
 def before_counts_are_cleared(config: Any, model: list[torch.nn.Module]) -> None:
     """Called by the patch `expert_counts` at the end of each global batch."""
     _collector.snapshot(config, model)
+    for function in _counted:
+        function(model)
 
 
 def around_training_log(original: Any, call: dict[str, Any]) -> Any:
@@ -138,7 +155,10 @@ def _report(args: Any, call: dict[str, Any], seconds: float, steps: int, sums: d
             for name, value in flops.items()
         },
         **report.expert_figures(layers),
+        **({"expert_groups": _collector.config.moe_router_num_groups or 1} if layers else {}),
     }
+    for function in _more:
+        record |= function(record)
     _latest.clear()
     _latest.update(record)
     print_rank_last(report.console(record, args.num_layers))

@@ -38,6 +38,11 @@ def console(record: dict[str, Any], num_layers: int) -> str:
             f"{_si(record['model_flops_per_s_per_gpu_non_causal'])}/s non-causal",
             *([f"MTP loss {record['mtp_loss']:.4f}"] if record["mtp_loss"] is not None else []),
             *([f"dropped tokens {_or_dash(record['dropped_tokens'])}"] if "layers" in record else []),
+            *(
+                f"{name.replace('_', ' ').removesuffix(' bytes')} {value / 1e6:.1f} MB per step"
+                for name, value in record.items()
+                if name.endswith("_bytes")
+            ),
         ]
     )
     if "layers" not in record:
@@ -64,7 +69,7 @@ def to_tensorboard(writer: Any, record: dict[str, Any]) -> None:
             writer.add_scalar(f"dsv3/{name}", value, iteration)
     for number, layer in record.get("layers", {}).items():
         for name, value in layer.items():
-            if value is not None:
+            if isinstance(value, int | float):
                 writer.add_scalar(f"experts-{name}/layer_{int(number):02d}", value, iteration)
 
 

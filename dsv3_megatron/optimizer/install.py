@@ -31,7 +31,9 @@ def install() -> Implementation:
         dsv3_megatron.patching.PatchMismatch: this Megatron version differs from the patches' expectation.
     """
     chosen = implementation()
-    patching.install(["precision_aware_optimizer", "fully_reshardable_offsets", "chained_optimizer_load"])
+    patching.install(
+        ["precision_aware_optimizer", "fully_reshardable_offsets", "chained_optimizer_load", "grad_norm"]
+    )
     if chosen == "dsv3_megatron":
         patching.install(["adamw"])
     return chosen

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.pipeline.placement import layers_per_stage
+from dsv3_megatron.plan.confidence import verdict
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Stage
 from dsv3_megatron.plan.parameters import ParameterCounts
-from dsv3_megatron.plan.report import verdict
 from dsv3_megatron.plan.step import Plan, plan
 
 LAST_STAGE_EXTRA = 3  # as `placement.last_stage_extra` of the layouts of large models

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dsv3_megatron.plan.errors import MEMORY_PERCENT, TIME_PERCENT
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
+from dsv3_megatron.plan.step import Plan
 
 # DeepSeek's own run, whose step is fitted.
 DEEPSEEK = "2048 H800, FP8, PP16 EP64, DeepSeek's own"
@@ -64,7 +65,7 @@ class Confidence:
 
 def domain_of(job: Job, gpu: Gpu) -> Domain:
     """Of a job on a GPU."""
-    if job.dispatcher in (None, "flex"):
+    if job.dispatcher == "flex":
         dispatcher = "DeepSeek's own" if job.software.own_kernels else job.flex_backend
     else:
         dispatcher = str(job.dispatcher)
@@ -86,6 +87,14 @@ def confidence(job: Job, gpu: Gpu) -> Confidence:
     peaks = [MEMORY_PERCENT[name] for name in names if name in MEMORY_PERCENT]
     memory = _largest(peaks or list(MEMORY_PERCENT.values()))
     return Confidence(time, memory, bool(inside) and not unlike, tuple(names), unlike)
+
+
+def verdict(plan: Plan) -> str:
+    """ "fits", "tight" or "does not fit": tight where the memory model's own error decides."""
+    error = confidence(plan.job, plan.gpu).memory_percent / 100 * max(plan.memory_gib)
+    if abs(plan.memory_margin_gib) < error:
+        return "tight"
+    return "fits" if plan.fits else "does not fit"
 
 
 def _unlike(job: Job) -> tuple[str, ...]:

@@ -41,8 +41,7 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
     sizes = sizes_of(found)
     if padded_vocab_size != sizes.padded_vocab_size:
         sizes = ModelSizes(**{**vars(sizes), "padded_vocab_size": padded_vocab_size})
-    default = args.moe_token_dispatcher_type if found.as_it_is else None
-    dispatcher = getattr(given, "moe_token_dispatcher_type", default)
+    dispatcher = args.moe_token_dispatcher_type
     return Job(
         sizes=sizes,
         layout=_layout(found, len(stages)),
@@ -57,6 +56,7 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
         overlap_param_gather=args.overlap_param_gather,
         transformer_impl=getattr(given, "transformer_impl", "transformer_engine"),
         dispatcher=dispatcher,
+        dispatch_chunks=getattr(args, "moe_two_hop_chunks", None) or Job.dispatch_chunks,
         flex_backend=args.moe_flex_dispatcher_backend or "deepep",
         capacity_factor=args.moe_expert_capacity_factor if args.moe_pad_expert_input_to_capacity else None,
         moe_router_num_groups=args.moe_router_num_groups or 1,
@@ -130,10 +130,11 @@ def _domain(args: Namespace, of_table: int) -> int | None:
     return said if said and said != of_table else None
 
 
-def _communication_sms(args: Namespace, dispatcher: str | None) -> int | None:
-    """None, DeepSeek's own way, where no dispatcher of Megatron's is named or a schedule of ours runs."""
-    if dispatcher is None or args.pipeline_schedule != "1f1b":
-        return None
+def _communication_sms(args: Namespace, dispatcher: str) -> int | None:
+    """As `--communication-sms` says; else None, DeepSeek's own way, where a schedule of ours runs."""
+    said = getattr(args, "communication_sms", None)
+    if said is not None or args.pipeline_schedule != "1f1b":
+        return said
     if dispatcher == "flex":
         hybrid = args.moe_flex_dispatcher_backend == "hybridep"
         said = args.moe_hybridep_num_sms if hybrid else args.moe_deepep_num_sms

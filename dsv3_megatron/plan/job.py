@@ -168,12 +168,13 @@ class Job:
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
         dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each NVLink domain, which forwards it;
-            "alltoall" sends a copy for each expert. None, where the configuration does not say, is planned as
-            "flex": DeepSeek's own all-to-all, and what the table is fitted to.
+            as DeepSeek's own all-to-all does, which the table is fitted to; "two_hop" likewise, over NCCL; "alltoall"
+            sends a copy for each expert.
         flex_backend: "deepep" or "hybridep".
         capacity_factor: tokens of an expert against the mean, the others being dropped and the missing ones padded
             (`--moe-expert-capacity-factor` with `--moe-pad-expert-input-to-capacity`); None: none is dropped.
         moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
+        dispatch_chunks: pieces of "two_hop".
         load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
         balance_loss: the sequence-wise balance loss is on.
         communication_sms: that dispatch and combine take from a pair's computation while they run; None: those of the
@@ -198,11 +199,12 @@ class Job:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     transformer_impl: str = "transformer_engine"
-    dispatcher: str | None = None
+    dispatcher: str = "flex"
     flex_backend: str = "deepep"
     capacity_factor: float | None = None
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1
+    dispatch_chunks: int = 10
     load_imbalance: float = 1.0
     balance_loss: bool = True
     communication_sms: int | None = None

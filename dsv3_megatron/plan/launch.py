@@ -49,7 +49,6 @@ class Launched:
         given: what the words say, before that.
         world, per_node: ranks of the job, of a machine.
         gpu: a name of the hardware table.
-        as_it_is: a line, of which nothing is assumed; else a configuration.
         notes: what was assumed or left out.
     """
 
@@ -58,7 +57,6 @@ class Launched:
     world: int
     per_node: int
     gpu: str
-    as_it_is: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -189,7 +187,7 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
         name: value for name, value in job.env.items() if name == MAX_CONNECTIONS or name.startswith("NVTE_")
     }
     result = launched(job.words, job.world_size, job.per_node, gpu or DEFAULT_GPU, env, ours)
-    return replace(result, as_it_is=True, notes=(*notes, *result.notes))
+    return replace(result, notes=(*notes, *result.notes))
 
 
 def of_script(path: Path, said: Mapping[str, str]) -> Launched:

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from dsv3_megatron.plan.confidence import confidence
+from dsv3_megatron.plan.confidence import confidence, verdict
+from dsv3_megatron.plan.dispatchers import dispatch_line
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts
@@ -35,7 +36,7 @@ def summary(plan: Plan) -> str:
         ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
         ("", f"{job.precision.name}, recompute "
              f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
-        ("dispatch", _dispatch(job)),
+        *([("dispatch", dispatch_line(job, plan.gpu))] if layout.ep > 1 else []),
         ("step", f"{plan.step_s:.3f} s"),
         ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
         ("  gradients, optimizer, parameters",
@@ -48,15 +49,6 @@ def summary(plan: Plan) -> str:
     ]  # fmt: skip
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
-
-
-def _dispatch(job: Job) -> str:
-    """What tokens are sent in and by whom; which is assumed where the configuration does not say."""
-    sent = "E4M3" if job.precision.fp8_dispatch else "BF16" if job.precision.compute == 2 else "FP32"
-    copies = "one copy per expert" if job.dispatcher == "alltoall" else "one copy per node"
-    if job.dispatcher is None:
-        copies += ", as DeepSeek's own; Megatron's alltoall sends one per expert (moe_token_dispatcher_type=alltoall)"
-    return f"{sent}, {copies}"
 
 
 def memory_table(plan: Plan) -> str:
@@ -80,14 +72,6 @@ def memory_table(plan: Plan) -> str:
         f"{plan.memory_margin_gib:.1f} left; peaks have been off by up to {error:.0f}%"
     )
     return "\n".join(lines)
-
-
-def verdict(plan: Plan) -> str:
-    """ "fits", "tight" or "does not fit": tight where the memory model's own error decides."""
-    error = confidence(plan.job, plan.gpu).memory_percent / 100 * max(plan.memory_gib)
-    if abs(plan.memory_margin_gib) < error:
-        return "tight"
-    return "fits" if plan.fits else "does not fit"
 
 
 def host_as_dict(host: HostMemory | None) -> dict[str, float]:

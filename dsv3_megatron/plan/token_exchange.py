@@ -14,8 +14,6 @@ from dsv3_megatron.plan.job import Job
 
 # GPUs that share NVLink in one machine, for which DeepEP and NCCL's all-to-all were written.
 _NARROW = 8
-# Pieces in which two_hop's first and second hop overlap.
-TWO_HOP_CHUNKS = 10
 
 
 class Copies(NamedTuple):
@@ -63,7 +61,7 @@ def seconds(job: Job, gpu: Gpu, bytes_per_element: float, beside: bool = False, 
     )
     latency = tokens * a.beside_token if beside and over.ib and job.dispatcher != "alltoall" else a.latency
     # two_hop: the first piece's first hop and the last one's second have nothing beside them.
-    edges = a.latency + min(ib, nvlink) / TWO_HOP_CHUNKS if job.dispatcher == "two_hop" else 0
+    edges = a.latency + min(ib, nvlink) / job.dispatch_chunks if job.dispatcher == "two_hop" else 0
     return latency + max(ib, nvlink) + edges
 
 
@@ -86,7 +84,7 @@ def permutations(job: Job) -> float:
     NCCL's all-to-all: rows are copied for each expert, sent, and sorted by expert; the same back. DeepEP writes its
     rows by rank, and a copy for each expert follows; HybridEP does that while it receives.
     """
-    if job.layout.ep == 1 or job.dispatcher is None or job.software.own_kernels:
+    if job.layout.ep == 1 or job.software.own_kernels:
         return 0
     topk, row = (
         job.sizes.moe_router_topk,

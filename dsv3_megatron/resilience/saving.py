@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.resilience import checkpoints, save_path, watch
+from dsv3_megatron.training import hooks
 
 
 class SaveFailed(RuntimeError):
@@ -89,7 +90,8 @@ def load_newest(model: list[Any], optimizer: Any) -> None:
     kept = {name: getattr(args, name) for name in (*counters, "ckpt_step", "no_load_rng", "finetune")}
     args.ckpt_step, args.no_load_rng, args.finetune = None, True, False
     try:
-        iteration, _ = load_checkpoint(model, optimizer, None, load_arg="save")
+        with hooks.checkpoint({"model": model, "optimizer": optimizer}):
+            iteration, _ = load_checkpoint(model, optimizer, None, load_arg="save")
     finally:
         for name, value in kept.items():
             setattr(args, name, value)

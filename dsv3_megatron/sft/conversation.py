@@ -5,7 +5,7 @@ A message is `{"role", "content"}` and, where it has them, `reasoning_content`, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsv3_megatron.data.errors import InputError
@@ -55,6 +55,12 @@ class Conversation:
     def of(cls, given: "Conversation | Sequence[Mapping[str, Any]]") -> "Conversation":
         """A conversation, or a list of messages as one."""
         return given if isinstance(given, Conversation) else cls([message(item) for item in given])
+
+    def answered(self, content: str = "answer") -> "Conversation":
+        """The same with one more answer. BadConversation where there is nothing to answer."""
+        if not self.messages:
+            raise BadConversation("no messages")
+        return replace(self, messages=[*self.messages, {"role": "assistant", "content": content}])
 
 
 def message(given: Any) -> Message:

@@ -42,6 +42,13 @@ class Ours:
         encoder, tools = self._encoder, conversation.tools
         return [conversation_tokens(conversation.messages, encoder.encode, encoder.special_ids, tools)]
 
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Token ids up to where the next answer begins; `samples` of the conversation with it begin so."""
+        answered = conversation.answered()
+        ((ids, _),) = self.samples(answered)
+        backwards = ids[::-1].index(self._encoder.special_ids[ASSISTANT])
+        return ids[: len(ids) - backwards]
+
 
 @dataclass(frozen=True)
 class Rendering:

@@ -110,6 +110,16 @@ class JinjaTemplate:
             ] += 1
         return [sample for sample in samples if any(sample[1])]
 
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Token ids up to where the next answer begins, as a server shows them to the model.
+
+        Raises:
+            BadConversation: it cannot be rendered.
+        """
+        self._check(conversation.answered())
+        text = self._text(conversation, len(conversation.messages), prompt=True)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _check_syntax(self, folder: Path) -> None:
         """A template that cannot be read is no fault of the first conversation."""
         import jinja2

@@ -7,6 +7,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 
 from dsv3_megatron.specs.init import initialize
 from dsv3_megatron.specs.model_config import DSV3ModelConfig
+from dsv3_megatron.training import hooks
 
 __all__ = ["DSV3ModelBuilder", "DSV3ModelConfig"]
 
@@ -46,6 +47,7 @@ class DSV3ModelBuilder(GPTModelBuilder):
             vp_stage: index of the chunk on this rank, None without virtual pipelining.
         """
         config = self._model_config.transformer
+        hooks.building(config, pg_collection)
         perform_initialization = config.perform_initialization
         config.perform_initialization = False  # Megatron's own draws would be overwritten
         try:

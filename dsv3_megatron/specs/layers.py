@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from dsv3_megatron.backends.backend import Backend
+from dsv3_megatron.specs.moe_layer import moe_layer_of
 from dsv3_megatron.specs.router import DSV3Router
 from dsv3_megatron.specs.select import select_backend
 
@@ -83,11 +84,11 @@ def dense_mlp(backend: Backend) -> MlpBuilder:
     return partial(backend.mlp.as_mlp_submodule, submodules=submodules)
 
 
-def moe_mlp(backend: Backend) -> MlpBuilder:
+def moe_mlp(config: MLATransformerConfig, backend: Backend) -> MlpBuilder:
     """DeepSeekMoE (report §2.1.2): router, dispatcher, routed experts, shared experts."""
     shared = MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.down_projection)
     return partial(
-        backend.moe_layer,
+        moe_layer_of(config, backend),
         submodules=MoESubmodules(
             router=DSV3Router,
             experts=backend.routed_experts,
@@ -106,7 +107,7 @@ def layer_spec(config: MLATransformerConfig, backend: Backend, moe: bool) -> Mod
             self_attention=attention_spec(config, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if norm_in_mlp else backend.norm,
-            mlp=moe_mlp(backend) if moe else dense_mlp(backend),
+            mlp=moe_mlp(config, backend) if moe else dense_mlp(backend),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(backend.moe_keys if moe else backend.dense_keys),
         ),

@@ -1,5 +1,7 @@
 """`DSV3Router`: the mathematics of `routing.py` behind the interface of Megatron's router."""
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -10,7 +12,7 @@ from torch import Tensor
 from dsv3_megatron import patching
 from dsv3_megatron.specs import routing
 
-__all__ = ["DSV3Router", "check_config"]
+__all__ = ["DSV3Router", "PhysicalExperts", "check_config"]
 
 # Megatron computes the mean load in fp32; without this patch integer counts would be rounded on their way.
 patching.install(["expert_bias_update"])
@@ -76,6 +78,15 @@ def _check_softmax(config: TransformerConfig) -> None:
             )
 
 
+class PhysicalExperts(Protocol):
+    """Where the experts are that the router names: the door for redundant experts in a deployment."""
+
+    num_experts: int  # of which there are weights; at least as many as the router names
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Logical experts int64 [T, K] → physical ones [T, K], distinct per token, any copy of each."""
+
+
 class DSV3Router(TopKRouter):
     """Routes as DeepSeek-V3 does (R§2.1.2) where Megatron's `TopKRouter` differs from it.
 
@@ -96,6 +107,9 @@ class DSV3Router(TopKRouter):
 
     expert_bias: Tensor | None
     local_tokens_per_expert: Tensor | None
+    # Between router and dispatcher, outside training; None where each expert is itself. Scores, bias and counts stay
+    # those of the logical experts.
+    physical_experts: PhysicalExperts | None = None
 
     def __init__(
         self,
@@ -116,6 +130,15 @@ class DSV3Router(TopKRouter):
         if before is not None and after is not None and after.dtype != torch.float32:
             self.expert_bias = before.to(device=after.device, dtype=torch.float32)
         return self
+
+    def gating(self, input: Tensor) -> Tensor:
+        if not torch.is_inference_mode_enabled() or self.weight.device.type != "cpu":
+            return super().gating(input)
+        # Megatron would put the weight on the device anew at each call, and prepare for a backward pass.
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
+            self.config.moe_router_dtype or "", input.dtype
+        )
+        return torch.matmul(input.to(dtype), self.weight.to(dtype).t())
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts for each token; attach the balance loss and count tokens when training.
@@ -150,6 +173,9 @@ class DSV3Router(TopKRouter):
             if self.enable_expert_bias:
                 counts = routing.count_tokens(routing_map, None if valid is None else valid.flatten())
                 self.local_tokens_per_expert += counts
+        elif self.physical_experts is not None:
+            there = self.physical_experts
+            return routing.to_dense(weights, there(indices), there.num_experts)
         return probs, routing_map
 
     def _own_part(self, padding_mask: Tensor, seq_length: int) -> Tensor:

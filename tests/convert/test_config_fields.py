@@ -183,7 +183,7 @@ def test_a_wrong_rope_base_would_be_noticed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(logits, "transformer_fields", lambda arch: fields(arch) | {"rotary_base": 10000})
     with pytest.raises(ConversionError, match=r"other values than \{'rotary_base': 50000\}"):
         verify(tmp_path / "hf", tmp_path / "megatron")
-    monkeypatch.setattr(logits, "_check_kept", lambda fields, config: setattr(config, "rotary_base", 10000))
+    monkeypatch.setattr(logits, "check_kept", lambda fields, config: setattr(config, "rotary_base", 10000))
     assert verify(tmp_path / "hf", tmp_path / "megatron")["logits_max_abs_diff"] > 0.01
 
 

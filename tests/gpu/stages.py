@@ -141,6 +141,13 @@ STAGES = {
                 600,
                 ("largest_relative_difference",),
             ),
+            Step(
+                "dispatch",
+                "two hops and experts that move against all-to-all with fixed experts, on 2, 4 and 8 GPUs",
+                ("tests/gpu/test_dispatch.py",),
+                390,
+                ("largest_relative_difference", "worst_gradient"),
+            ),
             Step("ema", "average of the weights on a GPU", ("tests/ema/test_average.py",), 120),
         ),
     ),

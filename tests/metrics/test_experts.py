@@ -15,6 +15,7 @@ def layer(counts: list[int], routed: int = 0, received: int = 0) -> LayerExperts
 
 def test_load_dead_and_dropped():
     figures = layer([6, 0, 2, 0], routed=10, received=8).summary()
+    assert figures.pop("tokens_per_expert") == [6, 0, 2, 0]
     assert figures == {"max_over_mean": 3.0, "dead": 2, "bias_min": -0.25, "bias_max": 0.5, "dropped": 2}
     assert layer([2, 2]).dropped is None  # not counted is not "none dropped"
     assert math.isnan(layer([0, 0]).max_over_mean)

@@ -71,6 +71,7 @@ def test_expert_load_is_that_of_the_global_batch(run):
         assert counts.sum() == 8 * 32 * 4  # samples, tokens, top-k: all tokens of the step, once
         figures = layers[str(number)]
         assert figures["max_over_mean"] == counts.max().item() / counts.double().mean().item()
+        assert figures["tokens_per_expert"] == counts.tolist()
         assert figures["dead"] == (counts == 0).sum().item()
         assert figures["dropped"] == 0
         assert figures["bias_min"] == biases[number].min().item()

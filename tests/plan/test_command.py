@@ -48,11 +48,12 @@ def test_dispatch_as_launched(capsys: pytest.CaptureFixture) -> None:
         for words in (flex, [*flex, "fp8_dispatch=bf16"], [*PUBLISHED, "moe_token_dispatcher_type=alltoall"])
     ]
     assert steps == sorted(steps) and len(set(steps)) == 3
-    assert steps[0] == pytest.approx(_json(capsys, PUBLISHED)["step_s"])
+    two_hop = _json(capsys, PUBLISHED)["step_s"]  # the layout's
+    assert steps[0] < two_hop < 1.02 * steps[0]
     command.main([*flex, "fp8_dispatch=bf16", "moe_flex_dispatcher_backend=hybridep"])
-    assert "BF16, one copy per node\n" in capsys.readouterr().out
+    assert "flex, BF16, one copy per node: " in capsys.readouterr().out
     command.main(PUBLISHED)
-    assert "E4M3, one copy per node, as DeepSeek's own; Megatron's alltoall sends" in capsys.readouterr().out
+    assert "two_hop, E4M3, one copy per node: " in capsys.readouterr().out
 
 
 def test_table_says_what_would_make_it_fit(capsys: pytest.CaptureFixture) -> None:

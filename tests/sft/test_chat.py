@@ -158,3 +158,23 @@ def test_a_message_cannot_imitate_a_role(tokenizer_dir: Path) -> None:
 def test_bad_conversations(conversation, problem: str) -> None:
     with pytest.raises(BadConversation, match=problem):
         check(conversation)
+
+
+def test_a_prompt_is_the_beginning_of_its_sample(tokenizer_dir: Path) -> None:
+    from dsv3_megatron.sft.conversation import Conversation
+    from dsv3_megatron.sft.rendering import Ours
+
+    ours = Ours(tokenizer_dir)
+    called = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "You write Python."},
+        {"role": "user", "content": "Name the function."},
+        {"role": "assistant", "content": "", "tool_calls": called},
+        {"role": "tool", "content": "yes"},
+    ]
+    for count in (2, 4):
+        prompt = ours.prompt(Conversation.of(messages[:count]))
+        answer = {"role": "assistant", "content": "add"}
+        ((whole, learnt),) = ours.samples(Conversation.of([*messages[:count], answer]))
+        assert whole[: len(prompt)] == prompt
+        assert learnt[len(prompt) :] == [True] * (len(whole) - len(prompt)) and not learnt[len(prompt) - 1]

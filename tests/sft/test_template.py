@@ -391,3 +391,18 @@ def test_ours_needs_its_tokens_and_a_tokenizer_its_end(tmp_path: Path) -> None:
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<nowhere>"}))
     with pytest.raises(ValueError, match=r"names no eos_token that tokenizer\.json has"):
         DocumentEncoder(tokenizer)
+
+
+@pytest.mark.parametrize("template", [TOOLS_IN_TOKENS, LAST_REASONING, MARKED])
+def test_a_prompt_is_what_a_server_shows(template, tmp_path):
+    """Equal to transformers' `add_generation_prompt`, and the beginning of the sample with the answer."""
+    folder = released(tmp_path, template)
+    found = Rendering(folder).build()
+    for count in (2, 4):
+        conversation = Conversation.of(SIMPLE[:count])
+        ids = found.prompt(conversation)
+        assert ids == rendered(folder, SIMPLE[:count], add_generation_prompt=True)
+        whole = found.samples(Conversation.of(SIMPLE[: count + 1]))[-1][0]
+        assert whole[: len(ids)] == ids and len(whole) > len(ids)
+    with pytest.raises(BadConversation, match="special token"):
+        found.prompt(Conversation.of([{"role": "user", "content": f"x{EOS}y"}]))

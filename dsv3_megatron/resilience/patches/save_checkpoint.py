@@ -14,8 +14,11 @@ def _install(original: Any) -> Any:
     @functools.wraps(original)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         from dsv3_megatron.resilience.saving import around_save, by_name
+        from dsv3_megatron.training.hooks import checkpoint
 
-        return around_save(original, by_name(original)(*args, **kwargs))
+        call = by_name(original)(*args, **kwargs)
+        with checkpoint(call):
+            return around_save(original, call)
 
     return save_checkpoint
 

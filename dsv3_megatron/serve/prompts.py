@@ -1,0 +1,76 @@
+"""Prompts from a JSONL file: `{"prompt": text}` or `{"tokens": [ids]}` in each line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.serve.source import Source
+
+__all__ = ["Prompt", "read_prompts"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A line: the prompt as it was given, and its token ids."""
+
+    given: str | list[int]
+    tokens: list[int]
+
+
+def read_prompts(file: Path, source: Source, max_length: int) -> list[Prompt]:
+    """All prompts, checked.
+
+    Args:
+        max_length: tokens of prompt and answer together; at least one token of it is the answer's.
+
+    Raises:
+        RefusedArgument: names file and line.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedArgument(f"--prompts {file}: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_prompt(line, source, max_length))
+        except ValueError as error:
+            raise RefusedArgument(f"{file}:{number}: {error}") from error
+    if not prompts:
+        raise RefusedArgument(f"--prompts {file}: no prompts")
+    return prompts
+
+
+def _prompt(line: str, source: Source, max_length: int) -> Prompt:
+    try:
+        value: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(value, dict) or len(value.keys() & {"prompt", "tokens"}) != 1:
+        raise ValueError('give {"prompt": text} or {"tokens": [ids]}')
+    if "tokens" in value:
+        given: str | list[int] = value["tokens"]
+        tokens = _checked_ids(value["tokens"], source.architecture.vocab_size)
+    else:
+        given = value["prompt"]
+        if not isinstance(given, str):
+            raise ValueError(f"prompt must be a text, not {type(given).__name__}")
+        tokens = source.need_tokenizer('{"prompt": text}').encode(given)
+    if not tokens:
+        raise ValueError("the prompt is empty: give at least one token")
+    if len(tokens) >= max_length:
+        raise ValueError(f"{len(tokens)} tokens leave no room for an answer in --max-length {max_length}")
+    return Prompt(given, tokens)
+
+
+def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError("tokens must be a list of whole numbers")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token {token} is not in the vocabulary of {vocab_size}")
+    return ids

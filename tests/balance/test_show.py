@@ -1,0 +1,93 @@
+"""`dsv3 balance`: what it reads, what it prints, what it refuses."""
+
+import json
+
+import pytest
+
+from dsv3_megatron.balance.show import main, read_load
+from tests.balance.test_eplb import PUBLISHED
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Two records whose sum is the published example, between others without layers."""
+    path = tmp_path / "metrics.jsonl"
+    first = [[count // 3 for count in layer] for layer in PUBLISHED]
+    second = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(PUBLISHED, first, strict=True)]
+    lines = [json.dumps({"iteration": 1, "lm_loss": 2.0})]
+    for counts in (first, second):
+        layers = {str(n): {"dead": 0, "tokens_per_expert": c} for n, c in zip((3, 61), counts, strict=True)}
+        lines.append(json.dumps({"iteration": 2, "layers": layers, "expert_groups": 4}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def words(log, *more: str) -> list[str]:
+    return ["--load", str(log), "--gpus", "8", "--nodes", "2", "--replicas", "16", *more]
+
+
+def test_json_is_the_published_plan_on_one_line(log, capsys):
+    main(words(log, "output=json"))
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (plan["policy"], plan["groups"], plan["replicas"]) == ("hierarchical", 4, 16)
+    layer = plan["layers"]["3"]
+    assert layer["phy2log"] == [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]
+    assert layer["log2phy"][1] == [15, 13] and layer["logcnt"][10] == 2
+    # 12 experts do not lie evenly on 8 GPUs, so before, the first four are there twice: GPU 0 has halves of 0 and 1.
+    assert layer["gpu_load_before"][0] == pytest.approx((90 + 132) / 2)
+    assert layer["gpu_load_after"] == pytest.approx(
+        [165 / 2 + 39, 165 / 2 + 4, 73 + 52, 61 + 52, 91.5 + 56, 91.5 + 40, 90 + 66, 86 + 66]
+    )
+    assert (
+        sum(layer["gpu_load_after"])
+        == pytest.approx(sum(PUBLISHED[0]))
+        == pytest.approx(sum(layer["gpu_load_before"]))
+    )
+    mean = sum(PUBLISHED[0]) / 8
+    assert layer["max_over_mean_after"] == pytest.approx(156 / mean)
+    assert plan["max_over_mean_after"] == max(each["max_over_mean_after"] for each in plan["layers"].values())
+
+
+def test_table_picture_and_options(log, tmp_path, capsys):
+    main(words(log))
+    lines = capsys.readouterr().out.splitlines()
+    assert "16 slots on 8 GPUs in 2 nodes, 4 expert groups: hierarchical policy" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["3", "61"]
+    main(words(log, "--groups", "3"))
+    assert "global" in capsys.readouterr().out
+    picture = tmp_path / "new" / "plan.png"
+    main(words(log, "output=png", "--file", str(picture)))
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    load, groups = read_load(log, last=1)
+    assert groups == 4 and load[3][0] == 60 and read_load(log)[0][3][0] == 90
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["output=svg"], "output=svg: use output=json or output=table or output=png"),
+        (["--replicas", "17"], "--replicas 17 --groups 4: num_replicas=17 is not a multiple of num_gpus=8"),
+        (["--load", "/nowhere/metrics.jsonl"], "--load /nowhere/metrics.jsonl: No such file"),
+        (["--load", __file__], "not a metrics.jsonl"),
+    ],
+)
+def test_refusals_are_one_line(log, change, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words(log, *change))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"iteration": 1}, "no record with MoE layers"),
+        ({"layers": {"3": {"dead": 0}}}, "no tokens_per_expert"),
+    ],
+)
+def test_files_without_loads(tmp_path, record, message, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(SystemExit):
+        main(words(path))
+    assert message in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Two-hop dispatch and experts that move, on 2, 4 and 8 GPUs: losses of alltoall with fixed experts."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.device import needs_gpus
+from tests.gpu.test_trainer import Record, compare, train
+from tests.gpu.trainer import largest_loss_difference
+
+pytestmark = pytest.mark.gpu
+
+LAYOUTS = {
+    2: ["--expert-model-parallel-size", "2"],
+    4: ["--expert-model-parallel-size", "4"],
+    8: [
+        "--expert-model-parallel-size",
+        "4",
+        "--pipeline-model-parallel-size",
+        "2",
+        "--pipeline-schedule",
+        "dualpipe",
+    ],
+}
+BALANCED = ["--expert-placement", "balanced", "--expert-placement-interval", "2"]
+
+
+def two_hop(num_gpus: int) -> list[str]:
+    """Two nodes, as far as the dispatcher knows."""
+    return ["--moe-token-dispatcher-type", "two_hop", "--moe-node-size", str(1 if num_gpus == 2 else 2)]
+
+
+@pytest.mark.parametrize("num_gpus", LAYOUTS)
+def test_two_hop(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
+    needs_gpus(num_gpus)
+    words = LAYOUTS[num_gpus]
+    plain = train(tmp_path / "alltoall", "local", num_gpus, *words)
+    ours = train(tmp_path / "two_hop", "local", num_gpus, *words, *two_hop(num_gpus))
+    again = train(tmp_path / "again", "local", num_gpus, *words, *two_hop(num_gpus))
+    record_property("same_bits_when_run_again", ours.losses == again.losses)
+    compare(ours, plain, record_property)
+
+
+@pytest.mark.parametrize("num_gpus", LAYOUTS)
+def test_balanced(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
+    needs_gpus(num_gpus)
+    words = LAYOUTS[num_gpus]
+    fixed = train(tmp_path / "fixed", "local", num_gpus, *words)
+    moved = train(tmp_path / "balanced", "local", num_gpus, *words, *BALANCED)
+    worst = largest_loss_difference(moved.losses, fixed.losses)
+    record_property("largest_relative_difference", f"{worst:.2e}")
+    assert worst < 1e-3
