@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     path = Path(options.script)
-    launches, notes = _launches(path, options.arguments, _variables(options.set))
+    launches, notes = launches_of(path, options.arguments, _variables(options.set))
     from dsv3_megatron.dryrun.start import start_megatron
 
     start_megatron()
@@ -65,7 +65,7 @@ def _variables(texts: Sequence[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
-def _launches(
+def launches_of(
     path: Path, arguments: Sequence[str], given: dict[str, str]
 ) -> tuple[list[tuple[str, Launch]], list[str]]:
     """Every start of a trainer, with where it stands; and what could not be decided on the way."""

@@ -12,6 +12,7 @@ heads or width is split by sequence.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from dsv3_megatron.plan.job import Job, Stage
 from dsv3_megatron.plan.kept import Block, Kept
@@ -36,8 +37,41 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
         row.append(_head(job, 1 + stage.mtp))
     if "full" in job.recompute:
         # Of a layer only its input is kept; one layer's own is there while it runs backward.
-        row = [_only_input(job, block) for block in row]
-    return row
+        again = 2 * round(job.recomputed_layers(stage.dense + stage.moe))  # two blocks per layer
+        whole = again == 2 * (stage.dense + stage.moe)
+        row = [_only_input(job, block) if whole or i < again else block for i, block in enumerate(row)]
+    return [_on_gpu(job, block) for block in row] if job.offload_modules else row
+
+
+# What `--offload-modules` sends to host memory: part, beginning of the name.
+OFFLOADED = {
+    "attn_norm": (("norm", "residual, 1/rms"),),
+    "qkv_linear": (("attention", "input of the down projections"),),
+    "core_attn": (("attention", "queries, keys, values"),),
+    "attn_proj": (("attention", "output"),),
+    "mlp_norm": (("norm", "input of router and experts"),),
+    "expert_fc1": (("routed_experts", "dispatched inputs"),),
+    "moe_act": (("routed_experts", "SwiGLU"),),
+}
+
+
+def is_offloaded(job: Job, tensor: Kept) -> bool:
+    """Whether it waits for the backward in host memory."""
+    places = [place for name in job.offload_modules for place in OFFLOADED[name]]
+    return any(tensor.part == part and tensor.name.startswith(name) for part, name in places)
+
+
+def _on_gpu(job: Job, block: Block) -> Block:
+    """Without what is in host memory but while the block itself runs."""
+    stay = tuple(tensor for tensor in block.kept if not is_offloaded(job, tensor))
+    gone = block.size - sum(tensor.bytes for tensor in stay)
+    return Block(stay, block.deferred, block.forward + gone, block.backward + gone)
+
+
+def offloaded(job: Job, stage: Stage) -> float:
+    """Bytes of a microbatch that a stage sends to host memory, and fetches in the backward."""
+    row = blocks(replace(job, offload_modules=frozenset()), stage) if job.offload_modules else []
+    return sum(tensor.bytes for block in row for tensor in block.kept if is_offloaded(job, tensor))
 
 
 def _only_input(job: Job, block: Block) -> Block:

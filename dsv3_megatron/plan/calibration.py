@@ -17,9 +17,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dsv3_megatron.plan import deepseek
+from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.hardware import GPUS, Achieved, Gpu
 from dsv3_megatron.plan.job import Job
-from dsv3_megatron.plan.operators import Operators, copies
+from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.stage_times import pair
 from dsv3_megatron.plan.step import plan
 
@@ -28,7 +29,7 @@ _COMPUTE = ("fp8_gemm", "attention_forward", "attention_backward")
 
 def trace_times(gpu: Gpu) -> dict[str, float]:
     """The model's milliseconds for what the trace shows, on the SMs that compute there, at the trace's clocks."""
-    gpu = replace(gpu, achieved=replace(gpu.achieved, sustained=1.0))
+    gpu = replace(gpu, watts=2 * gpu.achieved.full_watts)
     ops = Operators(deepseek.JOB, gpu)
     slower = gpu.sms / (gpu.sms - gpu.achieved.communication_sms)
     alone, beside = asdict(ops.moe_layer()), asdict(ops.moe_layer(beside=True))
@@ -60,7 +61,7 @@ def _fit_communication(gpu: Gpu) -> dict[str, Any]:
     """A line through the means of the FP8 and the BF16 all-to-alls: seconds against bytes over InfiniBand."""
     job, ms = deepseek.JOB, deepseek.TRACE_COMMUNICATION
     fp8, bf16 = (ms["dispatch"] + ms["combine_b"]) / 2e3, (ms["combine"] + ms["dispatch_b"]) / 2e3
-    nodes, _ = copies(job, gpu.nvlink_domain)
+    nodes = destinations(job, gpu.nvlink_domain).domains
     size = nodes * job.tokens * job.sizes.hidden_size
     rate = size * (2 - (1 + 4 / 128)) / (bf16 - fp8)
     return {"beside_token": (bf16 - 2 * size / rate) / job.tokens, "beside_ib": rate / gpu.ib}
@@ -79,7 +80,7 @@ def fit_sustained(gpu: Gpu = GPUS["h800"]) -> float:
     """The second fit, first half: W is as long as in Table 4."""
 
     def w(sustained: float) -> float:
-        return unit_times(replace(gpu, achieved=replace(gpu.achieved, sustained=sustained)))["W"]
+        return unit_times(replace(gpu, watts=sustained * gpu.achieved.full_watts))["W"]
 
     return _bisect(lambda sustained: deepseek.UNIT_TIMES["W"] - w(sustained), 0.5, 1.0)
 
@@ -128,9 +129,7 @@ def main() -> None:
     print("milliseconds, trace and table:")
     for name, ms in trace_times(gpu).items():
         print(f"  {name:20} {published[name]:6.1f} {ms:6.1f} {ms / published[name] - 1:+.0%}")
-    print(
-        f"sustained speed fitted on W of Table 4: {fit_sustained(gpu):.3f} (table: {gpu.achieved.sustained})"
-    )
+    print(f"sustained speed fitted on W of Table 4: {fit_sustained(gpu):.3f} (table: {gpu.sustained})")
     for kind, ms in unit_times(gpu).items():
         if kind in deepseek.UNIT_TIMES:
             print(f"  {kind:4} {deepseek.UNIT_TIMES[kind]:6.0f} {ms:6.1f}")

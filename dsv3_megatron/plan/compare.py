@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.pipeline.placement import layers_per_stage
+from dsv3_megatron.plan.confidence import verdict
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Stage
 from dsv3_megatron.plan.parameters import ParameterCounts
@@ -75,9 +76,10 @@ def comparison(job: Job, gpu: Gpu, counts: ParameterCounts) -> str:
             lines.append(f"| {name} | {layout.num_stages} | none: {str(error).split(';')[0]} | | | |")
             continue
         peak = max(result.memory_gib)
-        verdict = "" if result.fits else " (does not fit)"
+        said = verdict(result)
+        said = "" if said == "fits" else f" ({said})"
         lines.append(
             f"| {name} | {layout.num_stages} | {result.step_s:.2f} | {result.bubble_s:.2f} | "
-            f"{result.tokens_per_s_per_gpu:.0f} | {peak:.1f}{verdict} |"
+            f"{result.tokens_per_s_per_gpu:.0f} | {peak:.1f}{said} |"
         )
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Sources: report §3.2, §4.2 (arXiv 2412.19437); Table 4 of arXiv 2505.09343; `t
 """
 
 from dsv3_megatron.metrics.flops import ModelSizes
-from dsv3_megatron.plan.job import Job, Layout, Precision, Stage
+from dsv3_megatron.plan.job import Job, Layout, Precision, Software, Stage
 from dsv3_megatron.plan.parameters import ParameterCounts
 
 SIZES = ModelSizes(
@@ -46,10 +46,11 @@ JOB = Job(
     layout=Layout(num_gpus=2048, pp=16, ep=64, schedule="dualpipe"),
     stages=STAGES,  # how many layers a stage has is unpublished: ours, as in conf/layout/pp16_ep64.yaml
     global_batch_size=15360,
-    precision=Precision(fp8=True, fp8_caches=True, fp8_dispatch=True),
+    precision=Precision(fp8=True, fp8_caches=True, fp8_dispatch=True, recipe="dsv3"),
     recompute=RECOMPUTE,
     moe_router_num_groups=8,
     moe_router_group_topk=4,
+    software=Software(own_kernels=True),
 )
 
 # Milliseconds per MoE layer in the trace, and of a pair of 4 MoE layers: EP64, one sequence of 4096 tokens, balanced

@@ -13,8 +13,9 @@ from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, PlanError
-from dsv3_megatron.plan.operators import Operators, copies
+from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.options import parse
+from dsv3_megatron.plan.token_exchange import copies
 
 USAGE = """usage: dsv3 dispatchers [output=table|json] [NAME=VALUE ...]
 

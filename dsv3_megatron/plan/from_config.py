@@ -1,24 +1,23 @@
-"""From the trainer's configuration to a `Job`: what is planned is what would be launched.
+"""From the trainer's configuration or a launch line to a `Job`: what is planned is what would be launched.
 
-The arguments go through the trainer's own refusals and Megatron's own validation, at the real world size.
+The arguments go through the trainer's own refusals and Megatron's own validation, as those of the GPUs' job and at the
+real world size (`launch.py`).
 """
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
 
 from omegaconf import DictConfig
 
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
-from dsv3_megatron.fp8.precision import recipe_of
-from dsv3_megatron.metrics.flops import ModelSizes
-from dsv3_megatron.pipeline.build import INTERLEAVED
-from dsv3_megatron.plan.counting import count_parameters, quiet
+from dsv3_megatron.plan.counting import count_parameters
+from dsv3_megatron.plan.from_args import job_of, sizes_of
 from dsv3_megatron.plan.hardware import Gpu, gpu_named
-from dsv3_megatron.plan.host_memory import HostMemory, host_memory
-from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Stage
-from dsv3_megatron.plan.parameters import ParameterCounts, held_by
+from dsv3_megatron.plan.job import Job, PlanError
+from dsv3_megatron.plan.launch import Launched, launched, refuse_modules
+from dsv3_megatron.plan.parameters import ParameterCounts, counts_of_sizes, held_by
+from dsv3_megatron.preflight.host_memory import HostMemory, host_memory
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Planned:
         host: what a machine needs of its own memory, None without a distributed optimizer.
         host_available: bytes of a machine, None where the cluster does not say.
         memory_efficient: `--distrib-optim-fully-reshardable-mem-efficient`.
+        notes: what was assumed of the launch.
     """
 
     job: Job
@@ -37,29 +37,44 @@ class Planned:
     host: HostMemory | None = None
     host_available: float | None = None
     memory_efficient: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
     """For a configuration from `dsv3_megatron.conf.compose`; needs `dsv3_megatron.cpu.activate()`.
 
-    Errors: RefusedArgument, from the trainer's own checks or the planner's.
+    Errors: RefusedArgument, from the trainer's own checks, Megatron's or the planner's.
     """
-    gpu = gpu_named(cfg.cluster.gpu)
-    args = validated_args(cfg)
-    counts = count_parameters(cfg, args.tensor_model_parallel_size)
-    job = _job(cfg, args, counts, load_imbalance)
+    gpu_named(cfg.cluster.gpu)
+    found = validated(cfg)
+    counts = count_parameters(cfg, found.args.tensor_model_parallel_size)
     gb = cfg.cluster.get("host_memory_gb")
+    return _planned(found, counts, load_imbalance, None if gb is None else gb * 1e9)
+
+
+def from_launch(found: Launched, load_imbalance: float) -> Planned:
+    """For a launch line or a script, from `launch.of_line` or `launch.of_script`."""
+    tp = found.args.tensor_model_parallel_size
+    return _planned(found, counts_of_sizes(sizes_of(found), tp), load_imbalance, None)
+
+
+def _planned(
+    found: Launched, counts: ParameterCounts, load_imbalance: float, host_available: float | None
+) -> Planned:
+    args, gpu = found.args, gpu_named(found.gpu)
+    job = job_of(found, counts.padded_vocab_size, load_imbalance, gpu.nvlink_domain)
     return Planned(
         job,
         gpu,
         counts,
-        _host(cfg, args, job, counts) if args.use_distributed_optimizer else None,
-        None if gb is None else gb * 1e9,
+        _host(args, found.per_node, job, counts) if args.use_distributed_optimizer else None,
+        host_available,
         args.distrib_optim_fully_reshardable_mem_efficient,
+        found.notes,
     )
 
 
-def _host(cfg: DictConfig, args: Namespace, job: Job, counts: ParameterCounts) -> HostMemory:
+def _host(args: Namespace, per_node: int, job: Job, counts: ParameterCounts) -> HostMemory:
     """Of a machine full of the fullest rank's like."""
     from dsv3_megatron.plan.step import schedule_of
 
@@ -71,7 +86,7 @@ def _host(cfg: DictConfig, args: Namespace, job: Job, counts: ParameterCounts) -
     return host_memory(
         held.experts,
         held.rest,
-        cfg.cluster.gpus_per_node,
+        per_node,
         dense_ranks_per_stage=job.layout.tp * job.layout.cp,
         reshardable=args.dist_ckpt_optim_fully_reshardable,
         memory_efficient=args.distrib_optim_fully_reshardable_mem_efficient,
@@ -80,20 +95,27 @@ def _host(cfg: DictConfig, args: Namespace, job: Job, counts: ParameterCounts) -
     )
 
 
-def validated_args(cfg: DictConfig) -> Namespace:
-    """Megatron's arguments of rank 0; the modules are those that exist everywhere.
+def validated(cfg: DictConfig) -> Launched:
+    """The arguments of rank 0 of the GPUs' job.
 
     Errors: RefusedArgument, from the trainer's refusals or Megatron's.
     """
-    from dsv3_megatron import dualpipe
-    from dsv3_megatron.dryrun.world import megatron_args, with_modules_everywhere
+    for name, low in _LEAST.items():
+        value = cfg.get(name)
+        if isinstance(value, int | float) and value < low:
+            raise PlanError(f"{name}={value}: a number of at least {low} is needed")
+    refuse_modules(cfg.get("recompute_modules") or ())
+    words = to_megatron_argv(at_full_batch(cfg))
+    return launched(words, world_size(cfg), cfg.cluster.gpus_per_node, cfg.cluster.gpu)
 
-    words = with_modules_everywhere(to_megatron_argv(at_full_batch(cfg)))
-    try:
-        with quiet():
-            return megatron_args(words, 0, world_size(cfg), cfg.cluster.gpus_per_node)
-    finally:
-        dualpipe.activate("1f1b", None)
+
+# What sizes can be at all; Megatron divides by some before it looks.
+_LEAST = {
+    "hidden_size": 1, "num_layers": 1, "num_attention_heads": 1, "kv_lora_rank": 1, "q_lora_rank": 0, "qk_head_dim": 1,
+    "qk_pos_emb_head_dim": 1, "v_head_dim": 1, "ffn_hidden_size": 1, "moe_ffn_hidden_size": 1,
+    "moe_shared_expert_intermediate_size": 0, "num_experts": 1, "moe_router_topk": 1, "vocab_size": 1,
+    "padded_vocab_size": 1, "seq_length": 1, "micro_batch_size": 1, "global_batch_size": 1, "mtp_num_layers": 0,
+}  # fmt: skip
 
 
 def at_full_batch(cfg: DictConfig) -> DictConfig:
@@ -104,130 +126,3 @@ def at_full_batch(cfg: DictConfig) -> DictConfig:
         if full.get("global_batch_size") is not None and name in full:
             full[name] = None
     return full
-
-
-def _job(cfg: DictConfig, args: Namespace, counts: ParameterCounts, load_imbalance: float) -> Job:
-    if not args.global_batch_size:
-        raise PlanError("global_batch_size is not set: give the number of sequences of a step")
-    if args.num_experts and (args.expert_tensor_parallel_size or 1) != 1:
-        raise PlanError(
-            f"expert_tensor_parallel_size={args.expert_tensor_parallel_size}: the planner knows whole experts; use "
-            "expert_tensor_parallel_size=1 (Megatron's default is tensor_model_parallel_size)"
-        )
-    stages = tuple(_stages(cfg, args))
-    layout = _layout(cfg, args, len(stages))
-    args.num_moe_experts = args.num_experts  # as Megatron's model configuration calls it
-    sizes = ModelSizes.from_config(args, counts.padded_vocab_size, args.seq_length)
-    return Job(
-        sizes=sizes,
-        layout=layout,
-        stages=stages,
-        global_batch_size=args.global_batch_size,
-        micro_batch_size=args.micro_batch_size,
-        precision=_precision(args),
-        recompute=_recompute(args),
-        distributed_optimizer=args.use_distributed_optimizer,
-        overlap_grad_reduce=args.overlap_grad_reduce,
-        overlap_param_gather=args.overlap_param_gather,
-        transformer_impl=cfg.get("transformer_impl") or "transformer_engine",
-        moe_router_num_groups=args.moe_router_num_groups or 1,
-        moe_router_group_topk=args.moe_router_group_topk or 1,
-        dispatcher=cfg.get("moe_token_dispatcher_type") or args.moe_token_dispatcher_type,
-        dispatch_chunks=args.moe_two_hop_chunks or Job.dispatch_chunks,
-        communication_sms=cfg.get("communication_sms"),
-        load_imbalance=load_imbalance,
-        balance_loss=bool(args.moe_aux_loss_coeff),
-        whole_iteration_graph=args.cuda_graph_impl == "full_iteration",
-    )
-
-
-def _layout(cfg: DictConfig, args: Namespace, num_stages: int) -> Layout:
-    schedule, pp = args.pipeline_schedule, cfg.get("pipeline_model_parallel_size") or 1
-    chunks, overlap = 1, True
-    if schedule == "1f1b":
-        chunks = num_stages // pp
-        overlap = bool(args.overlap_moe_expert_parallel_comm)
-        schedule = INTERLEAVED if chunks > 1 else schedule
-    return Layout(
-        num_gpus=world_size(cfg),
-        tp=args.tensor_model_parallel_size,
-        pp=pp,
-        cp=args.context_parallel_size,
-        ep=args.expert_model_parallel_size,
-        schedule=schedule,
-        num_model_chunks=chunks,
-        microbatch_group_size=args.microbatch_group_size_per_vp_stage if chunks > 1 else None,
-        overlap_pairs=overlap,
-    )
-
-
-def _stages(cfg: DictConfig, args: Namespace) -> list[Stage]:
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    moe = [bool(flag) for flag in _pattern(args)]
-    notation, mtp = cfg.get("pipeline_model_parallel_layout"), args.mtp_num_layers or 0
-    if notation:
-        rows = [
-            [layer.name for layer in stage]
-            for stage in PipelineParallelLayerLayout.parse_str_to_list(notation)
-        ]
-    else:
-        num_stages = (cfg.get("pipeline_model_parallel_size") or 1) * (
-            cfg.get("num_virtual_stages_per_pipeline_rank") or 1
-        )
-        if args.num_layers % num_stages:
-            raise PlanError(
-                f"num_layers={args.num_layers} does not divide into {num_stages} stages: use "
-                "pipeline_model_parallel_layout=auto"
-            )
-        rows = [["decoder"] * (args.num_layers // num_stages) for _ in range(num_stages)]
-        rows[0].insert(0, "embedding")
-        rows[-1] += ["mtp"] * mtp + ["loss"]
-    stages, first = [], 0
-    for row in rows:
-        count = row.count("decoder")
-        num_moe = sum(moe[first : first + count])
-        stages.append(
-            Stage(
-                dense=count - num_moe,
-                moe=num_moe,
-                mtp=row.count("mtp"),
-                embedding="embedding" in row,
-                head="loss" in row,
-            )
-        )
-        first += count
-    return stages
-
-
-def _pattern(args: Namespace) -> list[Any]:
-    if not args.num_experts:
-        return [0] * args.num_layers
-    frequency = args.moe_layer_freq
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(args.num_layers)]
-    return list(frequency)
-
-
-def _precision(args: Namespace) -> Precision:
-    low = args.bf16 or args.fp16
-    moment = getattr(args, "exp_avg_dtype", None)
-    recipe = recipe_of(args)
-    return Precision(
-        compute=2 if low else 4,
-        fp8=bool(args.fp8) or recipe is not None,
-        fp8_caches=recipe is not None,
-        fp8_dispatch=recipe is not None and recipe.dispatch == "e4m3",
-        main_gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not low else 2,
-        master=4 if low else 0,
-        moment=moment.itemsize if moment is not None else 4,
-    )
-
-
-def _recompute(args: Namespace) -> frozenset[str]:
-    again = {"moe_act"} if recipe_of(args) else set()  # R§3.3.3: SwiGLU's output is not kept
-    if args.recompute_granularity == "full":
-        return frozenset({"full"})
-    if args.recompute_granularity == "selective":
-        return frozenset(again.union(args.recompute_modules or ("core_attn",)))
-    return frozenset(again)

@@ -1,45 +1,78 @@
-"""The hardware table: peaks from data sheets, achieved fractions from a fit (docs/plan.md says of what).
+"""The hardware table: peaks from data sheets, achieved fractions from fits (docs/plan.md says of what).
 
-All rates are per GPU, in FLOP/s or bytes/s and one way. The fractions of Hopper are those of DeepSeek's published
-trace of training (deepseek-ai/profile-data, `train.json`); the others' are taken over, not measured.
+All rates are per GPU, in FLOP/s or bytes/s and one way. The fractions of Hopper are those of DeepSeek's published trace
+of training (deepseek-ai/profile-data, `train.json`), those of Blackwell are SimuMax's measured operators on B200 and a
+fit; `calibration.py` repeats the fits. Peaks of NVIDIA's GPUs as in its dgxc-benchmarking tables, dense.
 """
 
 from dataclasses import dataclass, replace
 
+from dsv3_megatron.plan.host_time import GRACE, X86, Host
 from dsv3_megatron.plan.job import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Achieved:
-    """Share of the peak that kernels reach, and what the trace shows besides. Fitted in `calibration.py`.
+    """Share of the peak that kernels reach, and what runs show besides. Fitted in `calibration.py`.
 
     Attributes:
-        fp8_gemm, bf16_gemm: matrix products, of the tensor cores' peak of that precision.
+        fp8_gemm, bf16_gemm: matrix products, of the tensor cores' peak of that precision, without reading weights.
+        fp4_gemm: of the FP4 peak; not fitted: FP8's.
         attention_forward, attention_backward: of the BF16 peak, causal work counted.
-        hbm, nvlink, ib: bandwidths.
-        small_gemm_rows: rows per expert at which a grouped product reaches half of its fraction.
+        hbm, nvlink, ib: bandwidths; NVLink of collectives and of DeepEP.
+        hybridep_nvlink: of HybridEP's kernels.
+        deepep_wide: DeepEP's dispatch and combine in an NVLink domain of more than 8, which it was not written for.
+        nccl_nvlink, nccl_wide, nccl_ib: of NCCL's all-to-all, in a domain of 8, in a wider one, over InfiniBand.
         latency: seconds of an all-to-all or message besides its bytes.
-        beside_token, beside_ib: of an all-to-all between nodes that runs beside computation on
+        beside_token, beside_ib: of an all-to-all between domains that runs beside computation on
             `communication_sms`: seconds per token whatever its bytes, and the fraction of InfiniBand.
         pair_gap: seconds per layer of an overlapped pair in which neither stream works (launches, events).
         communication_sms: taken from computation while a pair runs.
-        sustained: speed of the tensor cores in a long run against the short trace (clocks under load).
+        full_watts: power at which the tensor cores would keep the clocks of a short trace; with less they slow down.
     """
 
-    fp8_gemm: float = 0.483
-    bf16_gemm: float = 0.70
-    attention_forward: float = 0.619
-    attention_backward: float = 0.501
-    hbm: float = 0.80
+    fp8_gemm: float
+    bf16_gemm: float
+    attention_forward: float
+    attention_backward: float
+    hbm: float
     nvlink: float = 0.80
     ib: float = 0.95
-    small_gemm_rows: float = 64
+    hybridep_nvlink: float = 0.69
+    deepep_wide: tuple[float, float] = (400 / 900, 190 / 900)
+    nccl_nvlink: float = 0.597
+    nccl_wide: float = 0.35
+    nccl_ib: float = 0.65
     latency: float = 0.2e-3
     beside_token: float = 0.617e-6
     beside_ib: float = 0.737
-    pair_gap: float = 0.885e-3
+    pair_gap: float = 0.77e-3
     communication_sms: int = 20
-    sustained: float = 0.87
+    full_watts: float
+
+    @property
+    def fp4_gemm(self) -> float:
+        return self.fp8_gemm
+
+
+HOPPER = Achieved(
+    fp8_gemm=0.504,
+    bf16_gemm=0.70,
+    attention_forward=0.584,
+    attention_backward=0.4885,
+    hbm=0.80,
+    full_watts=806,
+)
+BLACKWELL = Achieved(
+    fp8_gemm=0.545,
+    bf16_gemm=0.645,
+    attention_forward=0.553,
+    attention_backward=0.428,
+    hbm=0.666,
+    beside_token=0,
+    beside_ib=0.95,
+    full_watts=1333,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +80,15 @@ class Gpu:
     """One kind of GPU in its usual system.
 
     Attributes:
-        bf16, fp8: dense peak of the tensor cores, FLOP/s.
+        bf16, fp8, fp4: dense peak of the tensor cores, FLOP/s; `fp4` 0 where there is none.
         hbm, memory: bytes/s and bytes.
         nvlink, ib: bytes/s.
-        nvlink_domain: GPUs that reach each other over NVLink.
+        node: GPUs of one machine.
+        nvlink_domain: GPUs that reach each other over NVLink, of one machine or of many.
         sms: streaming multiprocessors.
-        overhead: bytes that are not tensors: CUDA context, NCCL and all-to-all buffers, fragmentation.
+        watts: power limit.
+        host: the machine's processor, which launches kernels.
+        overhead: bytes that are not tensors: CUDA context, NCCL buffers, fragmentation.
     """
 
     name: str
@@ -61,33 +97,69 @@ class Gpu:
     hbm: float
     memory: float
     nvlink: float
+    achieved: Achieved
+    fp4: float = 0
     ib: float = 50e9
+    node: int = 8
     nvlink_domain: int = 8
     sms: int = 132
+    watts: float = 700
+    host: Host = X86
     overhead: float = 5 * 2**30
-    achieved: Achieved = Achieved()
+
+    @property
+    def sustained(self) -> float:
+        """Speed of the tensor cores in a long run against a short trace: clocks follow the power limit."""
+        return min(1.0, self.watts / self.achieved.full_watts)
 
 
-_BF16, _FP8 = 989.5e12, 1979e12  # of Hopper
-_80_GB = 81_559 * 2**20  # as the driver reports it
+_MIB = 2**20
+_HOPPER = {"bf16": 989.5e12, "fp8": 1979e12, "achieved": HOPPER}
+_BLACKWELL = {"sms": 148, "achieved": BLACKWELL, "hbm": 8e12, "nvlink": 900e9}
+_RACK = {"node": 4, "nvlink_domain": 72, "host": GRACE}
+_80_GB = 81_559 * _MIB  # as the driver reports it
+_B200 = {
+    "bf16": 2250e12,
+    "fp8": 4500e12,
+    "fp4": 9000e12,
+    "memory": 183_359 * _MIB,
+    "watts": 1000,
+    **_BLACKWELL,
+}
+_GB200 = {
+    "watts": 1200,
+    "bf16": 2450e12,
+    "fp8": 4900e12,
+    "fp4": 9800e12,
+    "memory": 186 * 2**30,
+    **_BLACKWELL,
+    **_RACK,
+}
+# Blackwell Ultra: more memory, faster FP4, twice the InfiniBand.
+_ULTRA = {"memory": 275_040 * _MIB, "ib": 100e9}
 GPUS = {
     gpu.name: gpu
     for gpu in (
         # H800: an H100 with NVLink cut to 400 GB/s both ways (R§3.2.2: 160 GB/s reached of 200).
-        Gpu(name="h800", bf16=_BF16, fp8=_FP8, hbm=3.35e12, memory=_80_GB, nvlink=200e9),
-        Gpu(name="h100", bf16=_BF16, fp8=_FP8, hbm=3.35e12, memory=_80_GB, nvlink=450e9),
-        Gpu(name="h200", bf16=_BF16, fp8=_FP8, hbm=4.8e12, memory=141e9, nvlink=450e9),
-        # GB200 NVL72: peaks per GPU as NVIDIA's benchmark recipes state them (2450 and 4900 TFLOP/s).
+        Gpu(name="h800", hbm=3.35e12, memory=_80_GB, nvlink=200e9, **_HOPPER),  # type: ignore[arg-type]
+        Gpu(name="h100", hbm=3.35e12, memory=_80_GB, nvlink=450e9, **_HOPPER),  # type: ignore[arg-type]
+        Gpu(name="h200", hbm=4.8e12, memory=141e9, nvlink=450e9, **_HOPPER),  # type: ignore[arg-type]
+        # H20: Hopper with 78 SMs, and memory and links as they were.
         Gpu(
-            name="gb200",
-            bf16=2450e12,
-            fp8=4900e12,
-            hbm=8e12,
-            memory=186 * 2**30,
-            nvlink=900e9,
-            nvlink_domain=72,
-            sms=148,
+            name="h20",
+            bf16=148e12,
+            fp8=296e12,
+            hbm=4.0e12,
+            memory=97_871 * _MIB,
+            nvlink=450e9,
+            sms=78,
+            watts=500,
+            achieved=HOPPER,
         ),
+        Gpu(name="b200", **_B200),  # type: ignore[arg-type]
+        Gpu(name="b300", **(_B200 | _ULTRA | {"fp4": 13_500e12, "watts": 1100})),  # type: ignore[arg-type]
+        Gpu(name="gb200", **_GB200),  # type: ignore[arg-type]
+        Gpu(name="gb300", **(_GB200 | _ULTRA | {"fp4": 14_700e12, "watts": 1400})),  # type: ignore[arg-type]
     )
 }
 # Limits for tests: nothing costs anything on the way.

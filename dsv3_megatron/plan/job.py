@@ -7,9 +7,40 @@ from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
 
+# Megatron's `--fp8-recipe` and `--fp4-recipe`.
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
+# Megatron's `--recompute-modules`, and what is recomputed as a whole.
+RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
+
 
 class PlanError(RefusedArgument):
     """A job that cannot be planned; the text names the option, its value and what to use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """What of a run's software decides how many kernels there are and how long the host takes to launch them.
+
+    Attributes:
+        own_kernels: DeepSeek's: everything is fused, and nothing waits for the host; with it the rest says nothing.
+        te: Transformer Engine's version.
+        router_fusion, permute_fusion: `--moe-router-fusion`, `--moe-permute-fusion`.
+        fused_attention: cuDNN has MLA's head sizes on this GPU; without it whole attention matrices are written.
+        cross_entropy: "te", "native" (Megatron's fused one) or "", unfused.
+        norm_quantises: quantisation is fused into the norms (cuDNN's, `NVTE_NORM_FWD_USE_CUDNN`).
+        bound: each process stays on the cores and memory beside its GPU (`numactl`, `bindpcie`).
+        graphs: parts that are CUDA graphs: "attn", "mlp", "moe", "router", "preprocess", "shared_experts".
+    """
+
+    own_kernels: bool = False
+    te: tuple[int, int] = (2, 12)
+    router_fusion: bool = True
+    permute_fusion: bool = True
+    fused_attention: bool = True
+    cross_entropy: str = "native"
+    norm_quantises: bool = False
+    bound: bool = True
+    graphs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,10 @@ class Precision:
         fp8_caches: attention's output in E5M6, SwiGLU's input in E4M3 with its output computed again (report §3.3.3;
             `--fp8-recipe dsv3`, not upstream in Megatron).
         fp8_dispatch: the dispatch sends E4M3 too (likewise).
+        recipe: of the FP8 or FP4 operands: "dsv3", or one of `RECIPES`; "" without.
+        fp8_attention: queries, keys and values in E4M3 (Transformer Engine's `fp8_dot_product_attention`).
+        fp8_head: the output head too (Megatron's `--fp8-output-proj`).
+        fp8_parameters: the parameters themselves are E4M3 (`--fp8-param-gather`), with no copy in `compute`.
         main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32.
     """
 
@@ -51,9 +86,23 @@ class Precision:
     fp8: bool = False
     fp8_caches: bool = False
     fp8_dispatch: bool = False
+    recipe: str = ""
+    fp8_attention: bool = False
+    fp8_head: bool = False
+    fp8_parameters: bool = False
     main_gradient: int = 4
     master: int = 4
     moment: int = 2
+
+    @property
+    def fp4(self) -> bool:
+        """Operands of forward and input gradients in NVFP4."""
+        return self.recipe == "nvfp4"
+
+    @property
+    def name(self) -> str:
+        """For tables: "bf16", "mxfp8", …"""
+        return (self.recipe or "fp8") if self.fp8 else "bf16" if self.compute == 2 else "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +164,27 @@ class Job:
         stages: what each stage holds, from the embedding to the head.
         global_batch_size, micro_batch_size: in samples.
         recompute: names of `--recompute-modules`; "full" for whole layers.
+        recompute_layers: of whole layers, the first so many of each stage (`--recompute-method block`); None for all.
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
+        dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each NVLink domain, which forwards it;
+            as DeepSeek's own all-to-all does, which the table is fitted to; "two_hop" likewise, over NCCL; "alltoall"
+            sends a copy for each expert.
+        flex_backend: "deepep" or "hybridep".
+        capacity_factor: tokens of an expert against the mean, the others being dropped and the missing ones padded
+            (`--moe-expert-capacity-factor` with `--moe-pad-expert-input-to-capacity`); None: none is dropped.
         moe_router_num_groups, moe_router_group_topk: of the experts; 1 and 1 for routing without groups.
-        dispatcher: as `--moe-token-dispatcher-type`: "flex" (DeepEP, HybridEP, and DeepSeek's own, which the table is
-            fitted to) and "two_hop" send a token once to each node of its experts, which forwards it over NVLink;
-            "alltoall" sends a copy for each expert.
         dispatch_chunks: pieces of "two_hop".
         load_imbalance: tokens of the fullest expert-parallel rank against the mean of all.
         balance_loss: the sequence-wise balance loss is on.
         communication_sms: that dispatch and combine take from a pair's computation while they run; None: those of the
             hardware table, set aside for as long as a pair runs, which is DeepSeek's way (R§3.2.2) and what is fitted.
         whole_iteration_graph: a step is one CUDA graph: nothing waits for launches.
+        software: versions, fusions and graphs.
+        offload_optimizer: share of the optimizer's states in host memory (`--optimizer-offload-fraction`).
+        offload_modules: whose inputs are in host memory (`--offload-modules`).
+        hardware: what its GPUs can do that those of the table cannot (`whatif.py`).
+        nvlink_domain: neighbouring GPUs that share NVLink (`--nvlink-domain-size`); None: as the hardware table has it.
     """
 
     sizes: ModelSizes
@@ -136,18 +194,26 @@ class Job:
     micro_batch_size: int = 1
     precision: Precision = field(default_factory=Precision)
     recompute: frozenset[str] = frozenset()
+    recompute_layers: int | None = None
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     transformer_impl: str = "transformer_engine"
+    dispatcher: str = "flex"
+    flex_backend: str = "deepep"
+    capacity_factor: float | None = None
     moe_router_num_groups: int = 1
     moe_router_group_topk: int = 1
-    dispatcher: str = "flex"
     dispatch_chunks: int = 10
     load_imbalance: float = 1.0
     balance_loss: bool = True
     communication_sms: int | None = None
     whole_iteration_graph: bool = False
+    software: Software = field(default_factory=Software)
+    offload_optimizer: float = 0.0
+    offload_modules: frozenset[str] = frozenset()
+    nvlink_domain: int | None = None
+    hardware: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if len(self.stages) != self.layout.num_stages:
@@ -186,4 +252,16 @@ class Job:
 
         A rank sends `topk` copies of its part of the tokens, and receives as many when the load is even.
         """
-        return self.tokens / self.layout.tp * self.sizes.moe_router_topk * self.load_imbalance
+        factor = self.load_imbalance if self.capacity_factor is None else self.capacity_factor
+        return self.tokens / self.layout.tp * self.sizes.moe_router_topk * factor
+
+    @property
+    def local_experts(self) -> int:
+        """Experts that one rank holds of a layer."""
+        return max(1, self.sizes.num_moe_experts // self.layout.ep)
+
+    def recomputed_layers(self, num_layers: int) -> float:
+        """Of the layers of one stage, those that are computed again as a whole."""
+        if "full" not in self.recompute:
+            return 0
+        return num_layers if self.recompute_layers is None else min(num_layers, self.recompute_layers)

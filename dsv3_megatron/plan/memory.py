@@ -66,6 +66,7 @@ def resident(job: Job, held: Held) -> dict[str, float]:
         optimizer = state * (held.experts / job.layout.expert_shards + held.rest / job.layout.dense_shards)
     else:
         optimizer = state * elements
+    optimizer *= 1 - job.offload_optimizer
     parts = {
         "parameters": p.compute * elements,
         "gradients": p.main_gradient * elements,

@@ -1,15 +1,32 @@
 """Seconds of the operators of one layer and microbatch on one rank, from their shapes.
 
-A matrix product takes its FLOPs at an achieved fraction of the peak; norms, SwiGLU, quantisation and copies take
-their bytes at HBM's rate; an all-to-all takes the slower of its InfiniBand and its NVLink bytes (R§3.2.2: a token
-crosses InfiniBand once per node, and is forwarded over NVLink inside it; Megatron's alltoall sends it once per expert).
+A matrix product takes its FLOPs at an achieved fraction of the peak, a grouped one besides the bytes of its weights;
+norms, SwiGLU, quantisation and copies take their bytes at HBM's rate. Dispatch and combine: `token_exchange.py`.
 """
 
 from dataclasses import dataclass
-from math import comb
+from functools import cached_property
+from typing import NamedTuple
 
+from dsv3_megatron.plan import token_exchange
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
+
+# Bytes read and written per logit, forward and backward. Unfused and Megatron's own: to fp32, maximum, exponentials,
+# sum, quotient, and back through them, in more or fewer kernels; Transformer Engine's: twice over the logits, the
+# gradient in their place.
+CROSS_ENTROPY = {"": (34, 20), "native": (22, 12), "te": (8, 4)}
+
+
+class Product(NamedTuple):
+    """Seconds of a linear layer: forward, gradient of its input, gradient of its weights."""
+
+    f: float
+    b: float
+    w: float
+
+    def __add__(self, other: "Product") -> "Product":  # type: ignore[override]
+        return Product(self.f + other.f, self.b + other.b, self.w + other.w)
 
 
 @dataclass(frozen=True)
@@ -62,14 +79,30 @@ class Operators:
 
     # --- rates
 
-    def linear(self, parameters: float, tokens: float, rows_per_gemm: float | None = None) -> float:
-        """`tokens` rows through weights of `parameters` elements, in the precision of the linear layers."""
-        a = self.gpu.achieved
-        fp8 = self.job.precision.fp8
-        rate = a.sustained * (self.gpu.fp8 * a.fp8_gemm if fp8 else self.gpu.bf16 * a.bf16_gemm)
-        if rows_per_gemm is not None:
-            rate *= rows_per_gemm / (rows_per_gemm + a.small_gemm_rows)
-        return 2 * parameters * tokens / rate
+    @cached_property
+    def _rate_of_linear(self) -> float:
+        """FLOP/s of products in the precision of the linear layers."""
+        a, p, gpu = self.gpu.achieved, self.job.precision, self.gpu
+        if p.fp4 and gpu.fp4:
+            return gpu.sustained * gpu.fp4 * a.fp4_gemm
+        return gpu.sustained * (gpu.fp8 * a.fp8_gemm if p.fp8 else gpu.bf16 * a.bf16_gemm)
+
+    def linear(self, parameters: float, rows: float) -> Product:
+        """`rows` rows through weights of `parameters` elements, in the precision of the linear layers."""
+        product = 2 * parameters * rows / self._rate_of_linear
+        return Product(product, product, product)
+
+    def grouped(self, parameters: float, rows: float, experts: int) -> Product:
+        """`rows` rows over all `experts`, each with weights of so many elements.
+
+        Weights are read once for the few rows of an expert, and their gradient is read and written: this is what is
+        left of the measured slowness of few rows (SimuMax's grouped products by shape), and needs no constant of its
+        own.
+        """
+        p, dense = self.job.precision, self.linear(parameters, rows)
+        read = self.memory(parameters * experts * (1 if p.fp8 else p.compute))
+        added = self.memory(parameters * experts * 2 * p.main_gradient)
+        return Product(dense.f + read, dense.b + read, dense.w + added)
 
     def memory(self, bytes_: float) -> float:
         """Reading and writing so many bytes."""
@@ -79,18 +112,17 @@ class Operators:
 
     def dense_layer(self) -> LayerTimes:
         """A layer with a dense MLP."""
-        s = self.job.sizes
-        return LayerTimes(
-            *self._attention(), *self._mlp(s.ffn_hidden_size, self.job.tokens / self.job.layout.tp, {"mlp"})
-        )
+        s, tp = self.job.sizes, self.job.layout.tp
+        return LayerTimes(*self._attention(), *self._mlp(s.ffn_hidden_size / tp, self.job.tokens, "mlp"))
 
     def moe_layer(self, beside: bool = False) -> LayerTimes:
         """A MoE layer; `beside`: its all-to-alls as slow as they are beside computation."""
         job, s, tp = self.job, self.job.sizes, self.job.layout.tp
-        rows = job.routed_tokens * job.layout.ep / s.num_moe_experts
-        routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, {"moe"}, rows)
-        shared = self._mlp(s.moe_shared_expert_intermediate_size, job.tokens / tp, {"moe", "shared_experts"})
-        mlp = tuple(r + t for r, t in zip(routed, shared, strict=True))
+        routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, "moe", job.local_experts)
+        shared = self._mlp(s.moe_shared_expert_intermediate_size / tp, job.tokens, "shared_experts")
+        mlp = [r + t for r, t in zip(routed, shared, strict=True)]
+        order = self.memory(token_exchange.permutations(job))
+        mlp[0], mlp[1] = mlp[0] + order, mlp[1] + order
         there = self.all_to_all(self._dispatch_bytes, beside)
         back = self.all_to_all(2.0, beside, back=True)
         return LayerTimes(
@@ -100,7 +132,7 @@ class Operators:
             combine=back,
             dispatch_b=back,
             combine_b=there,
-            again=there + back if job.recompute & {"full", "moe"} else 0,
+            again=there + back + order if "moe" in job.recompute else 0,
         )
 
     @property
@@ -120,8 +152,11 @@ class Operators:
         # The down projections are whole on every tensor-parallel rank, which has a part of the sequence.
         gemm = self.linear(down, tokens / tp) + self.linear(up + out, tokens)
         core_flops = heads * (qk + s.v_head_dim) * s.seq_length * tokens  # causal: half of 2·2
-        core_f = core_flops / (self.gpu.bf16 * a.attention_forward * a.sustained)
-        core_b = 2.5 * core_flops / (self.gpu.bf16 * a.attention_backward * a.sustained)
+        peak = self.gpu.fp8 if job.precision.fp8_attention else self.gpu.bf16
+        core_f = core_flops / (peak * a.attention_forward * self.gpu.sustained)
+        core_b = 2.5 * core_flops / (peak * a.attention_backward * self.gpu.sustained)
+        if not job.software.fused_attention:
+            core_f, core_b = self._unfused_attention(heads, core_flops)
         traffic_f = 2 * (
             6 * heads * qk + 5 * heads * (s.qk_head_dim + s.v_head_dim) / 2 + 3 * heads * s.v_head_dim
         )
@@ -131,72 +166,70 @@ class Operators:
         )
         collectives = 4 * self.tensor_parallel(2)  # gather and scatter around attention and around the MLP
         collectives += self.context_parallel(2 * heads * (qk + s.v_head_dim))
-        f = gemm + core_f + self.memory(traffic_f) + collectives
-        b = gemm + core_b + self.memory(2 * traffic_f) + collectives
-        if "full" in recompute:
-            b += f
-        else:
-            if "mla_up_proj" in recompute:
-                b += self.linear(up, tokens) + self.memory(traffic_f / 2)
-            if "core_attn" in recompute:
-                b += core_f
-            if "layernorm" in recompute:
-                b += self.memory(tokens * 2 * 2 * 2 * s.hidden_size / tp)
-        return f, b, gemm + self.memory(traffic_w)
+        f = gemm.f + core_f + self.memory(traffic_f) + collectives
+        b = gemm.b + core_b + self.memory(2 * traffic_f) + collectives
+        if "mla_up_proj" in recompute:
+            b += self.linear(up, tokens).f + self.memory(traffic_f / 2)
+        if "core_attn" in recompute:
+            b += core_f
+        if "layernorm" in recompute:
+            b += self.memory(tokens * 2 * 2 * 2 * s.hidden_size / tp)
+        return f, b, gemm.w + self._transposing(traffic_w)
 
-    def _mlp(
-        self, width: int, tokens: float, recomputed_by: set[str], rows: float | None = None
-    ) -> tuple[float, float, float]:
-        """Forward, input backward, weight backward of a SwiGLU MLP of `width` on `tokens` of this rank.
+    def _unfused_attention(self, heads: float, causal_flops: float) -> tuple[float, float]:
+        """Forward and backward over whole matrices of scores: four passes over them, and seven back."""
+        job, a = self.job, self.gpu.achieved
+        scores = heads * job.sizes.seq_length * job.tokens * job.precision.compute
+        products = 2 * causal_flops / (self.gpu.bf16 * a.bf16_gemm * self.gpu.sustained)
+        return products + self.memory(4 * scores), 2 * products + self.memory(7 * scores)
 
-        With tensor parallelism a rank has all tokens and a part of the width, which is as much work.
-        """
+    def _mlp(self, width: float, tokens: float, module: str, experts: int = 1) -> tuple[float, float, float]:
+        """Forward, input backward, weight backward of `experts` SwiGLU MLPs of `width`, on `tokens` rows in all."""
         s, recompute = self.job.sizes, self.job.recompute
-        gemm = self.linear(3 * s.hidden_size * width, tokens, rows)
+        parameters = 3 * s.hidden_size * width
+        gemm = self.linear(parameters, tokens) if experts == 1 else self.grouped(parameters, tokens, experts)
         cache = 1 if self.job.precision.fp8 else 2
         swiglu = tokens * width * (2 * 2 * 2 + cache)  # both halves written and read, the product written
-        edge = tokens * s.hidden_size * (2 + 2 * cache)
-        f = gemm + self.memory(swiglu + edge)
-        b = gemm + self.memory(2 * (swiglu + edge))
-        if recompute & (recomputed_by | {"full"}):
+        again = 0 if "online_quantization" in self.job.hardware and self.job.precision.fp8 else 2 * cache
+        edge = tokens * s.hidden_size * (2 + again)
+        f = gemm.f + self.memory(swiglu + edge)
+        b = gemm.b + self.memory(2 * (swiglu + edge))
+        if module in recompute or (module == "shared_experts" and "moe" in recompute):
             b += f
         elif "moe_act" in recompute:
             b += self.memory(swiglu / 2)
-        return f, b, gemm + self.memory(tokens * 3 * (2 * s.hidden_size + 3 * width) * cache / 2)
+        traffic_w = tokens * 3 * (2 * s.hidden_size + 3 * width) * cache / 2
+        return f, b, gemm.w + self._transposing(traffic_w)
+
+    def _transposing(self, bytes_: float) -> float:
+        """Quantising FP8 activations again by the other axis for weight gradients."""
+        needed = self.job.precision.fp8 and "transposed_fp8_reads" not in self.job.hardware
+        return self.memory(bytes_) if needed else 0
 
     # --- ends of the model
 
     def head(self, num_heads: int) -> tuple[float, float, float]:
-        """Forward, full backward and weight gradients of the output head, `num_heads` times, in BF16."""
+        """Forward, full backward and weight gradients of the output head and cross-entropy, `num_heads` times."""
         job, s = self.job, self.job.sizes
         rows, tp = job.tokens * num_heads, job.layout.tp
         gemm = 2 * rows * s.hidden_size * s.padded_vocab_size / tp
-        gemm /= self.gpu.bf16 * self.gpu.achieved.bf16_gemm * self.gpu.achieved.sustained
-        softmax = self.memory(rows * s.padded_vocab_size / tp * 12)
-        return gemm + softmax, 2 * gemm + softmax, gemm
+        in_bf16 = self.gpu.bf16 * self.gpu.achieved.bf16_gemm * self.gpu.sustained
+        gemm /= self._rate_of_linear if job.precision.fp8_head else in_bf16
+        traffic = CROSS_ENTROPY["te" if job.software.own_kernels else job.software.cross_entropy]
+        loss_f, loss_b = (self.memory(rows * s.padded_vocab_size / tp * bytes_) for bytes_ in traffic)
+        return gemm + loss_f, 2 * gemm + loss_b, gemm
 
     def mtp_projection(self) -> tuple[float, float, float]:
         """Forward, full backward and weight gradients of an MTP layer's projection."""
-        s = self.job.sizes
-        gemm = self.linear(2 * s.hidden_size**2, self.job.tokens / self.job.layout.tp)
-        return gemm, 2 * gemm, gemm
+        s, tp = self.job.sizes, self.job.layout.tp
+        gemm = self.linear(2 * s.hidden_size**2 / tp, self.job.tokens)
+        return gemm.f, gemm.b + gemm.w, gemm.w
 
     # --- communication
 
     def all_to_all(self, bytes_per_element: float, beside: bool = False, back: bool = False) -> float:
         """Dispatch of one layer, or (`back`) combine."""
-        job, gpu, a = self.job, self.gpu, self.gpu.achieved
-        if job.layout.ep == 1:
-            return 0
-        tokens = job.tokens / job.layout.tp * job.load_imbalance
-        size = bytes_per_element * job.sizes.hidden_size * tokens
-        over_ib, over_nvlink = copies(job, gpu.nvlink_domain, back)
-        latency = tokens * a.beside_token if beside and over_ib else a.latency
-        ib = over_ib * size / (gpu.ib * (a.beside_ib if beside else a.ib))
-        nvlink = over_nvlink * size / (gpu.nvlink * a.nvlink)
-        # In chunks: the first one's first hop and the last one's second have nothing beside them.
-        edges = a.latency + min(ib, nvlink) / job.dispatch_chunks if job.dispatcher == "two_hop" else 0
-        return latency + max(ib, nvlink) + edges
+        return token_exchange.seconds(self.job, self.gpu, bytes_per_element, beside, back)
 
     def tensor_parallel(self, bytes_per_element: float) -> float:
         """One all-gather or reduce-scatter of the hidden states over the tensor-parallel ranks."""
@@ -221,51 +254,9 @@ class Operators:
 
     def _rate(self, span: int) -> float:
         """Bytes per second between ranks `span` apart."""
-        inside = span <= self.gpu.nvlink_domain
+        inside = span <= token_exchange.nvlink_domain(self.job, self.gpu)
         return self.gpu.nvlink * self.gpu.achieved.nvlink if inside else self.gpu.ib * self.gpu.achieved.ib
 
     def collective(self, bytes_: float, num_ranks: int, span: int) -> float:
         """Reduce-scatter or all-gather of `bytes_` over `num_ranks` that are spread over `span` ranks."""
         return bytes_ * (num_ranks - 1) / num_ranks / self._rate(span) if num_ranks > 1 else 0
-
-
-def destinations(job: Job, domain: int) -> tuple[float, float]:
-    """Expected number of other nodes and of other ranks that a token's experts are on, with even load.
-
-    A node is an NVLink domain. Routing keeps a token to `group_topk` of the expert groups (R§2.1.2); groups and
-    experts lie in order over the ranks. The second number counts ranks of the token's own and of all other nodes.
-    """
-    s, ep = job.sizes, job.layout.ep
-    groups, chosen = job.moe_router_num_groups, job.moe_router_group_topk
-    num_nodes = max(1, ep // domain)
-    per_group = s.moe_router_topk / chosen
-    nodes = _distinct(groups, chosen, per_group, num_nodes)
-    ranks = _distinct(groups, chosen, per_group, ep)
-    return nodes * (num_nodes - 1) / num_nodes if num_nodes > 1 else 0, ranks * (ep - 1) / ep
-
-
-def copies(job: Job, domain: int, back: bool = False) -> tuple[float, float]:
-    """Copies of a token that cross InfiniBand and NVLink on the way to the experts, or (`back`) of the outputs.
-
-    "flex" (DeepEP): a node and a rank once. "two_hop": the same, but back a row per expert crosses NVLink, so that the
-    sum of a node has one order; and what has come to a rank with its own index stays there. "alltoall": one per expert.
-    """
-    topk, ep = job.sizes.moe_router_topk, job.layout.ep
-    num_nodes = max(1, ep // domain)
-    other_index = 1 - num_nodes / ep
-    if job.dispatcher == "alltoall":
-        return topk * (1 - 1 / num_nodes), topk / num_nodes * other_index
-    nodes, ranks = destinations(job, domain)
-    if job.dispatcher == "two_hop":
-        ranks = (topk if back else ranks * ep / (ep - 1)) * other_index
-    return nodes, ranks
-
-
-def _distinct(groups: int, chosen: int, per_group: float, places: int) -> float:
-    """Expected number of `places` hit by `per_group` experts in each of `chosen` of `groups` groups."""
-    if places <= groups:
-        mine = groups // places
-        missed = comb(groups - mine, chosen) / comb(groups, chosen) if groups - mine >= chosen else 0
-        return places * (1 - missed)
-    inside = places / groups
-    return chosen * inside * (1 - (1 - 1 / inside) ** per_group)

@@ -8,6 +8,9 @@ from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.deepseek import DOLLARS_PER_GPU_HOUR
 from dsv3_megatron.plan.job import PlanError
 
+# Of a launch line's machines, where it does not say.
+SIZES = ("gpu", "nodes", "gpus_per_node")
+
 
 @dataclass
 class Options:
@@ -19,6 +22,11 @@ class Options:
         load_imbalance: tokens of the fullest expert-parallel rank against the mean.
         pictures: folder for pictures and traces, None for none.
         measured: a timeline that `--profile-pipeline` wrote, laid over the predicted one.
+        launch, script: a launch line, a shell script with one, None for a configuration.
+        said: of the launch's machines (`gpu`, `nodes`, `gpus_per_node`); with a script also variables for it.
+        whatif: changes of the hardware to plan with (`whatif.py`).
+        anchor: a file with one measured run (`anchor.py`).
+        proxy: print the proxy to measure.
         overrides: everything else, for `dsv3_megatron.conf.compose`.
     """
 
@@ -28,15 +36,36 @@ class Options:
     load_imbalance: float = LOAD_IMBALANCE
     pictures: Path | None = None
     measured: Path | None = None
+    launch: str | None = None
+    script: Path | None = None
+    said: dict[str, str] = field(default_factory=dict)
+    whatif: tuple[str, ...] | None = None
+    anchor: Path | None = None
+    proxy: bool = False
     overrides: list[str] = field(default_factory=list)
+
+
+_LINES = ("--launch", "--script")
 
 
 def parse(argv: Sequence[str]) -> Options:
     """PlanError names the option, its value and what to use."""
     options = Options()
-    for text in argv:
-        name, _, value = text.partition("=")
-        if name == "output":
+    words = list(argv)
+    while words:
+        text = words.pop(0)
+        name, equals, value = text.partition("=")
+        if name in _LINES:
+            if not equals:
+                value = words.pop(0) if words else ""
+            if not value.strip():
+                raise PlanError(
+                    f"{name}: needs a {'launch line in quotes' if name == '--launch' else 'file'}"
+                )
+            setattr(options, name[2:], value if name == "--launch" else Path(value))
+        elif text == "--proxy":
+            options.proxy = True
+        elif name == "output":
             if value not in ("table", "json"):
                 raise PlanError(f"output={value}: use output=table or output=json")
             options.output = value
@@ -44,13 +73,54 @@ def parse(argv: Sequence[str]) -> Options:
             setattr(options, name, number(name, value))
         elif name == "load_imbalance":
             options.load_imbalance = number(name, value, at_least=1.0)
-        elif name in ("pictures", "measured"):
+        elif name == "whatif":
+            options.whatif = tuple(part for part in value.strip("[]").split(",") if part)
+        elif name in ("pictures", "measured", "anchor"):
             setattr(options, name, Path(value))
         else:
             options.overrides.append(text)
+    _check(options)
+    return options
+
+
+def _check(options: Options) -> None:
+    """What does not go together, and places that cannot be."""
     if options.measured is not None and options.pictures is None:
         raise PlanError(f"measured={options.measured}: give pictures=FOLDER for the picture of both")
-    return options
+    for name in ("measured", "anchor"):
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            raise PlanError(f"{name}={path}: there is no such file; give one that exists")
+    if options.pictures is not None:
+        _make_place(options.pictures)
+    if options.launch is None and options.script is None:
+        return
+    if options.launch is not None and options.script is not None:
+        raise PlanError("--launch with --script: two jobs; give one of them")
+    for text in options.overrides:
+        name, equals, value = text.partition("=")
+        allowed = SIZES if options.launch is not None else None
+        if not equals or (allowed is not None and name not in allowed):
+            what = (
+                "NAME=VALUE, a variable of the script"
+                if allowed is None
+                else " or ".join(f"{n}=" for n in SIZES)
+            )
+            raise PlanError(
+                f"{text}: beside --launch or --script only {what} can be said; change the line itself"
+            )
+        options.said[name] = value
+    options.overrides = []
+
+
+def _make_place(folder: Path) -> None:
+    """The folder, or PlanError where none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(
+            f"pictures={folder}: no folder can be made there ({error.strerror}); use another place"
+        ) from error
 
 
 def number(name: str, value: str, at_least: float | None = None) -> float:

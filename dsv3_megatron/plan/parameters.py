@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.plan.job import Job, Stage
 
 EXPERTS = "routed_experts"
@@ -92,3 +93,30 @@ def held_by(job: Job, counts: ParameterCounts, stages: tuple[int, ...]) -> Held:
         for kind, size in of_stage.parts.items():
             parts[kind] = parts.get(kind, 0) + size
     return Held(parts)
+
+
+def counts_of_sizes(s: ModelSizes, tp: int = 1) -> ParameterCounts:
+    """What `counting.count_parameters` finds by building modules, from the sizes alone (a test compares them)."""
+    h, heads = s.hidden_size, s.num_attention_heads // tp
+    q_rows = heads * (s.qk_head_dim + s.qk_pos_emb_head_dim)
+    query = h * s.q_lora_rank + s.q_lora_rank * q_rows if s.q_lora_rank else h * q_rows
+    attention = query + h * (s.kv_lora_rank + s.qk_pos_emb_head_dim)
+    attention += s.kv_lora_rank * heads * (s.qk_head_dim + s.v_head_dim) + heads * s.v_head_dim * h
+    layer = {"attention": attention, "norm": 2 * h + (s.q_lora_rank or 0) + s.kv_lora_rank}
+    dense = layer | {"dense_mlp": 3 * h * s.ffn_hidden_size // tp}
+    moe = layer | {
+        "router": s.num_moe_experts * h,
+        EXPERTS: s.num_moe_experts * 3 * h * s.moe_ffn_hidden_size,
+        "shared_experts": 3 * h * s.moe_shared_expert_intermediate_size // tp,
+    }
+    mtp = moe | {"norm": layer["norm"] + 3 * h, "mtp_projection": 2 * h * h // tp}
+    vocabulary = s.padded_vocab_size * h // tp
+    return ParameterCounts(
+        dense=dense,
+        moe=moe if s.num_moe_layers else {},
+        mtp=mtp if s.mtp_num_layers else {},
+        embedding={"embedding": vocabulary},
+        head={"output_head": vocabulary, "norm": h},
+        tp=tp,
+        padded_vocab_size=s.padded_vocab_size,
+    )

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+from dsv3_megatron.plan.confidence import confidence, verdict
 from dsv3_megatron.plan.dispatchers import dispatch_line
-from dsv3_megatron.plan.host_memory import HostMemory, problem
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts
 from dsv3_megatron.plan.step import Plan, schedule_of
+from dsv3_megatron.preflight.host_memory import HostMemory, problem
 
 
 def as_dict(plan: Plan) -> dict[str, object]:
@@ -20,6 +21,8 @@ def as_dict(plan: Plan) -> dict[str, object]:
         "bubble_s": plan.bubble_s,
         "memory_gib": plan.memory_gib,
         "fits": plan.fits,
+        "memory_margin_gib": plan.memory_margin_gib,
+        "confidence": confidence(plan.job, plan.gpu).as_dict(),
     }
 
 
@@ -31,7 +34,7 @@ def summary(plan: Plan) -> str:
     rows = [
         ("job", f"{layout.num_gpus} × {plan.gpu.name}, TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep}"),
         ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
-        ("", f"{'fp8' if job.precision.fp8 else 'bf16' if job.precision.compute == 2 else 'fp32'}, recompute "
+        ("", f"{job.precision.name}, recompute "
              f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
         *([("dispatch", dispatch_line(job, plan.gpu))] if layout.ep > 1 else []),
         ("step", f"{plan.step_s:.3f} s"),
@@ -41,6 +44,7 @@ def summary(plan: Plan) -> str:
         ("stage in the middle", "F {:.1f}, B {:.1f}, W {:.1f}, F&B {:.1f} ms".format(
             *(1e3 * costs.per_stage(name, len(job.stages))[middle] for name in ("f", "b", "w", "fb")))),
         ("tokens/s/GPU", f"{plan.tokens_per_s_per_gpu:.0f}"),
+        ("confidence", str(confidence(job, plan.gpu))),
         ("1T tokens", f"{plan.gpu_hours(1e12) / 1e3:.1f}K GPU-hours, {plan.days(1e12):.2f} days"),
     ]  # fmt: skip
     width = max(len(label) for label, _ in rows)
@@ -62,8 +66,11 @@ def memory_table(plan: Plan) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
     ]
     worst = max(plan.memory_gib)
-    verdict = "fits" if plan.fits else "does not fit"
-    lines.append(f"GiB; the fullest rank {verdict}: {worst:.1f} of {plan.gpu.memory / GIB:.1f}")
+    error = confidence(plan.job, plan.gpu).memory_percent
+    lines.append(
+        f"GiB; the fullest rank {verdict(plan)}: {worst:.1f} of {plan.gpu.memory / GIB:.1f}, "
+        f"{plan.memory_margin_gib:.1f} left; peaks have been off by up to {error:.0f}%"
+    )
     return "\n".join(lines)
 
 

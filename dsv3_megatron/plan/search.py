@@ -141,7 +141,7 @@ class Request:
 
 def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[str]:
     """Keeps the `num_best` fastest that the trainer would start; one line for each faster one that it refuses."""
-    from dsv3_megatron.plan.from_config import validated_args
+    from dsv3_megatron.plan.from_config import validated
 
     lines: list[str] = []
     kept: list[tuple[Plan, Candidate]] = []
@@ -149,7 +149,7 @@ def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[st
         if len(kept) == num_best:
             break
         try:
-            validated_args(compose(request.base + candidate.overrides()))
+            validated(compose(request.base + candidate.overrides()))
             kept.append((result, candidate))
         except RefusedArgument as error:
             lines.append(f"refused by the trainer: {_row(result, candidate)}: {error}")

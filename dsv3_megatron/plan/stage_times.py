@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from dsv3_megatron.pipeline import Costs
+from dsv3_megatron.plan import host_time
+from dsv3_megatron.plan.activations_te import offloaded
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, Stage
 from dsv3_megatron.plan.operators import LayerTimes, Operators
@@ -58,30 +60,74 @@ class StageTimes:
     w: float
     fb: float
 
+    def plus(self, other: "StageTimes", number: float) -> "StageTimes":
+        """With `number` times the other."""
+        return StageTimes(
+            self.f + number * other.f,
+            self.b + number * other.b,
+            self.w + number * other.w,
+            self.fb + number * other.fb,
+        )
+
+    def recomputed(self, share: float) -> "StageTimes":
+        """With the forward again before the backward, for a share of the layers."""
+        return StageTimes(self.f, self.b + share * self.f, self.w, self.fb + share * self.f)
+
 
 def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = None) -> StageTimes:
     """Sum over the stage's layers and ends."""
     ops = operators or Operators(job, gpu)
-    dense, moe = ops.dense_layer(), ops.moe_layer()
     num_moe = stage.moe + stage.mtp
-    f = stage.dense * dense.f + num_moe * moe.f
-    b = stage.dense * dense.b + num_moe * moe.b
-    w = stage.dense * dense.w + num_moe * moe.w
-    fb = stage.dense * (dense.f + dense.b)
-    overlaps = job.layout.overlap_pairs and job.layout.ep > 1
-    paired = (
-        min(pair(moe, ops.moe_layer(beside=True), job, gpu).length, moe.f + moe.b)
-        if overlaps
-        else moe.f + moe.b
-    )
-    fb += num_moe * paired
+    layers = [
+        (stage.dense, _layer(job, gpu, ops.dense_layer(), None, moe=False)),
+        (num_moe, _layer(job, gpu, ops.moe_layer(), ops.moe_layer(beside=True), moe=True)),
+    ]
+    total = StageTimes(0, 0, 0, 0)
+    again = job.recomputed_layers(stage.dense + stage.moe) / max(1, stage.dense + stage.moe)
+    for number, times in layers:
+        total = total.plus(times.recomputed(again), number)
     ends = []
     if stage.head:
         ends.append(ops.head(1 + stage.mtp))
     ends += [ops.mtp_projection()] * stage.mtp
     for end_f, end_b, end_w in ends:
-        f, b, w, fb = f + end_f, b + end_b, w + end_w, fb + end_f + end_b
-    return StageTimes(f, b, w, fb)
+        total = total.plus(StageTimes(end_f, end_b, end_w, end_f + end_b), 1)
+    # Activations on their way to host memory and back, beside everything else.
+    away = offloaded(job, stage) / gpu.host.link
+    return (
+        StageTimes(max(total.f, away), max(total.b, away), total.w, max(total.fb, 2 * away))
+        if away
+        else total
+    )
+
+
+def _layer(job: Job, gpu: Gpu, alone: LayerTimes, beside: LayerTimes | None, *, moe: bool) -> StageTimes:
+    """A layer's passes: of each part the longer of what the GPU and what the host takes."""
+    host_f, host_b = _host(job, gpu, moe)
+    first_f = alone.attention_f
+    second_f = alone.dispatch + alone.mlp_f + alone.combine
+    second_b = alone.combine_b + alone.mlp_b + alone.mlp_w + alone.dispatch_b + alone.again
+    first_b = alone.attention_b + alone.attention_w
+    f = max(first_f, host_f[0]) + max(second_f, host_f[1])
+    b = max(first_b, host_b[0]) + max(second_b, host_b[1])
+    w = alone.w
+    fb = f + b
+    if beside is not None and job.layout.overlap_pairs and job.layout.ep > 1:
+        fb = min(fb, max(pair(alone, beside, job, gpu).length, sum(host_f) + sum(host_b)))
+    return StageTimes(f, b, min(w, b), fb)
+
+
+def _host(job: Job, gpu: Gpu, moe: bool) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds of the host in the forward and in the backward: of the first and of the second part of a layer."""
+    software = job.software
+    if software.own_kernels or job.whole_iteration_graph:
+        return (0, 0), (0, 0)
+    host, parts = gpu.host, host_time.parts(job, moe)
+    forward, backward = (
+        tuple(host.seconds(part[way], software.bound) for part in (parts.first, parts.second))
+        for way in (0, 1)
+    )
+    return forward, backward  # type: ignore[return-value]
 
 
 def costs(job: Job, gpu: Gpu) -> Costs:

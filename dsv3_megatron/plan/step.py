@@ -69,6 +69,11 @@ class Plan:
         return [rank.peak / GIB for rank in self.memory]
 
     @property
+    def memory_margin_gib(self) -> float:
+        """What the fullest rank leaves of the GPU; negative where it does not fit."""
+        return self.gpu.memory / GIB - max(self.memory_gib)
+
+    @property
     def fits(self) -> bool:
         return max(rank.peak for rank in self.memory) <= self.gpu.memory
 
@@ -141,8 +146,10 @@ def _update_of_rank(job: Job, gpu: Gpu, counts: ParameterCounts, stages: tuple[i
     elements = sum(n / (ranks if job.distributed_optimizer else 1) for n, ranks, _ in groups)
     if not job.distributed_optimizer:
         reduce, gather = 2 * reduce, 0
+    away = elements * job.offload_optimizer  # AdamW in host memory, gradients there and parameters back
+    on_host = away * (states / gpu.host.memory + (p.main_gradient + p.compute) / gpu.host.link)
     return Update(
         reduce / len(stages) if job.overlap_grad_reduce else reduce,
-        ops.memory(elements * states),
+        ops.memory((elements - away) * states) + on_host,
         gather / len(stages) if job.overlap_param_gather else gather,
     )

@@ -12,10 +12,10 @@ from unittest import mock
 
 from dsv3_megatron.arguments.surroundings import imagined
 from dsv3_megatron.errors import RefusedArgument
-from dsv3_megatron.plan.host_memory import host_memory, problem
 from dsv3_megatron.preflight import findings
 from dsv3_megatron.preflight.advice import advise
 from dsv3_megatron.preflight.findings import Finding
+from dsv3_megatron.preflight.host_memory import host_memory, problem
 from dsv3_megatron.preflight.line import Line
 from dsv3_megatron.preflight.machine import Machine
 from dsv3_megatron.preflight.start import with_packages_of

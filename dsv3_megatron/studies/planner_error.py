@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 from dsv3_megatron.pipeline import Costs, simulate
 from dsv3_megatron.plan import deepseek
+from dsv3_megatron.plan.anchor import scaled, speed_of
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.calibration import trace_times, unit_times
 from dsv3_megatron.plan.compare import comparison
+from dsv3_megatron.plan.confidence import DEEPSEEK, Domain, domain_of
 from dsv3_megatron.plan.cost import report_totals
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.job import Job
 from dsv3_megatron.plan.operators import Operators
-from dsv3_megatron.plan.published import ALL_TO_ALL_US, RUNS
+from dsv3_megatron.plan.published import ALL_TO_ALL_US, RUNS, Run
 from dsv3_megatron.plan.stage_times import costs
 from dsv3_megatron.plan.step import plan, schedule_of, update
 
@@ -66,30 +68,128 @@ def deepseek_rows() -> list[Row]:
     return rows
 
 
-def run_rows() -> list[Row]:
-    """Other published runs, all predicted."""
-    rows = []
+@dataclass(frozen=True)
+class Judged:
+    """A published run beside its plan.
+
+    Attributes:
+        time: of the step; `memory` of the fullest rank's peak, where it was published.
+    """
+
+    run: Run
+    time: Row
+    memory: Row | None
+
+    @property
+    def domain(self) -> Domain:
+        return domain_of(self.run.job, GPUS[self.run.gpu])
+
+
+def judged() -> list[Judged]:
+    """Every published run, planned."""
+    found = []
     for run in RUNS:
-        result = plan(run.job, GPUS[run.gpu], deepseek.COUNTS)
+        result = plan(run.job, GPUS[run.gpu], run.counts)
         note = f"{run.source}; assumed: {run.assumed}"
-        rows.append(
-            Row(
-                run.name,
-                "tokens/s/GPU",
-                run.tokens_per_s_per_gpu,
-                result.tokens_per_s_per_gpu,
-                "prediction",
-                note,
-            )
-        )
-    return rows
+        time = Row(run.name, "s", run.step_s, result.step_s, run.half, note)
+        memory = None
+        if run.peak_gib is not None:
+            memory = Row(run.name, "GiB", run.peak_gib, max(result.memory_gib), "prediction")
+        found.append(Judged(run, time, memory))
+    return found
+
+
+# A published run to anchor on, and the beginning of the names of others of its hardware, which it then predicts.
+ANCHORED = (
+    (
+        "64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all",
+        "64 H100, BF16, 14 layers, 2048 tokens, all-to-all",
+    ),
+    ("256 B200, BF16, PP16 EP8, all-to-all, GBS 2048", "256 B200, MXFP8, PP16 EP8, HybridEP"),
+    ("256 B300, MXFP8, PP16 EP8, HybridEP", "256 B300, MXFP8, PP8 EP8"),
+    ("256 GB200, BF16, PP8 VPP4 EP32, HybridEP", "256 GB200, BF16, PP4 VPP4 EP64, HybridEP"),
+    ("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "256 GB300, MXFP8, PP2 VPP8 EP32"),
+)
+
+
+def anchored_rows(rows: Sequence[Judged]) -> list[tuple[str, Judged, float]]:
+    """Anchor, predicted run with its plain error, and its error when anchored."""
+    by_name = {row.run.name: row.run for row in rows}
+    found = []
+    for name, others in ANCHORED:
+        run = by_name[name]
+        gpu = GPUS[run.gpu]
+        gpu = scaled(gpu, speed_of(run.job, gpu, run.counts, run.step_s))
+        for row in rows:
+            if row.run.name.startswith(others) and row.run is not run:
+                step = plan(row.run.job, gpu, row.run.counts).step_s
+                found.append((name, row, step / row.run.step_s - 1))
+    return found
+
+
+def anchored_table(rows: Sequence[Judged]) -> str:
+    """As Markdown."""
+    lines = ["| anchored on | predicted | error before | anchored |", "|---|---|---|---|"]
+    for name, row, error in anchored_rows(rows):
+        lines.append(f"| {name} | {row.run.name} | {row.time.error:+.1%} | {error:+.1%} |")
+    return "\n".join(lines)
+
+
+def errors_module(rows: Sequence[Judged]) -> str:
+    """The text of `plan/errors.py`: `python -m dsv3_megatron.studies.planner_error errors`."""
+    own = plan(TRAINING, H800, deepseek.COUNTS).step_s / deepseek.STEP_S - 1
+    times = {DEEPSEEK: (tuple(domain_of(TRAINING, H800)), 100 * own)}
+    # What no other run is like says nothing of them.
+    times |= {
+        r.run.name: (tuple(r.domain), 100 * r.time.error) for r in rows if r.run.job.software.fused_attention
+    }
+    lines = [
+        '"""Errors in percent, by published run: written by `python -m dsv3_megatron.studies.planner_error errors`."""',
+        "",
+        "# Name: (hardware, dispatcher, precision), predicted step against the published one.",
+        "TIME_PERCENT: dict[str, tuple[tuple[str, str, str], float]] = {",
+    ]
+    lines += [
+        f"    {json.dumps(name)}: ({_words(domain)}, {error:.1f})," for name, (domain, error) in times.items()
+    ]
+    lines += ["}", "# Of the fullest rank's peak.", "MEMORY_PERCENT: dict[str, float] = {"]
+    lines += [
+        f"    {json.dumps(r.run.name)}: {100 * r.memory.error:.1f}," for r in rows if r.memory is not None
+    ]
+    return "\n".join([*lines, "}", ""])
+
+
+def _words(domain: Sequence[str]) -> str:
+    return "(" + ", ".join(json.dumps(part) for part in domain) + ")"
+
+
+def halves(rows: Sequence[Judged]) -> str:
+    """The fitted half and the judges, apart."""
+    parts = []
+    for half, title in (("fitted", "Fitted half"), ("judge", "Judges: not fitted")):
+        mine = [row for row in rows if row.run.half == half]
+        within = sum(abs(row.time.error) <= (0.10 if half == "fitted" else 0.15) for row in mine)
+        limit = "10%" if half == "fitted" else "15%"
+        lines = [
+            f"{title}: {within} of {len(mine)} within {limit}",
+            "",
+            "| what | domain | published | predicted | error |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r.run.name} | {r.domain} | {r.time.published:.4g} s | {r.time.predicted:.4g} s | {r.time.error:+.1%} |"
+            for r in mine
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def all_to_all_rows() -> list[Row]:
     """Dispatch alone, of Megatron's paper: the communication model without computation beside it."""
     rows = []
     for (gpu, ep), (dispatch, combine) in ALL_TO_ALL_US.items():
-        job = replace(deepseek.JOB, layout=replace(deepseek.JOB.layout, ep=ep))
+        layout = replace(deepseek.JOB.layout, ep=ep)
+        job = replace(deepseek.JOB, layout=layout, dispatcher="flex", flex_backend="hybridep")
         predicted = 1e6 * Operators(job, GPUS[gpu]).all_to_all(2.0)
         mean = (dispatch + combine) / 2
         rows.append(Row(f"{gpu} EP{ep}, mean of dispatch and combine", "us", mean, predicted, "prediction"))
@@ -98,7 +198,7 @@ def all_to_all_rows() -> list[Row]:
 
 def steps_towards_the_whole() -> list[tuple[str, float]]:
     """What each part of the model adds to the step that the trace alone predicts: seconds, cumulative."""
-    trace = replace(H800, achieved=replace(H800.achieved, sustained=1.0))
+    trace = replace(H800, watts=2 * H800.achieved.full_watts)
     balanced = deepseek.JOB
     table = schedule_of(balanced)
     middle = len(balanced.stages) // 2
@@ -139,18 +239,27 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
-    own, runs, exchange = deepseek_rows(), run_rows(), all_to_all_rows()
+    runs = judged()
+    if words == ["errors"]:
+        print(errors_module(runs), end="")
+        return
+    own, exchange = deepseek_rows(), all_to_all_rows()
+    memory = [row.memory for row in runs if row.memory is not None]
     if words == ["output=json"]:
-        rows = [vars(row) | {"error": row.error} for row in (*own, *runs, *exchange)]
+        rows = [
+            vars(row) | {"error": row.error} for row in (*own, *[r.time for r in runs], *memory, *exchange)
+        ]
         print(json.dumps(rows))
         return
     print("DeepSeek-V3's own training, 2048 H800\n\n" + table(own))
     print("\nFrom the trace to the step\n")
     for what, seconds in steps_towards_the_whole():
         print(f"  {seconds:6.2f} s  {what}")
-    print("\nOther published runs of DeepSeek-V3: predictions, none fitted\n\n" + table(runs) + "\n")
+    print("\nOther published runs of DeepSeek-V3, seconds of a step\n\n" + halves(runs) + "\n")
     for row in runs:
-        print(f"  {row.what}: {row.note}")
+        print(f"  {row.run.name}: {row.time.note}")
+    print("\nPeak of the fullest rank: predictions\n\n" + table(memory))
+    print("\nOne published run as the anchor of another of its hardware\n\n" + anchored_table(runs))
     print("\nAll-to-all alone, BF16, 4096 tokens (arXiv 2603.07685, table 7, HybridEP)\n\n" + table(exchange))
     print("\nCost of DeepSeek-V3 (report, Table 1: 2664K, 119K, 5K, 2788K GPU-hours, $5.576M)\n")
     for phase, hours, money in report_totals(plan(TRAINING, H800, deepseek.COUNTS).gpu_hours(1e12)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.adopt.__main__ import _launches, command, report
+from dsv3_megatron.adopt.__main__ import command, launches_of, report
 from dsv3_megatron.adopt.line import Adopted, adopt
 from dsv3_megatron.adopt.translate import Launch, launch_of
 from dsv3_megatron.arguments import megatron_parser
@@ -28,7 +28,7 @@ def parser() -> Any:
 
 
 def adopted(parser: Any, name: str, *arguments: str, **given: str) -> tuple[Launch, Adopted]:
-    launches, _ = _launches(SCRIPTS / name, arguments, given)
+    launches, _ = launches_of(SCRIPTS / name, arguments, given)
     assert len(launches) == 1
     return launches[0][1], adopt(launches[0][1], parser)
 
@@ -259,6 +259,6 @@ def test_no_trainer_is_an_error(tmp_path: Path) -> None:
     for text in ("echo hello\n", "python prepare.py --input x\n", "'"):
         script.write_text(text)
         with pytest.raises(RefusedArgument, match=r"script\.sh"):
-            _launches(script, [], {})
+            launches_of(script, [], {})
     with pytest.raises(RefusedArgument, match="no such file"):
-        _launches(tmp_path / "nowhere.sh", [], {})
+        launches_of(tmp_path / "nowhere.sh", [], {})

@@ -20,7 +20,7 @@ from dsv3_megatron.plan.step import plan
 PUBLISHED = ["model=v3_671b", "layout=pp16_ep64", "cluster=h800_2048"]
 PLAIN = [*PUBLISHED, "schedule=1f1b", "precision=bf16"]
 KEYS = {"step_s", "tokens_per_s_per_gpu", "gpu_hours_per_1t", "days_per_1t", "bubble_s", "memory_gib", "fits"}
-KEYS |= {"host_save_gib", "host_load_gib", "host_average_gib"}
+KEYS |= {"host_save_gib", "host_load_gib", "host_average_gib", "memory_margin_gib", "confidence"}
 
 
 def _json(capsys: pytest.CaptureFixture, words: list[str]) -> dict:
@@ -49,7 +49,7 @@ def test_dispatch_as_launched(capsys: pytest.CaptureFixture) -> None:
     ]
     assert steps == sorted(steps) and len(set(steps)) == 3
     two_hop = _json(capsys, PUBLISHED)["step_s"]  # the layout's
-    assert steps[0] < two_hop < 1.02 * steps[0]
+    assert steps[0] < two_hop < 1.05 * steps[0]  # over NCCL, whose share of InfiniBand is smaller
     command.main([*flex, "fp8_dispatch=bf16", "moe_flex_dispatcher_backend=hybridep"])
     assert "flex, BF16, one copy per node: " in capsys.readouterr().out
     command.main(PUBLISHED)
@@ -150,7 +150,7 @@ def test_search_command(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_mathematics_imports_neither_megatron_nor_torch() -> None:
     code = (
-        "import sys, dsv3_megatron.studies.planner_error, dsv3_megatron.plan.search;"
+        "import sys, dsv3_megatron.studies.planner_error, dsv3_megatron.plan.candidates;"
         "bad = [m for m in ('torch', 'megatron') if m in sys.modules]; assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -7,8 +7,9 @@ import pytest
 
 from dsv3_megatron.dispatch import expected_bytes
 from dsv3_megatron.plan import deepseek, dispatchers
+from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.hardware import GPUS
-from dsv3_megatron.plan.operators import copies, destinations
+from dsv3_megatron.plan.token_exchange import copies
 
 H800 = GPUS["h800"]
 JOB = replace(deepseek.JOB, load_imbalance=1.0)
@@ -22,12 +23,12 @@ def test_bytes_are_those_of_the_expectation(dispatcher, fp8):
     found = dispatchers.figures(job, H800, dispatcher)
     wanted = expected_bytes(job.tokens, 8, 8, 4, "fp8" if fp8 else "bf16", dispatcher=dispatcher)
     assert found.infiniband == pytest.approx(wanted.infiniband, rel=0.03)
-    # Ranks of a node: three draws of eight in the closed form, so it is rougher there; flex counts the gateway's own.
-    assert found.nvlink == pytest.approx(wanted.nvlink, rel=0.14)
+    # Flex counts the rows that stay on the rank through which they entered the node (a seventh).
+    assert found.nvlink == pytest.approx(wanted.nvlink, rel=0.16)
 
 
 def test_copies_by_hand():
-    assert copies(replace(JOB, dispatcher="flex"), 8) == destinations(JOB, 8)
+    assert copies(replace(JOB, dispatcher="flex"), 8) == destinations(JOB, 8)[:2]
     far, near = copies(replace(JOB, dispatcher="alltoall"), 8)
     assert (far, near) == (pytest.approx(8 * 7 / 8), pytest.approx(8 / 8 * 7 / 8))
     nodes, pairs = copies(replace(JOB, dispatcher="two_hop"), 8, back=True)

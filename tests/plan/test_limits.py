@@ -9,11 +9,13 @@ from dsv3_megatron.pipeline import build_schedule, simulate
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.compare import place, with_layout
+from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.hardware import GPUS, without_communication
 from dsv3_megatron.plan.job import Job, PlanError, Stage
-from dsv3_megatron.plan.operators import Operators, copies, destinations
+from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.stage_times import costs, pair, stage_times
 from dsv3_megatron.plan.step import Plan, plan
+from dsv3_megatron.plan.token_exchange import copies
 
 H800 = GPUS["h800"]
 JOB = deepseek.JOB
@@ -202,13 +204,33 @@ def test_the_bubble_is_the_simulators() -> None:
 
 def test_destinations_of_a_token() -> None:
     """4 of 8 groups, 8 experts (R§2.1.2): at most 4 nodes, of which one may be the token's own."""
-    nodes, ranks = destinations(JOB, 8)
-    assert nodes == pytest.approx(4 * 7 / 8)  # EP64 on 8 nodes: exactly 4 nodes, 7 of 8 others
-    assert 7 < ranks < 8
-    assert destinations(replace(JOB, layout=replace(JOB.layout, ep=8)), 8)[0] == 0  # inside a node
-    assert destinations(JOB, 72)[0] == 0  # inside a rack
-    two_nodes, _ = destinations(replace(JOB, layout=replace(JOB.layout, ep=16)), 8)
+    to = destinations(JOB, 8)
+    assert to.domains == pytest.approx(4 * 7 / 8)  # EP64 on 8 nodes: exactly 4 nodes, 7 of 8 others
+    assert 7 < to.ranks < 8
+    assert destinations(on(ep=8), 8).domains == 0  # inside a node
+    assert destinations(JOB, 72).domains == 0  # inside a rack
+    two_nodes = destinations(on(ep=16), 8).domains
     assert two_nodes == pytest.approx((1 - 1 / 70) * 2 / 2)  # 4 of 8 groups miss a half in 1 of 70 choices
+
+
+@pytest.mark.parametrize("ep, domain", [(128, 72), (256, 72), (64, 8), (256, 8), (32, 4)])
+def test_destinations_are_those_of_drawn_tokens(ep: int, domain: int) -> None:
+    """Against tokens that are drawn: experts of EP128 and EP256 lie in racks that do not divide them."""
+    import random
+
+    draw, job, tokens = random.Random(0), on(ep=ep), 4000
+    domains = ranks = outside = 0
+    for _ in range(tokens):
+        own = draw.randrange(ep)
+        chosen = [32 * g + e for g in draw.sample(range(8), 4) for e in draw.sample(range(32), 2)]
+        homes = [expert * ep // 256 for expert in chosen]
+        domains += len({rank // domain for rank in homes} - {own // domain})
+        ranks += len(set(homes) - {own})
+        outside += sum(rank // domain != own // domain for rank in homes)
+    to = destinations(job, domain)
+    assert (domains / tokens, ranks / tokens, outside / tokens) == pytest.approx(
+        (to.domains, to.ranks, to.experts_outside), rel=0.04
+    )
 
 
 # --- refusals
@@ -246,9 +268,8 @@ def test_fields_are_all_used() -> None:
 
 def per_token(job: Job) -> float:
     """Bytes over InfiniBand of a token's dispatch and combine, forward."""
-    nodes, _ = copies(job, 8)
     size = 1 + 4 / 128 if job.precision.fp8_dispatch else 2
-    return nodes * job.sizes.hidden_size * (size + 2)
+    return job.sizes.hidden_size * (copies(job, 8).ib * size + copies(job, 8, back=True).ib * 2)
 
 
 def test_copies_per_expert_or_per_node() -> None:
@@ -257,7 +278,7 @@ def test_copies_per_expert_or_per_node() -> None:
     So E4M3 by all-to-all is as many bytes as BF16 through DeepEP, and combine is twice as many.
     """
     flex, plain = replace(JOB, dispatcher="flex"), replace(JOB, dispatcher="alltoall")
-    assert copies(flex, 8)[0] == pytest.approx(3.5)
+    assert copies(flex, 8).ib == pytest.approx(3.5)
     assert copies(plain, 8) == pytest.approx((7.0, 8 * 7 / 64))
     assert copies(replace(plain, layout=replace(JOB.layout, ep=8)), 8) == pytest.approx((0, 7))
     in_bf16 = replace(flex, precision=replace(JOB.precision, fp8_dispatch=False))

@@ -1,0 +1,120 @@
+"""How far a plan may be believed: what like it has been held against a published run, and by how much that was off.
+
+A domain is hardware, dispatcher and precision. Inside of one the error is the largest of its runs, fitted or not;
+outside of all the output says so, and the error is the largest of all runs. The errors are those of `errors.py`,
+which a test compares with the runs planned anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dsv3_megatron.plan.errors import MEMORY_PERCENT, TIME_PERCENT
+from dsv3_megatron.plan.hardware import Gpu
+from dsv3_megatron.plan.job import Job
+from dsv3_megatron.plan.step import Plan
+
+# DeepSeek's own run, whose step is fitted.
+DEEPSEEK = "2048 H800, FP8, PP16 EP64, DeepSeek's own"
+
+
+class Domain(NamedTuple):
+    """What has to be the same for a comparison to say something."""
+
+    gpu: str
+    dispatcher: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.gpu}, {self.dispatcher}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Of one plan.
+
+    Attributes:
+        time_percent, memory_percent: largest error seen, of the step and of the fullest rank's peak.
+        domain: whether runs of the plan's own domain were compared.
+        compared_with: their names; outside of all domains those on the same hardware.
+        unlike: what of the job no compared run has, in words.
+    """
+
+    time_percent: float
+    memory_percent: float
+    domain: bool
+    compared_with: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """The JSON contract."""
+        return {
+            "time_percent": self.time_percent,
+            "memory_percent": self.memory_percent,
+            "domain": self.domain,
+            "compared_with": list(self.compared_with),
+        }
+
+    def __str__(self) -> str:
+        runs = f"{len(self.compared_with)} published run{'s' if len(self.compared_with) != 1 else ''}"
+        if self.domain:
+            return f"±{self.time_percent:.0f}% of the step, by {runs} of this domain"
+        why = f" ({'; '.join(self.unlike)})" if self.unlike else ""
+        return f"outside of every domain that was compared{why}: ±{self.time_percent:.0f}% is the largest error of any"
+
+
+def domain_of(job: Job, gpu: Gpu) -> Domain:
+    """Of a job on a GPU."""
+    if job.dispatcher == "flex":
+        dispatcher = "DeepSeek's own" if job.software.own_kernels else job.flex_backend
+    else:
+        dispatcher = str(job.dispatcher)
+    return Domain(gpu.name, dispatcher, job.precision.name)
+
+
+def confidence(job: Job, gpu: Gpu) -> Confidence:
+    """What the errors of `errors.py` say of a plan."""
+    unlike = _unlike(job)
+    own = domain_of(job, gpu)
+    inside = [name for name, (domain, _) in TIME_PERCENT.items() if Domain(*domain) == own]
+    if inside and not unlike:
+        names, time = inside, _largest([TIME_PERCENT[name][1] for name in inside])
+    else:
+        names = [name for name, (domain, _) in TIME_PERCENT.items() if domain[0] == gpu.name]
+        time = _largest([error for _, error in TIME_PERCENT.values()])
+        if not inside:
+            unlike = (f"{own}: never compared", *unlike)
+    peaks = [MEMORY_PERCENT[name] for name in names if name in MEMORY_PERCENT]
+    memory = _largest(peaks or list(MEMORY_PERCENT.values()))
+    return Confidence(time, memory, bool(inside) and not unlike, tuple(names), unlike)
+
+
+def verdict(plan: Plan) -> str:
+    """ "fits", "tight" or "does not fit": tight where the memory model's own error decides."""
+    error = confidence(plan.job, plan.gpu).memory_percent / 100 * max(plan.memory_gib)
+    if abs(plan.memory_margin_gib) < error:
+        return "tight"
+    return "fits" if plan.fits else "does not fit"
+
+
+def _unlike(job: Job) -> tuple[str, ...]:
+    """What no compared run has."""
+    found = []
+    if job.offload_optimizer:
+        found.append("optimizer in host memory")
+    if job.offload_modules:
+        found.append("activations in host memory")
+    if job.precision.fp4:
+        found.append("NVFP4")
+    if job.layout.cp > 1:
+        found.append("context parallelism")
+    if not job.software.fused_attention:
+        found.append("attention that is not fused")
+    if job.transformer_impl == "local":
+        found.append("the reference backend")
+    return tuple(found)
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """In whole percent, upwards."""
+    return float(round(max(abs(error) for error in errors) + 0.5))

@@ -1,0 +1,300 @@
+"""From validated arguments to a `Job`: every argument that a step's time or memory depends on."""
+
+from argparse import Namespace
+from typing import Any
+
+from dsv3_megatron.fp8.precision import recipe_of
+from dsv3_megatron.metrics.flops import ModelSizes
+from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.plan.activations_te import OFFLOADED
+from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
+from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
+from dsv3_megatron.plan.launch import Launched
+
+# DeepSeek-V3's rows of the embedding, where neither the line nor a tokenizer on this machine says how many.
+_VOCABULARY = 129_280
+# Megatron's parts of a layer that are CUDA graphs, and ours; the router's graph has the shared expert in it.
+_GRAPHS = {
+    "attn": ("attn",),
+    "mlp": ("mlp",),
+    "moe": ("moe",),
+    "moe_router": ("router", "shared_experts"),
+    "moe_preprocess": ("preprocess",),
+}
+_WHOLE_LAYER = ("attn", "mlp", "moe", "router", "preprocess", "shared_experts")
+
+
+def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domain: int) -> Job:
+    """The job of validated arguments.
+
+    Args:
+        padded_vocab_size: rows of the embedding that were counted.
+        load_imbalance: tokens of the fullest expert-parallel rank against the mean.
+        domain: GPUs of an NVLink domain, as the hardware table has it.
+
+    Raises:
+        PlanError: what the planner does not know, by its argument.
+    """
+    args, given = found.args, found.given
+    _refuse(args, load_imbalance)
+    stages = tuple(_stages(found))
+    sizes = sizes_of(found)
+    if padded_vocab_size != sizes.padded_vocab_size:
+        sizes = ModelSizes(**{**vars(sizes), "padded_vocab_size": padded_vocab_size})
+    dispatcher = args.moe_token_dispatcher_type
+    return Job(
+        sizes=sizes,
+        layout=_layout(found, len(stages)),
+        stages=stages,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        precision=_precision(args),
+        recompute=_recompute(args),
+        recompute_layers=_recomputed_layers(args),
+        distributed_optimizer=args.use_distributed_optimizer,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        transformer_impl=getattr(given, "transformer_impl", "transformer_engine"),
+        dispatcher=dispatcher,
+        dispatch_chunks=getattr(args, "moe_two_hop_chunks", None) or Job.dispatch_chunks,
+        flex_backend=args.moe_flex_dispatcher_backend or "deepep",
+        capacity_factor=args.moe_expert_capacity_factor if args.moe_pad_expert_input_to_capacity else None,
+        moe_router_num_groups=args.moe_router_num_groups or 1,
+        moe_router_group_topk=args.moe_router_group_topk or 1,
+        load_imbalance=load_imbalance,
+        balance_loss=bool(args.moe_aux_loss_coeff),
+        communication_sms=_communication_sms(args, dispatcher),
+        whole_iteration_graph=args.cuda_graph_impl == "full_iteration",
+        software=_software(args),
+        offload_optimizer=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
+        offload_modules=frozenset(args.offload_modules or ())
+        if args.fine_grained_activation_offloading
+        else frozenset(),
+        nvlink_domain=_domain(args, domain),
+    )
+
+
+def _refuse(args: Namespace, load_imbalance: float) -> None:
+    """What no plan can be made of."""
+    if not args.global_batch_size:
+        raise PlanError("global_batch_size is not set: give the number of sequences of a step")
+    if not args.multi_latent_attention:
+        raise PlanError(
+            "multi_latent_attention is off: the planner knows multi-latent attention; use --multi-latent-attention"
+        )
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False):
+            raise PlanError(
+                f"{name}=true: the planner knows the distributed optimizer, not FSDP; leave {name} out"
+            )
+    if args.fine_grained_activation_offloading and "fused_group_mlp" in (args.offload_modules or ()):
+        raise PlanError(
+            f"offload_modules=fused_group_mlp: the planner knows {', '.join(OFFLOADED)}; use some of those"
+        )
+    etp = args.expert_tensor_parallel_size or 1
+    if args.num_experts and etp != 1:
+        raise PlanError(
+            f"expert_tensor_parallel_size={etp}: the planner knows whole experts; use expert_tensor_parallel_size=1 "
+            "(Megatron's default is tensor_model_parallel_size)"
+        )
+    most = _most_imbalance(args)
+    if load_imbalance > max(most, LOAD_IMBALANCE):
+        raise PlanError(
+            f"load_imbalance={load_imbalance:g}: with expert_model_parallel_size={args.expert_model_parallel_size} the "
+            f"fullest rank has at most {most:g} times the mean; use a number from 1 to {most:g}"
+        )
+
+
+def _most_imbalance(args: Namespace) -> float:
+    """All tokens send as many of their copies as they can to the experts of one rank."""
+    if not args.num_experts:
+        return 1.0
+    ep = args.expert_model_parallel_size
+    return ep * min(args.moe_router_topk, args.num_experts // ep) / args.moe_router_topk
+
+
+def sizes_of(found: Launched) -> ModelSizes:
+    """Of the model; the vocabulary is padded as Megatron pads it."""
+    args = found.args
+    args.num_moe_experts = args.num_experts  # as Megatron's model configuration calls it
+    vocabulary = args.padded_vocab_size
+    if not vocabulary:
+        step = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        vocabulary = -(-(args.vocab_size or _VOCABULARY) // step) * step
+    return ModelSizes.from_config(args, vocabulary, args.seq_length)
+
+
+def _domain(args: Namespace, of_table: int) -> int | None:
+    """`--nvlink-domain-size`, where it is another one than the hardware table's."""
+    said = getattr(args, "nvlink_domain_size", None)
+    return said if said and said != of_table else None
+
+
+def _communication_sms(args: Namespace, dispatcher: str) -> int | None:
+    """As `--communication-sms` says; else None, DeepSeek's own way, where a schedule of ours runs."""
+    said = getattr(args, "communication_sms", None)
+    if said is not None or args.pipeline_schedule != "1f1b":
+        return said
+    if dispatcher == "flex":
+        hybrid = args.moe_flex_dispatcher_backend == "hybridep"
+        said = args.moe_hybridep_num_sms if hybrid else args.moe_deepep_num_sms
+        return said or (32 if hybrid else 20)
+    return 20
+
+
+def _software(args: Namespace) -> Software:
+    if args.pipeline_schedule != "1f1b":
+        return Software(own_kernels=True)  # DeepSeek's schedule, which is calibrated with DeepSeek's kernels
+    loss = ""
+    if args.cross_entropy_loss_fusion:
+        loss = "te" if args.cross_entropy_fusion_impl == "te" else "native"
+    graphs: set[str] = set()
+    if args.cuda_graph_impl in ("local", "transformer_engine"):
+        names = [getattr(part, "name", str(part)) for part in args.cuda_graph_modules or ()]
+        for name in names:
+            graphs.update(_GRAPHS.get(name, ()))
+        graphs.update(() if names else _WHOLE_LAYER)
+    return Software(
+        router_fusion=bool(args.moe_router_fusion),
+        permute_fusion=bool(args.moe_permute_fusion),
+        cross_entropy=loss,
+        graphs=frozenset(graphs),
+    )
+
+
+def _layout(found: Launched, num_stages: int) -> Layout:
+    args = found.args
+    schedule, pp = args.pipeline_schedule, _pipeline_ranks(found)
+    chunks, overlap = 1, True
+    if schedule == "1f1b":
+        chunks = num_stages // pp
+        overlap = bool(args.overlap_moe_expert_parallel_comm)
+        schedule = INTERLEAVED if chunks > 1 else schedule
+    return Layout(
+        num_gpus=found.world,
+        tp=args.tensor_model_parallel_size,
+        pp=pp,
+        cp=args.context_parallel_size,
+        ep=args.expert_model_parallel_size,
+        schedule=schedule,
+        num_model_chunks=chunks,
+        microbatch_group_size=args.microbatch_group_size_per_vp_stage if chunks > 1 else None,
+        overlap_pairs=overlap,
+    )
+
+
+def _pipeline_ranks(found: Launched) -> int:
+    """As given: schedules of ours change the argument."""
+    return getattr(found.given, "pipeline_model_parallel_size", None) or 1
+
+
+def _stages(found: Launched) -> list[Stage]:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    args, given = found.args, found.given
+    moe = [bool(flag) for flag in _pattern(args)]
+    notation, mtp = getattr(given, "pipeline_model_parallel_layout", None), args.mtp_num_layers or 0
+    if notation:
+        rows = [
+            [layer.name for layer in stage]
+            for stage in PipelineParallelLayerLayout.parse_str_to_list(notation)
+        ]
+    else:
+        rows = _even_rows(found, mtp)
+    stages, first = [], 0
+    for row in rows:
+        count = row.count("decoder")
+        num_moe = sum(moe[first : first + count])
+        stages.append(
+            Stage(
+                dense=count - num_moe,
+                moe=num_moe,
+                mtp=row.count("mtp"),
+                embedding="embedding" in row,
+                head="loss" in row,
+            )
+        )
+        first += count
+    return stages
+
+
+def _even_rows(found: Launched, mtp: int) -> list[list[str]]:
+    """Megatron's own division: evenly, but for the first and last stage's given numbers and what counts as a layer."""
+    args, given, pp = found.args, found.given, _pipeline_ranks(found)
+    chunks = getattr(given, "num_virtual_stages_per_pipeline_rank", None)
+    per_chunk = getattr(given, "num_layers_per_virtual_pipeline_stage", None)
+    if per_chunk:
+        chunks = args.num_layers // pp // per_chunk
+    num_stages = pp * (chunks or 1)
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    if first is not None or last is not None:
+        if num_stages != pp:
+            raise PlanError(
+                "decoder_first_pipeline_num_layers with virtual stages: use pipeline_model_parallel_layout, which says "
+                "what each stage holds"
+            )
+        others = pp - (first is not None) - (last is not None)
+        rest = args.num_layers - (first or 0) - (last or 0)
+        counts = [rest // max(1, others)] * others
+        counts = [*([first] if first is not None else []), *counts, *([last] if last is not None else [])]
+    else:
+        extra = [args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split]
+        total = args.num_layers + sum(map(bool, extra))
+        counts = [total // num_stages] * num_stages
+        counts[0] -= bool(extra[0])
+        counts[-1] -= bool(extra[1])
+    if sum(counts) != args.num_layers:
+        raise PlanError(
+            f"num_layers={args.num_layers} does not divide into {num_stages} stages: use "
+            "pipeline_model_parallel_layout=auto"
+        )
+    rows = [["decoder"] * count for count in counts]
+    rows[0].insert(0, "embedding")
+    rows[-1] += ["mtp"] * mtp + ["loss"]
+    return rows
+
+
+def _pattern(args: Namespace) -> list[Any]:
+    if not args.num_experts:
+        return [0] * args.num_layers
+    frequency = args.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(args.num_layers)]
+    return list(frequency)
+
+
+def _precision(args: Namespace) -> Precision:
+    low = args.bf16 or args.fp16
+    moment = getattr(args, "exp_avg_dtype", None) if args.use_precision_aware_optimizer else None
+    recipe = recipe_of(args)
+    fp4 = bool(getattr(args, "fp4", None))
+    name = "dsv3" if recipe is not None else "nvfp4" if fp4 else str(args.fp8_recipe) if args.fp8 else ""
+    return Precision(
+        compute=2 if low else 4,
+        fp8=bool(args.fp8) or fp4 or recipe is not None,
+        fp8_caches=recipe is not None,
+        fp8_dispatch=recipe is not None and recipe.dispatch == "e4m3",
+        recipe=name,
+        fp8_attention=bool(getattr(args, "fp8_dot_product_attention", False)),
+        fp8_head=bool(getattr(args, "fp8_output_proj", False)),
+        fp8_parameters=bool(args.fp8_param_gather),
+        main_gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not low else 2,
+        master=4 if low else 0,
+        moment=moment.itemsize if moment is not None else 4,
+    )
+
+
+def _recompute(args: Namespace) -> frozenset[str]:
+    again = {"moe_act"} if recipe_of(args) else set()  # R§3.3.3: SwiGLU's output is not kept
+    if args.recompute_granularity == "full":
+        return frozenset({"full"})
+    if args.recompute_granularity == "selective":
+        return frozenset(again.union(args.recompute_modules or ("core_attn",)))
+    return frozenset(again)
+
+
+def _recomputed_layers(args: Namespace) -> int | None:
+    """`--recompute-method block`: the first so many layers of a stage; `uniform` is all of them."""
+    if args.recompute_granularity == "full" and args.recompute_method == "block":
+        return args.recompute_num_layers
+    return None

@@ -1,0 +1,170 @@
+"""Host time: how many kernels and modules a layer launches, and how long the host takes to.
+
+A layer's launches are counted by reading Megatron and Transformer Engine: kernels one by one, and calls of Transformer
+Engine's modules, whose Python costs far more than a launch. What a CUDA graph holds is launched at once. Where the host
+takes longer than the GPU, the GPU waits: of each part of a layer the longer of the two counts, since a device-to-host
+copy in each MoE layer (tokens per expert) keeps the host from running ahead.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dsv3_megatron.plan.job import Job
+
+
+class Launches(NamedTuple):
+    """Of one part of a layer in one pass."""
+
+    kernels: float = 0
+    modules: float = 0
+
+    def __add__(self, other: "Launches") -> "Launches":  # type: ignore[override]
+        return Launches(self.kernels + other.kernels, self.modules + other.modules)
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds on a host; of processes that are bound to the cores and memory beside their GPU.
+
+    Attributes:
+        kernel: one kernel, with the few operations of PyTorch around it.
+        module: one call of a module of Transformer Engine, besides its kernels.
+        graph: a CUDA graph.
+        unbound: how much longer everything takes where the scheduler moves processes about.
+        link, memory: bytes/s of a GPU to host memory, one way, and of AdamW in it, a GPU's share; stated, not measured.
+    """
+
+    kernel: float
+    module: float
+    graph: float = 30e-6
+    unbound: float = 1.5
+    link: float = 50e9
+    memory: float = 40e9
+
+    def seconds(self, launches: Launches, bound: bool) -> float:
+        """Of so many launches."""
+        time = launches.kernels * self.kernel + launches.modules * self.module
+        return time if bound else time * self.unbound
+
+
+# Fitted in `calibration.py` on Megatron's guide (Grace) and on a B200 run (x86).
+GRACE = Host(kernel=15e-6, module=300e-6, link=200e9, memory=120e9)
+X86 = Host(kernel=15.5e-6, module=380e-6)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Launches of a layer's forward and backward: before the tokens are sent, and from then on.
+
+    Attributes:
+        first: attention, norms, router and what prepares the dispatch; of a dense layer the attention.
+        second: dispatch, experts, shared expert, combine; of a dense layer the MLP.
+    """
+
+    first: tuple[Launches, Launches]
+    second: tuple[Launches, Launches]
+
+
+# Kernels of a linear layer: the product; in FP8 also its input's quantisation, and swizzled scales of both operands.
+# Transformer Engine before 2.8 fills the scales' padding with zeros in kernels of their own.
+def _linear(job: Job, calls: int = 1) -> tuple[Launches, Launches]:
+    """Forward and backward of so many linear layers."""
+    if not job.precision.fp8:
+        return Launches(calls, calls), Launches(2 * calls, calls)
+    zeros = 2 if job.software.te < (2, 8) else 0
+    swizzles = 2 if job.precision.recipe == "mxfp8" else 0
+    forward = 1 + 1 + zeros + swizzles
+    backward = 2 + 1 + zeros + 2 * swizzles
+    return Launches(calls * forward, calls), Launches(calls * backward, calls)
+
+
+def _grouped(job: Job) -> tuple[Launches, Launches]:
+    """Both grouped products of the local experts: cuBLAS, one product after the other on several streams."""
+    n = job.local_experts
+    if not job.precision.fp8:
+        return Launches(2 * n + 2, 2), Launches(4 * n + 3, 2)
+    old, mx = job.software.te < (2, 8), job.precision.recipe == "mxfp8"
+    zeros = 2 * n if old else 0
+    swizzle = 0 if not mx else 2 * n if job.software.te < (2, 9) else 2
+    forward = n + n + zeros + swizzle
+    backward = 2 * n + n + zeros + 2 * swizzle
+    return Launches(2 * forward + 2, 2), Launches(2 * backward + 3, 2)
+
+
+def _times(launches: tuple[Launches, Launches], number: float) -> tuple[Launches, Launches]:
+    forward, backward = (Launches(x.kernels * number, x.modules * number) for x in launches)
+    return forward, backward
+
+
+def _plus(*parts: tuple[Launches, Launches]) -> tuple[Launches, Launches]:
+    forward = backward = Launches()
+    for f, b in parts:
+        forward, backward = forward + f, backward + b
+    return forward, backward
+
+
+def _graphed(job: Job, part: str, launches: tuple[Launches, Launches]) -> tuple[Launches, Launches]:
+    """Nothing but the graph itself, where the part is in one; its launch is counted as a few kernels."""
+    return (Launches(3), Launches(3)) if part in job.software.graphs else launches
+
+
+def _attention(job: Job) -> tuple[Launches, Launches]:
+    """MLA: norms, five projections, rotary embedding, attention, residual; tensor parallelism adds its collectives."""
+    norms = (Launches(2, 1), Launches(2, 1))
+    if job.software.norm_quantises and job.precision.fp8:
+        norms = (Launches(0, 1), Launches(1, 1))
+    around = (Launches(11, 1), Launches(15, 1))  # splits, rotary embedding, attention, residual
+    up = _linear(job, 2)
+    parts = [norms, _linear(job, 3), up, around]
+    if job.layout.tp > 1:
+        parts.append((Launches(6), Launches(8)))
+    forward, backward = _plus(*parts)
+    if "mla_up_proj" in job.recompute:
+        backward = backward + up[0] + Launches(6, 2)  # rotary embedding again, and the checkpoint
+    if "core_attn" in job.recompute:
+        backward = backward + Launches(6, 2)
+    if "layernorm" in job.recompute:
+        backward = backward + Launches(4, 3)
+    return _graphed(job, "attn", (forward, backward))
+
+
+def _router(job: Job) -> tuple[Launches, Launches]:
+    """Scores, groups, choice, balance loss: 72 kernels, or 31 when fused (Megatron's guide)."""
+    return _graphed(job, "router", (Launches(31 if job.software.router_fusion else 72, 2), Launches(20, 2)))
+
+
+def _preprocess(job: Job) -> tuple[Launches, Launches]:
+    """What is sent where. DeepEP and HybridEP do it in a kernel: with a fused router 17 kernels are left of both."""
+    if job.dispatcher == "alltoall":
+        return _graphed(job, "preprocess", (Launches(12, 1), Launches(2)))
+    return _graphed(job, "preprocess", (Launches(-14 if job.software.router_fusion else 2), Launches(-4)))
+
+
+def _moving(job: Job) -> tuple[Launches, Launches]:
+    """Permutations, all-to-alls and what belongs to them; tokens per expert are read by the host unless all shapes are
+    known."""
+    fused = 1 if job.software.permute_fusion else 3
+    if job.dispatcher == "alltoall":
+        return Launches(4 + 4 * fused, 2), Launches(4 + 4 * fused, 2)
+    return Launches(3 + 2 * fused, 2), Launches(3 + 2 * fused, 2)
+
+
+def parts(job: Job, moe: bool) -> Parts:
+    """Of one layer."""
+    attention = _attention(job)
+    if not moe:
+        mlp = _plus(_linear(job, 2), (Launches(3, 1), Launches(4, 1)))
+        if "mlp" in job.recompute:
+            mlp = (mlp[0], mlp[0] + mlp[1])
+        return Parts(attention, _graphed(job, "mlp", mlp))
+    first = _plus(attention, (Launches(2, 1), Launches(2, 1)), _router(job), _preprocess(job))
+    shared = _graphed(job, "shared_experts", _plus(_linear(job, 2), (Launches(2, 1), Launches(3, 1))))
+    if "shared_experts" in job.recompute:
+        shared = (shared[0], shared[0] + shared[1])
+    second = _plus(_moving(job), _grouped(job), shared)
+    if "moe_act" in job.recompute:
+        second = (second[0], second[1] + Launches(3, 1))
+    if "moe" in job.recompute:
+        second = (second[0], second[0] + second[1])
+    result = Parts(first, _graphed(job, "moe", second))
+    return result

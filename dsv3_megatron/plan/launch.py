@@ -1,0 +1,266 @@
+"""A GPU job's arguments as its trainer would have them: checked as `dsv3 preflight` checks them, without its GPUs.
+
+Three forms of a job: words of `dsv3_megatron.train` (our Hydra configurations become such words), a launch line, a
+launch script. A line of Megatron's own, without `--spec dsv3`, goes through Megatron's parser and validation alone:
+it is planned as it is. The packages are thought to be there (Transformer Engine, DeepEP, Apex), in the newest version
+known.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+from dsv3_megatron.adopt.translate import Launch, translate
+from dsv3_megatron.arguments.refusals.machine import wants_one_connection
+from dsv3_megatron.arguments.requirements import TE, USES, version_key
+from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS, imagined
+from dsv3_megatron.errors import RefusedArgument, told
+from dsv3_megatron.plan.counting import quiet
+from dsv3_megatron.plan.hardware import gpu_named
+from dsv3_megatron.plan.job import RECOMPUTE_MODULES, PlanError
+from dsv3_megatron.plan.options import SIZES
+from dsv3_megatron.preflight.line import read
+from dsv3_megatron.preflight.machine import GPUS, Machine
+from dsv3_megatron.preflight.start import with_packages_of
+
+# Of a line that says nothing; preflight's.
+DEFAULT_GPU = "h100"
+# Files, tokenizers and reports: nothing of a step depends on them, and they are on the cluster. Ramps: a plan is of one
+# step, at the full batch.
+_ELSEWHERE = (
+    "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path",
+    "data_cache_path", "load", "save", "pretrained_checkpoint", "tokenizer_model", "tensorboard_dir",
+    "wandb_project", "wandb_exp_name", "wandb_save_dir", "batch_ramp", "rampup_batch_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Arguments of rank 0.
+
+    Attributes:
+        args: as Megatron's validation leaves them.
+        given: what the words say, before that.
+        world, per_node: ranks of the job, of a machine.
+        gpu: a name of the hardware table.
+        notes: what was assumed or left out.
+    """
+
+    args: Namespace
+    given: Namespace
+    world: int
+    per_node: int
+    gpu: str
+    notes: tuple[str, ...] = ()
+
+
+def machine_of(gpu: str, env: Mapping[str, str] | None = None) -> Machine:
+    """One that has everything, in the newest version that is asked for."""
+    newest = max((use.since for use in USES if use.package == TE), key=version_key)
+    known = gpu if gpu in GPUS else DEFAULT_GPU
+    return Machine(te=newest, apex="present", deepep="present", gpu=known, env=dict(env or {}))
+
+
+def launched(
+    words: Sequence[str],
+    world: int,
+    per_node: int,
+    gpu: str,
+    env: Mapping[str, str] | None = None,
+    ours: bool = True,
+) -> Launched:
+    """Validate the words of a trainer.
+
+    Raises:
+        RefusedArgument: our refusals, or Megatron's own words.
+    """
+    from dsv3_megatron import dualpipe
+    from dsv3_megatron.arguments import megatron_parser
+    from dsv3_megatron.arguments.command_line import parse_given
+    from dsv3_megatron.dryrun.world import megatron_args, model_config
+
+    given = parse_given(megatron_parser(), words, known_only=True)
+    refuse_modules(getattr(given, "recompute_modules", None) or ())
+    machine, env = machine_of(gpu, env), dict(env or {})
+    env.setdefault(MAX_CONNECTIONS, _connections(words, machine))
+    env.setdefault("NVTE_CPU_OFFLOAD_V1", "1")  # Megatron asks for it with offloading; nothing else reads it
+    notes: tuple[str, ...] = ()
+    try:
+        with quiet(), as_on(machine, world, per_node, env):
+            if ours:
+                args = megatron_args(list(words), 0, world, per_node)
+            else:
+                args, notes = _megatrons_own(words, world, per_node)
+            model_config(args)
+    except RefusedArgument:
+        raise
+    except (AssertionError, ValueError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        raise PlanError(f"Megatron refuses the arguments: {' '.join(told(error).split())}") from error
+    finally:
+        dualpipe.activate("1f1b", None)
+    return Launched(args, given, world, per_node, gpu, notes=notes)
+
+
+def refuse_modules(modules: Sequence[str]) -> None:
+    """PlanError for a name that is none of `--recompute-modules`."""
+    unknown = [name for name in modules if name not in RECOMPUTE_MODULES]
+    if unknown:
+        raise PlanError(
+            f"recompute_modules={','.join(unknown)}: no such module; use one or more of {', '.join(RECOMPUTE_MODULES)}"
+        )
+
+
+@contextlib.contextmanager
+def as_on(machine: Machine, world: int, per_node: int, env: Mapping[str, str]) -> Iterator[None]:
+    """While inside, our checks and Megatron's see the job's GPU, packages and variables."""
+    from dsv3_megatron.cpu import devices
+
+    gpu, before = devices.gpu, (devices.gpu.major, devices.gpu.minor)
+    gpu.major, gpu.minor = machine.capability()
+    around = machine.surroundings(world, per_node, env, on_cpu=False)
+    try:
+        with imagined(around), mock.patch.dict(os.environ, env), with_packages_of(machine):
+            yield
+    finally:
+        gpu.major, gpu.minor = before
+
+
+def _connections(words: Sequence[str], machine: Machine) -> str:
+    """CUDA_DEVICE_MAX_CONNECTIONS that the run needs, where the line does not say; it costs a step nothing here."""
+    from dsv3_megatron.arguments import megatron_parser
+    from dsv3_megatron.arguments.command_line import parse
+
+    args = parse(megatron_parser(), words, known_only=True)
+    around = machine.surroundings(1, 1, {}, on_cpu=False)
+    return "1" if wants_one_connection(args, around) else "32"
+
+
+def _megatrons_own(words: Sequence[str], world: int, per_node: int) -> tuple[Namespace, tuple[str, ...]]:
+    """Through Megatron's parser and validation alone."""
+    from megatron.training import arguments
+
+    from dsv3_megatron.arguments import add_arguments, megatron_parser
+
+    _, unknown = megatron_parser().parse_known_args(list(words))
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(per_node)}
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["plan", *words]):
+        args = arguments.parse_args(extra_args_provider=add_arguments, ignore_unknown_args=True)
+        arguments.validate_args(args)
+    notes = (f"left out, not known to Megatron 0.19: {' '.join(unknown)}",) if unknown else ()
+    return args, notes
+
+
+# --- launch lines and scripts
+
+
+def of_line(text: str, said: Mapping[str, str]) -> Launched:
+    """A launch line: torchrun … of our trainers or of Megatron's.
+
+    Args:
+        said: `gpu`, `nodes`, `gpus_per_node`, where the line does not say.
+    """
+    from dsv3_megatron.preflight.check import job_of
+
+    line, gpu = read([text]), said.get("gpu")
+    if line.trainer == "hydra" and gpu is None:
+        from dsv3_megatron.conf import compose
+
+        gpu = compose(list(line.words)).cluster.gpu
+    gpu_named(gpu or DEFAULT_GPU)
+    notes = list(line.notes)
+    machine = _size(machine_of(gpu or DEFAULT_GPU, line.env), said)
+    ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
+    line = replace(line, words=tuple(_without_files(line.words, line.trainer)))
+    job, found = job_of(line, machine)
+    notes += [finding.why for finding in found]
+    if gpu is None:
+        notes.append(f"the line does not say which GPU: gpu={DEFAULT_GPU}; use gpu=NAME")
+    if job.on_cpu:
+        raise PlanError("--device cpu: the line is of a job on CPU, which has no times; leave it out")
+    env = {
+        name: value for name, value in job.env.items() if name == MAX_CONNECTIONS or name.startswith("NVTE_")
+    }
+    result = launched(job.words, job.world_size, job.per_node, gpu or DEFAULT_GPU, env, ours)
+    return replace(result, notes=(*notes, *result.notes))
+
+
+def of_script(path: Path, said: Mapping[str, str]) -> Launched:
+    """The one launch of a trainer in a shell script, as `dsv3 adopt` reads scripts.
+
+    Args:
+        said: as `of_line`; any other NAME is a variable that the script takes from its environment.
+    """
+    from dsv3_megatron.adopt.__main__ import launches_of
+    from dsv3_megatron.arguments import megatron_parser
+
+    variables = {name: value for name, value in said.items() if name not in SIZES}
+    launches, notes = launches_of(path, (), variables)
+    if len(launches) > 1:
+        places = ", ".join(where for where, _ in launches)
+        raise PlanError(f"--script {path}: starts more than one trainer ({places}); plan one with --launch")
+    _, launch = launches[0]
+    words, more = _words_of(launch, megatron_parser())
+    nodes, ranks = (said.get(name) or number for name, number in zip(
+        SIZES[1:], (launch.nodes, launch.ranks_per_node), strict=True))  # fmt: skip
+    sizes = {
+        name: str(value) for name, value in zip(SIZES[1:], (nodes, ranks), strict=True) if value is not None
+    }
+    trainer = "dsv3_megatron.train" if launch.program == "dsv3_megatron.train" else "pretrain_gpt.py"
+    prefix = ["-m", trainer] if trainer == "dsv3_megatron.train" else [trainer]
+    found = of_line(shlex.join([*prefix, *words]), {**sizes, **{k: v for k, v in said.items() if k == "gpu"}})
+    return replace(found, notes=(*notes, *more, *found.notes))
+
+
+def _words_of(launch: Launch, parser: ArgumentParser) -> tuple[list[str], list[str]]:
+    """Its options as Megatron takes them: as they are where it knows them, else by `dsv3 adopt`'s table of forks."""
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    words: list[str] = []
+    notes: list[str] = []
+    for (option, values), step in zip(launch.options.items(), translate(launch, parser), strict=True):
+        action = known.get(option)
+        if step.kind == "unknown value":
+            raise PlanError(f"--script: {step.option}: {step.why}")
+        if option == "--spec" and values[:1] != ["dsv3"]:
+            continue  # of another model's layers; the sizes say what they are
+        if action is not None and (action.choices is None or set(values) <= set(map(str, action.choices))):
+            words += (
+                [option, *values] if not any(v.startswith("-") for v in values) else [f"{option}={values[0]}"]
+            )
+            continue
+        words += step.words
+        if step.kind in ("unknown", "impossible"):
+            notes.append(f"{step.option}: {step.why}")
+    return words, notes
+
+
+def _is_dsv3(words: Sequence[str]) -> bool:
+    return any(
+        word in ("--spec=dsv3",) or tuple(words[i : i + 2]) == ("--spec", "dsv3")
+        for i, word in enumerate(words)
+    )
+
+
+def _size(machine: Machine, said: Mapping[str, str]) -> Machine:
+    asked = Machine.of({name: said[name] for name in SIZES[1:] if name in said})
+    return replace(machine, nodes=asked.nodes, gpus_per_node=asked.gpus_per_node)
+
+
+def _without_files(words: Sequence[str], trainer: str) -> list[str]:
+    """Without what names files and reports, with random data in their place."""
+    if trainer == "hydra":
+        return [*words, "batch_ramp=null"]
+    kept, skipping, data = [], False, False
+    for word in words:
+        if word.startswith("--"):
+            dest = word.partition("=")[0][2:].replace("-", "_")
+            skipping = dest in _ELSEWHERE
+            data = data or dest == "mock_data"
+        if not skipping:
+            kept.append(word)
+    return [*kept, *([] if data else ["--mock-data"])]

@@ -1,0 +1,96 @@
+"""Dispatch and combine of one layer: which copies cross which links, and how long they take, by dispatcher.
+
+DeepEP and HybridEP send a token once to each NVLink domain and forward it inside (R§3.2.2). NCCL's all-to-all
+(Megatron's `alltoall`) sends a copy for each expert, to where the expert is, and its copies are made and sorted in
+memory before and after (`permutations`). `two_hop` sends a token once to each domain over NCCL, and forwards it in a
+second one.
+"""
+
+from typing import NamedTuple
+
+from dsv3_megatron.plan.destinations import destinations
+from dsv3_megatron.plan.hardware import Gpu
+from dsv3_megatron.plan.job import Job
+
+# GPUs that share NVLink in one machine, for which DeepEP and NCCL's all-to-all were written.
+_NARROW = 8
+
+
+class Copies(NamedTuple):
+    """Copies of a token that leave a rank: over InfiniBand, and over NVLink."""
+
+    ib: float
+    nvlink: float
+
+
+def nvlink_domain(job: Job, gpu: Gpu) -> int:
+    """GPUs that share NVLink: as the job says (`--nvlink-domain-size`), else as the hardware table does."""
+    return job.nvlink_domain or gpu.nvlink_domain
+
+
+def copies(job: Job, domain: int, back: bool = False) -> Copies:
+    """On the way to the experts, or (`back`) of their outputs."""
+    to = destinations(job, domain)
+    if job.dispatcher == "alltoall":
+        return Copies(to.experts_outside, to.experts_inside)
+    if job.dispatcher == "two_hop":
+        # What has come to a rank with its own index stays there; back, a row per expert, so that sums have one order.
+        other_index = 1 - to.num_domains / job.layout.ep
+        rows = job.sizes.moe_router_topk if back else to.ranks * job.layout.ep / (job.layout.ep - 1)
+        return Copies(to.domains, rows * other_index)
+    return Copies(to.domains, to.ranks)
+
+
+def seconds(job: Job, gpu: Gpu, bytes_per_element: float, beside: bool = False, back: bool = False) -> float:
+    """Dispatch of one layer, or (`back`) combine; `beside`: while computation runs on the other SMs."""
+    a = gpu.achieved
+    if job.layout.ep == 1:
+        return 0
+    tokens = (
+        job.tokens
+        / job.layout.tp
+        * (job.load_imbalance if job.capacity_factor is None else job.capacity_factor)
+    )
+    size = bytes_per_element * job.sizes.hidden_size * tokens
+    over = copies(job, nvlink_domain(job, gpu), back)
+    ib, nvlink = (
+        copies_ * size / (link * share)
+        for copies_, link, share in zip(
+            over, (gpu.ib, gpu.nvlink), _shares(job, gpu, beside, back), strict=True
+        )
+    )
+    latency = tokens * a.beside_token if beside and over.ib and job.dispatcher != "alltoall" else a.latency
+    # two_hop: the first piece's first hop and the last one's second have nothing beside them.
+    edges = a.latency + min(ib, nvlink) / job.dispatch_chunks if job.dispatcher == "two_hop" else 0
+    return latency + max(ib, nvlink) + edges
+
+
+def _shares(job: Job, gpu: Gpu, beside: bool, back: bool) -> tuple[float, float]:
+    """Fractions of InfiniBand and NVLink that the dispatcher reaches."""
+    a = gpu.achieved
+    wide = min(nvlink_domain(job, gpu), job.layout.ep) > _NARROW
+    if job.dispatcher in ("alltoall", "two_hop"):
+        return a.nccl_ib, a.nccl_wide if wide else a.nccl_nvlink
+    ib = a.beside_ib if beside else a.ib
+    if job.dispatcher == "flex" and job.flex_backend == "hybridep":
+        return ib, a.hybridep_nvlink
+    return ib, a.deepep_wide[back] if wide and job.dispatcher == "flex" else a.nvlink
+
+
+def permutations(job: Job) -> float:
+    """Bytes read and written in one direction of a layer (dispatch and combine) to order copies, beyond what the
+    experts' own operators read and write.
+
+    NCCL's all-to-all: rows are copied for each expert, sent, and sorted by expert; the same back. DeepEP writes its
+    rows by rank, and a copy for each expert follows; HybridEP does that while it receives.
+    """
+    if job.layout.ep == 1 or job.software.own_kernels:
+        return 0
+    topk, row = (
+        job.sizes.moe_router_topk,
+        job.tokens / job.layout.tp * job.sizes.hidden_size * job.precision.compute,
+    )
+    if job.dispatcher in ("alltoall", "two_hop"):
+        sorted_ = 2 * topk if job.local_experts > 1 else 0
+        return row * 2 * (1 + topk + sorted_)
+    return 0 if job.flex_backend == "hybridep" else row * 2 * topk

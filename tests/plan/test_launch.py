@@ -1,0 +1,213 @@
+"""Launch lines and scripts as GPUs would get them: planned as they are, and refused by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv3_megatron.plan import __main__ as command
+from dsv3_megatron.plan.__main__ import planned_of
+from dsv3_megatron.plan.options import parse
+from dsv3_megatron.plan.published import RUNS
+
+# Megatron's words of DeepSeek-V3, without --spec dsv3.
+MODEL = [
+    "--num-layers",
+    "61",
+    "--hidden-size",
+    "7168",
+    "--ffn-hidden-size",
+    "18432",
+    "--num-attention-heads",
+    "128",
+    "--multi-latent-attention",
+    "--q-lora-rank",
+    "1536",
+    "--kv-lora-rank",
+    "512",
+    "--qk-head-dim",
+    "128",
+    "--qk-pos-emb-head-dim",
+    "64",
+    "--v-head-dim",
+    "128",
+    "--num-experts",
+    "256",
+    "--moe-router-topk",
+    "8",
+    "--moe-ffn-hidden-size",
+    "2048",
+    "--moe-shared-expert-intermediate-size",
+    "2048",
+    "--moe-layer-freq",
+    "'([0]*3+[1]*58)'",
+    "--seq-length",
+    "4096",
+    "--max-position-embeddings",
+    "4096",
+    "--swiglu",
+    "--normalization",
+    "RMSNorm",
+    "--untie-embeddings-and-output-weights",
+    "--disable-bias-linear",
+    "--mtp-num-layers",
+    "1",
+    "--moe-router-num-groups",
+    "8",
+    "--moe-router-group-topk",
+    "4",
+    "--position-embedding-type",
+    "rope",
+    "--vocab-size",
+    "129280",
+    "--moe-grouped-gemm",
+    "--qk-layernorm",
+    "--moe-router-score-function",
+    "sigmoid",
+    "--moe-router-load-balancing-type",
+    "seq_aux_loss",
+    "--lr",
+    "1e-4",
+    "--train-iters",
+    "10",
+    "--micro-batch-size",
+    "1",
+    "--use-distributed-optimizer",
+    "--bf16",
+]
+H100 = [
+    "--tensor-model-parallel-size",
+    "2",
+    "--sequence-parallel",
+    "--pipeline-model-parallel-size",
+    "8",
+    "--expert-model-parallel-size",
+    "64",
+    "--expert-tensor-parallel-size",
+    "1",
+    "--pipeline-model-parallel-layout",
+    "'Et|(tt|)*30mL'",
+    "--global-batch-size",
+    "8192",
+    "--fp8-format",
+    "e4m3",
+    "--fp8-recipe",
+    "blockwise",
+    "--moe-token-dispatcher-type",
+    "flex",
+    "--moe-flex-dispatcher-backend",
+    "deepep",
+    "--overlap-moe-expert-parallel-comm",
+    "--delay-wgrad-compute",
+    "--recompute-granularity",
+    "selective",
+    "--recompute-modules",
+    "mla_up_proj",
+    "mlp",
+    "moe_act",
+    "layernorm",
+    "--moe-router-fusion",
+    "--moe-permute-fusion",
+    "--cross-entropy-loss-fusion",
+    "--cross-entropy-fusion-impl",
+    "native",
+    "--tokenizer-type",
+    "HuggingFaceTokenizer",
+    "--tokenizer-model",
+    "/of/the/cluster",
+    "--data-path",
+    "/of/the/cluster",
+    "--save",
+    "/of/the/cluster",
+]
+TORCHRUN = ["torchrun", "--nnodes", "128", "--nproc-per-node", "8", "pretrain_gpt.py"]
+CLUSTER = ["model=v3_671b", "layout=pp16_ep64"]
+
+
+def line(*words: str) -> str:
+    return " ".join([*TORCHRUN, *MODEL, *H100, *words])
+
+
+def test_a_line_of_megatrons_is_the_published_job() -> None:
+    """The H100 row of the error table as a command: the same job, so the same step."""
+    run = next(run for run in RUNS if run.name.startswith("1024 H100, FP8 blockwise"))
+    planned = planned_of(parse(["--launch", line(), "gpu=h100", "load_imbalance=1"]))
+    job = planned.job
+    assert job.sizes == run.job.sizes and job.stages == run.job.stages
+    for name in (
+        "recompute",
+        "dispatcher",
+        "flex_backend",
+        "communication_sms",
+        "global_batch_size",
+    ):
+        assert getattr(job, name) == getattr(run.job, name), name
+    # Megatron has since refused Transformer Engine's fused loss, which the recipe of the run had.
+    assert replace(job.software, cross_entropy="te") == run.job.software
+    assert job.precision.recipe == "blockwise" and job.layout.overlap_pairs and job.layout.ep == 64
+    assert planned.counts == run.counts
+
+
+def test_a_script_with_variables(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "NODES=${NODES:-1}\nOPTIONS=(" + "\n".join([*MODEL, *H100]) + ")\n"
+        "torchrun --nnodes $NODES --nproc-per-node 8 pretrain_gpt.py ${OPTIONS[@]} --no-such-option 3\n"
+    )
+    planned = planned_of(parse(["--script", str(script), "gpu=h100", "NODES=128", "load_imbalance=1"]))
+    assert planned.job == planned_of(parse(["--launch", line(), "gpu=h100", "load_imbalance=1"])).job
+    assert any("--no-such-option" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--launch", "torchrun train.py --bar"], "starts no trainer"),
+        (["--launch"], "--launch: needs a launch line"),
+        (["--script", "/nowhere.sh"], "/nowhere.sh"),
+        (["--launch", "x", "--script", "y"], "--launch with --script"),
+        (["--launch", line(), "hidden_size=3"], "hidden_size=3"),
+        (["--launch", line(), "gpu=h900"], "gpu=h900"),
+        (["--launch", line("--recompute-modules", "mlp", "attention")], "recompute_modules=attention"),
+        (["--launch", line("--use-megatron-fsdp")], "fsdp"),
+        (["--launch", line("--expert-tensor-parallel-size", "2")], "expert_tensor_parallel_size=2"),
+        ([*CLUSTER, "hidden_size=0"], "hidden_size=0"),
+        ([*CLUSTER, "vocab_size=-5"], "vocab_size=-5"),
+        ([*CLUSTER, "load_imbalance=100"], "load_imbalance=100"),
+        ([*CLUSTER, "recompute_modules=[layernorm,foo]"], "recompute_modules=foo"),
+        ([*CLUSTER, "pictures=/proc/none"], "pictures=/proc/none"),
+        ([*CLUSTER, "whatif=faster"], "whatif=faster"),
+        ([*CLUSTER, "anchor=/nowhere.json"], "anchor=/nowhere.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_nonsense_is_refused_by_name(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command.main(words)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+
+
+def test_what_if_and_anchor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run measured at twice its plan: the same job anchored on it takes as long as measured."""
+
+    def told(*words: str) -> dict:
+        command.main([*CLUSTER, "cluster=h800_2048", *words, "output=json"])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    plain = told("whatif=all")
+    assert len(plain["whatif"]) == 6
+    assert plain["whatif"]["together"]["step_s"] < min(
+        one["step_s"] for name, one in plain["whatif"].items() if name != "together"
+    )
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"plan": [*CLUSTER, "cluster=h800_2048"], "step_s": 1.5 * plain["step_s"]}))
+    anchored = told(f"anchor={file}")
+    assert anchored["step_s"] == pytest.approx(1.5 * plain["step_s"], rel=2e-3)
+    assert anchored["anchored_speed"] < 1 and anchored["memory_gib"] == plain["memory_gib"]
+    file.write_text(json.dumps({"plan": CLUSTER, "step_s": 1000}))
+    with pytest.raises(SystemExit):
+        told(f"anchor={file}")
+    assert "another job was measured" in capsys.readouterr().err
