@@ -152,7 +152,8 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
         position_embedding_type="rope",
         rotary_base=arch.rotary_base,
     )
-    check_kept(fields, config.transformer)
+    layout_key = "pipeline_model_parallel_layout"  # Megatron makes an object of it
+    check_kept({name: value for name, value in fields.items() if name != layout_key}, config.transformer)
     return DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
