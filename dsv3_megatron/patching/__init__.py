@@ -207,6 +207,13 @@ def status() -> list[PatchStatus]:
     return rows
 
 
+def unpatched(function: Any) -> Any:
+    """What a patched function was before; others as they are."""
+    while hasattr(function, _ORIGINAL):
+        function = getattr(function, _ORIGINAL)
+    return function
+
+
 def unload(name: str) -> None:
     """Put the original back (for tests that need unpatched Megatron in a long-lived process)."""
     patch = load(name)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsv3_megatron import patching
 from dsv3_megatron.arguments import failures, megatron_parser
 from dsv3_megatron.arguments.failures import KNOWN, _Frame, _names_in_condition, explain, options_of, report
 from dsv3_megatron.errors import RefusedArgument, ends_in_one_line
@@ -103,7 +104,7 @@ def test_most_conditions_of_megatrons_validation_name_an_option(parser: Any) -> 
     functions = [arguments.validate_args, TransformerConfig.__post_init__, MLATransformerConfig.__post_init__]
     actions = {action.dest for action in parser._actions}
     found, unnamed = 0, []
-    for function in functions:
+    for function in map(patching.unpatched, functions):
         for file, line, text in conditions(function):
             names = [n for n in _names_in_condition(_Frame(file, line, "validate")) if n in actions]
             found += 1
