@@ -160,7 +160,6 @@ LAYOUTS = {
     "TP2 EP2 DP2": (4, ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2")),
     "PP2 EP2": (4, ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2")),
 }
-# PP2 fails at present: see docs/inference.md.
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "TP2"]
 
 
