@@ -45,6 +45,7 @@ PARALLEL_ARGS=(
     --pipeline-model-parallel-size "$PP"
     --pipeline-model-parallel-layout "$LAYER_LAYOUT"
     --expert-model-parallel-size "$EP"
+    --moe-token-dispatcher-type "${DISPATCHER:-two_hop}"   # once per node over InfiniBand (docs/dispatch.md)
     --use-distributed-optimizer
     --overlap-grad-reduce
     --overlap-param-gather

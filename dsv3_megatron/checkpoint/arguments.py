@@ -70,5 +70,6 @@ def taken(given: Namespace) -> tuple[Start | None, dict[str, Any]]:
         values.pop("max_position_embeddings", None)
     if hasattr(given, "tokenizer_type") and given.tokenizer_type != "NullTokenizer":
         values.pop("vocab_size", None)  # such a tokenizer brings its own
-    values["model_from_checkpoint"] = True
+    if not hasattr(given, "model_from_checkpoint"):
+        values["model_from_checkpoint"] = True
     return start, values

@@ -211,11 +211,14 @@ FITS = {
 }
 
 
-def test_every_model_with_every_layout_and_cluster() -> None:
+@pytest.mark.parametrize(
+    "models", [["v3_671b", "micro"], pytest.param(groups()["model"], marks=pytest.mark.slow)]
+)
+def test_every_model_with_every_layout_and_cluster(models: list[str]) -> None:
     """All of them: composed, or refused for a reason that names both sides."""
     options = groups()
     for layout, cluster in itertools.product(options["layout"], options["cluster"]):
-        for model in options["model"]:
+        for model in models:
             overrides = [f"model={model}", f"layout={layout}", f"cluster={cluster}", "global_batch_size=4096"]
             large = model not in ("micro", "tiny")
             fits_cluster = cluster == "laptop_cpu" or layout.startswith("cpu_") or cluster in FITS[layout]

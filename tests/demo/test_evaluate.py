@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_logits_in_every_layout():
         assert found["mean_loss"] == pytest.approx(single["mean_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["dualpipe", pytest.param("dualpipev", marks=pytest.mark.slow)])
 def test_a_schedule_of_two_stages_per_rank_evaluates_the_same(schedule: str) -> None:
     single = run_distributed(evaluated, world_size=1, init=False, layout="cpu_single")[0]
     ranks = run_distributed(evaluated, world_size=4, init=False, layout="cpu_pp2_ep2", schedule=schedule)

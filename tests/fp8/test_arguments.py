@@ -41,7 +41,9 @@ def test_words_that_megatron_knows() -> None:
 
 def test_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["dsv3_megatron.arguments.complete"]  # the package has a function of that name
-    monkeypatch.setattr(module, "check", lambda args: None)  # TE is not installed here, and there is no GPU
+    monkeypatch.setattr(
+        module, "check", lambda args, around: None
+    )  # TE is not installed here, and there is no GPU
     words = complete([*MICRO, "--transformer-impl", "transformer_engine", "--bf16", "--fp8-recipe", "dsv3"])
     args = parse(megatron_parser(), words)
     assert (args.fp8, args.fp8_recipe) == ("e4m3", "blockwise")

@@ -126,7 +126,7 @@ class Setup:
             "--sft-data",
             str(self.folder / "rows"),
         ]
-        given += ["--load", str(self.folder / "none"), "--train-iters", "1", "--calculate-per-token-loss"]
+        given += ["--train-iters", "1", "--calculate-per-token-loss"]
         given += ["--moe-aux-loss-coeff", "0", "--allow-deviation", "moe_aux_loss_coeff"]
         given += ["--pipeline-model-parallel-size", str(pp), "--expert-model-parallel-size", str(ep)]
         given += [*(["--pipeline-schedule", schedule] if schedule != "1f1b" else []), *words.split()]

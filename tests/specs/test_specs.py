@@ -58,6 +58,10 @@ def test_unknown_backend_is_an_error() -> None:
         select_backend(SimpleNamespace(transformer_impl="inference_optimized", fp8_recipe=None))
 
 
+def kind(mlp: object) -> str:
+    return "moe" if isinstance(mlp, MoELayer) else "dense" if isinstance(mlp, MLP) else type(mlp).__name__
+
+
 def kinds_of_layers(rank: int, world_size: int, layout: str | None, vpp: int | None) -> list[list[str]]:
     """Per chunk of this rank: "<global layer number> <kind>" for each layer, and what else the chunk has."""
     from megatron.core import parallel_state
@@ -79,10 +83,9 @@ def kinds_of_layers(rank: int, world_size: int, layout: str | None, vpp: int | N
     chunks = []
     for stage in range(vpp or 1):
         model = build(config, vp_stage=stage if vpp else None)
-        kinds = {MLP: "dense", MoELayer: "moe"}
-        found = [f"{layer.layer_number} {kinds[type(layer.mlp)]}" for layer in model.decoder.layers]
+        found = [f"{layer.layer_number} {kind(layer.mlp)}" for layer in model.decoder.layers]
         if hasattr(model, "mtp"):
-            found.append(f"mtp {kinds[type(model.mtp.layers[0].mtp_model_layer.mlp)]}")
+            found.append(f"mtp {kind(model.mtp.layers[0].mtp_model_layer.mlp)}")
         found += [name for name in ("embedding", "output_layer") if hasattr(model, name)]
         chunks.append(found)
     return chunks

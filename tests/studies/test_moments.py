@@ -1,6 +1,7 @@
 """The study of the moments: its runs' command lines, and what it makes of their losses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dsv3_megatron.studies.moments import BASELINE, RUNS
 
 def test_runs_differ_in_moments_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from dsv3_megatron.arguments import complete
+    from dsv3_megatron.arguments.surroundings import detect
     from dsv3_megatron.conf import compose, to_argv
 
     given: dict[str, Any] = {}
@@ -36,7 +38,8 @@ def test_runs_differ_in_moments_only(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert config["lr"] == study.LR and config["bf16"] is True
     words = to_argv(given["bf16_moments"])
     at = words.index("--device")  # our trainer's own option
-    words = complete([*words[:at], *words[at + 2 :]])
+    elsewhere = replace(detect(), files_here=False)  # no corpus was prepared
+    words = complete([*words[:at], *words[at + 2 :]], around=elsewhere)
     for option in ("--exp-avg-dtype", "--exp-avg-sq-dtype"):
         assert words[words.index(option) + 1] == "bf16"
 

@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_benchmark_sees_chunks():
     """Short sleeps and wide bounds: the machine may be busy. `make bench-dispatch` has long ones."""
     command = [

@@ -137,6 +137,7 @@ def test_c_under_dualpipe(trainer_losses, script, patched_megatron):
     assert losses(output)[3] == pytest.approx(trainer_losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_c_in_fp8(script, patched_megatron):
     """One word is FP8 in Megatron's own entry point as in our trainer."""
     words = [*MICRO, *LAYOUT, "--bf16", "--fp8-recipe", "dsv3"]
@@ -148,6 +149,7 @@ def test_c_in_fp8(script, patched_megatron):
     assert losses(output)[3] == pytest.approx(ours, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_c_schedule_plans_need_half_precision(script, patched_megatron):
     words = [
         "--pipeline-model-parallel-size",

@@ -87,12 +87,12 @@ def _load_other_rates(original: Any, self: Any, state: dict[Any, Any], keep_save
 def _install(original: Any) -> Any:
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        from megatron.training import get_args
+        from megatron.training import global_vars
 
         if isinstance(state_dict, dict):
             state_dict = regrouped(state_dict, len(self.chained_optimizers))
-            args = get_args()
-            if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+            args = global_vars._GLOBAL_ARGS  # None where an optimizer is loaded outside of a trainer
+            if args is not None and (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
                 keep = args.use_checkpoint_opt_param_scheduler
                 _load_other_rates(original, self, state_dict, keep_saved=keep)
                 return
