@@ -121,7 +121,8 @@ def _under_yarn(dest: str, default: float) -> Callable[[Namespace], float]:
 
 def _is_softmax(args: Namespace) -> bool:
     """`--moe-router-pre-softmax` asks for V2-Lite's gate: softmax over all experts, no groups, no bias."""
-    return bool(getattr(args, "moe_router_pre_softmax", False))
+    scores = getattr(args, "moe_router_score_function", "softmax")  # beside "sigmoid" a row refuses it
+    return bool(getattr(args, "moe_router_pre_softmax", False)) and scores == "softmax"
 
 
 def _with_gate(sigmoid: Any, softmax: Any) -> Callable[[Namespace], Any]:

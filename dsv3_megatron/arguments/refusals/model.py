@@ -40,6 +40,16 @@ ROWS = (
         "--moe-layer-freq [0]*1+[1]*4",
     ),
     Refusal(
+        "pre_softmax_of_sigmoid",
+        ROUTING,
+        "--moe-router-pre-softmax",
+        "",
+        lambda a, s: a.moe_router_pre_softmax and a.moe_router_score_function == "sigmoid",
+        "is ignored by sigmoid scores, which are DeepSeek-V3's",
+        "the line without it; with --moe-router-score-function softmax it is V2-Lite's gate, another model",
+        "--moe-router-pre-softmax --moe-router-score-function sigmoid",
+    ),
+    Refusal(
         "experts_over_groups",
         ROUTING,
         "--moe-router-num-groups",
