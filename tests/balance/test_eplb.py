@@ -172,3 +172,11 @@ def test_wrong_loads(wrong):
         rebalance_experts([[1.0, 2.0, wrong, 4.0]], 4, 1, 1, 2)
     with pytest.raises(ValueError, match="give \\[layers, experts\\]"):
         rebalance_experts(torch.ones(4), 4, 1, 1, 2)
+    for none in ([], [[]], torch.zeros(0, 4), "loads", None, [[1, 2], [3]]):
+        with pytest.raises(ValueError, match="give \\[layers, experts\\]"):
+            rebalance_experts(none, 4, 1, 1, 2)
+
+
+def test_loads_whose_sum_is_beyond_fp32_lose_no_expert():
+    phy2log, _, logcnt = rebalance_experts([[3e38, 3e38, 3e38, 3e38, 1, 1, 1, 1]], 8, 1, 1, 2)
+    assert sorted(phy2log[0].tolist()) == list(range(8)) and logcnt.tolist() == [[1] * 8]
