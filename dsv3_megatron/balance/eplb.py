@@ -11,8 +11,6 @@ token's groups on few nodes:
 Otherwise it is global: steps 2 and 3 over all GPUs at once. Packing takes the heaviest item first and gives it to the
 lightest pack that has room. Ties go to the lower index everywhere. Sums are fp32, as published.
 
-Greedy packing is no guarantee: see `rebalance_experts`.
-
 Shape suffixes: L layers, E logical experts, R replicas (physical experts), B rows to pack, N items of a row.
 """
 
@@ -32,6 +30,11 @@ def rebalance_experts(
     num_gpus: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The experts that each slot holds, for every layer.
+
+    Exactly the published algorithm, which is greedy: "never worse than the same copies in the experts' order" is not
+    true of it. Of 30,000 random cases on nodes of 8 GPUs 5 were worse, by at most 2%; of 30,000 on 1 to 16 GPUs, with
+    few experts on each, 366 were, by at most 13% (tests/balance/test_eplb.py). Training's placement
+    (`placement.balanced`) refines its packing and is never worse than what it starts from.
 
     Args:
         weight: [L, E], load of each logical expert in any unit, finite and not negative; a tensor or lists.

@@ -97,12 +97,15 @@ def table(plan: Plan) -> str:
         f"{'hierarchical' if plan.hierarchical else 'global'} policy",
         f"{'layer':>5}  {'max/mean before':>15}  {'after':>6}  {'experts copied':>14}  {'most copies':>11}",
     ]
-    rows = zip(
-        plan.layers, max_over_mean(plan.before), max_over_mean(plan.after), plan.logcnt.tolist(), strict=True
+    rows = list(
+        zip(plan.layers, max_over_mean(plan.before), max_over_mean(plan.after), plan.logcnt.tolist(), strict=True)
     )
     for number, before, after, counts in rows:
         copied = sum(count > 1 for count in counts)
         lines.append(f"{number:>5}  {before:>15.3f}  {after:>6.3f}  {copied:>14}  {max(counts):>11}")
+    fuller = [str(number) for number, before, after, _ in rows if after > before * (1 + 1e-6)]
+    if fuller:
+        lines.append(f"layer {', '.join(fuller)}: better as before; the published packing is greedy (docs/balance.md)")
     return "\n".join(lines)
 
 

@@ -131,3 +131,11 @@ def test_a_line_that_was_cut_off_is_named_and_groups_can_be_said(log, tmp_path, 
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("".join(json.dumps(layers([1, 2], expert_groups=n)) + "\n" for n in (1, 2)))
     assert read_load(mixed, groups=2) == ({3: [2, 4]}, 2)
+
+
+def test_a_layer_that_would_get_fuller_is_named(tmp_path, capsys):
+    """Greedy packing: 3 + 2 + 2 and 5 + 1 + 1 in their order; the heaviest first, 5 + 2 + 1."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"layers": {"7": {"tokens_per_expert": [5, 1, 1, 3, 2, 2]}}}) + "\n")
+    main(["--load", str(path), "--gpus", "2"])
+    assert "layer 7: better as before" in capsys.readouterr().out.splitlines()[-1]
