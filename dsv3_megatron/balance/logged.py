@@ -45,7 +45,9 @@ def read_load(
             total[number] = [a + b for a, b in zip(before, counts, strict=True)]
         logged.add(_groups(record.get("expert_groups"), where) if groups is None else groups)
     if len(logged) > 1:
-        raise RefusedArgument(f"--load {path}: runs with {sorted(logged)} expert groups in one file: use --groups N")
+        raise RefusedArgument(
+            f"--load {path}: runs with {sorted(logged)} expert groups in one file: use --groups N"
+        )
     return dict(sorted(total.items())), logged.pop()
 
 
@@ -63,13 +65,19 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            what = "cut off where a run was stopped? Then delete it" if number == len(lines) and number > 1 else ""
+            what = (
+                "cut off where a run was stopped? Then delete it"
+                if number == len(lines) and number > 1
+                else ""
+            )
             raise RefusedArgument(
                 f"--load {path}, line {number}: not a metrics.jsonl of the trainer: no JSON"
                 + (f" ({what})" if what else "")
             ) from error
         if not isinstance(record, dict):
-            raise RefusedArgument(f"--load {path}, line {number}: not a metrics.jsonl of the trainer: no record")
+            raise RefusedArgument(
+                f"--load {path}, line {number}: not a metrics.jsonl of the trainer: no record"
+            )
         yield number, record
 
 
@@ -90,7 +98,7 @@ def _layers(layers: Any, where: str) -> Iterator[tuple[int, list[float]]]:
         for expert, count in enumerate(counts):
             if type(count) not in (int, float) or not 0 <= count <= _LARGEST:
                 raise RefusedArgument(
-                    f"{where}: expert {expert} of layer {name} has {str(count)[:20]} tokens: a load is a count, 0 or more"
+                    f"{where}: expert {expert} of layer {name} has {str(count)[:20]} tokens: give counts, 0 or more"
                 )
         yield int(name), counts
 

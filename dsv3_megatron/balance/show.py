@@ -30,7 +30,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if output not in OUTPUTS:
         raise RefusedArgument(f"output={output}: use output={' or output='.join(OUTPUTS)}")
     if options.file is not None and output != "png":
-        raise RefusedArgument(f"--file {options.file}: output={output} goes to the terminal: use output=png, or no --file")
+        raise RefusedArgument(
+            f"--file {options.file}: output={output} goes to the terminal: use output=png or no --file"
+        )
     picture = _picture(options.file)
     load, groups = read_load(options.load, options.last, options.groups)
     experts = len(next(iter(load.values())))
@@ -98,14 +100,22 @@ def table(plan: Plan) -> str:
         f"{'layer':>5}  {'max/mean before':>15}  {'after':>6}  {'experts copied':>14}  {'most copies':>11}",
     ]
     rows = list(
-        zip(plan.layers, max_over_mean(plan.before), max_over_mean(plan.after), plan.logcnt.tolist(), strict=True)
+        zip(
+            plan.layers,
+            max_over_mean(plan.before),
+            max_over_mean(plan.after),
+            plan.logcnt.tolist(),
+            strict=True,
+        )
     )
     for number, before, after, counts in rows:
         copied = sum(count > 1 for count in counts)
         lines.append(f"{number:>5}  {before:>15.3f}  {after:>6.3f}  {copied:>14}  {max(counts):>11}")
     fuller = [str(number) for number, before, after, _ in rows if after > before * (1 + 1e-6)]
     if fuller:
-        lines.append(f"layer {', '.join(fuller)}: better as before; the published packing is greedy (docs/balance.md)")
+        lines.append(
+            f"layer {', '.join(fuller)}: better as before; the published packing is greedy (docs/balance.md)"
+        )
     return "\n".join(lines)
 
 

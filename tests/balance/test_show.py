@@ -110,7 +110,10 @@ def layers(counts, **more):
         ([layers([1, 10**400])], "expert 1 of layer 3 has 1000"),
         ([layers([1, 2]), layers([1, 2, 3])], "line 2: 3 experts in layer 3, others have 2"),
         ([layers([1, 2], expert_groups="two")], "expert_groups 'two' is no count: use --groups N"),
-        ([layers([1, 2], expert_groups=1), layers([1, 2], expert_groups=2)], "runs with [1, 2] expert groups"),
+        (
+            [layers([1, 2], expert_groups=1), layers([1, 2], expert_groups=2)],
+            "runs with [1, 2] expert groups",
+        ),
     ],
 )
 def test_files_without_loads(tmp_path, records, message, capsys):

@@ -28,15 +28,24 @@ def test_folded_lines_hide_nothing(monkeypatch):
     names = {finding.name.removeprefix("patch ") for finding in findings}
     monkeypatch.setattr(doctor, "SCREEN", 0)  # everything that can be folded is
     for broken in ("mtp_block_spec", "compile_helpers"):
-        odd = [f if f.name != f"patch {broken}" else replace(f, state="wrong", found="changed") for f in findings]
+        odd = [
+            f if f.name != f"patch {broken}" else replace(f, state="wrong", found="changed") for f in findings
+        ]
         shown = doctor.on_one_screen(odd)
         assert len(shown) < len(findings) / 2
-        listed = [word for f in shown if f.found.startswith("signatures match: ") for word in f.found[18:].split(", ")]
+        listed = [
+            word
+            for f in shown
+            if f.found.startswith("signatures match: ")
+            for word in f.found[18:].split(", ")
+        ]
         alone = [f.name.removeprefix("patch ") for f in shown if f.name.startswith("patch ")]
         assert sorted([*listed, *alone]) == sorted(names) and broken in alone
         assert [f.name for f in shown if f.state == "wrong"] == [f"patch {broken}"]
     monkeypatch.setattr(doctor, "SCREEN", 1000)
-    assert len(findings) - len(doctor.on_one_screen(findings)) == len(REPAIRS) - 1  # room enough: features stay
+    assert (
+        len(findings) - len(doctor.on_one_screen(findings)) == len(REPAIRS) - 1
+    )  # room enough: features stay
 
 
 def test_json_is_the_last_line(capsys):
