@@ -77,10 +77,11 @@ def random_case(draw: random.Random) -> tuple[int, int, int, int, int]:
     )
 
 
-def test_equal_to_the_plain_version_on_random_cases():
-    torch.manual_seed(0)
-    draw = random.Random(0)
-    for case in range(1000):
+@pytest.mark.parametrize("cases", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_equal_to_the_plain_version_on_random_cases(cases):
+    torch.manual_seed(cases)
+    draw = random.Random(cases)
+    for case in range(cases):
         experts, *numbers = random_case(draw)
         load = random_load(case % 3, 2, experts)
         phy2log, log2phy, logcnt = rebalance_experts(load, *numbers)
