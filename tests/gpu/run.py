@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsv3_megatron.errors import Parser
 from tests.gpu.processes import adopt_orphans, run
 from tests.gpu.report import Report
 from tests.gpu.stages import STAGES, Step
@@ -40,7 +41,7 @@ def obstacle(num_gpus: int) -> str | None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tests.gpu.run", allow_abbrev=False)
+    parser = Parser(prog="tests.gpu.run", allow_abbrev=False)
     parser.add_argument(
         "stage", nargs="*", choices=[*STAGES, []], help=f"of {', '.join(STAGES)}; all by default"
     )
