@@ -1,11 +1,12 @@
 """The errors of this package, and how they reach a terminal."""
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 
 class RefusedArgument(ValueError):
@@ -18,6 +19,13 @@ class RefusedArgument(ValueError):
 
 class ConfigError(RefusedArgument):
     """A configuration that cannot run; the message names the option, its value and what to use."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser whose errors are one line, as all of ours; the usage is what --help shows."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (all options: --help)\n")
 
 
 def ends_in_one_line(

@@ -6,29 +6,51 @@ writes docs/verification.toml and docs/support.md. A stage has one row, "First G
 names the GPU; a rehearsal on CPU has rows of its own. Reports of other sources than these are refused.
 """
 
-import argparse
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.arguments import support
-from dsv3_megatron.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.errors import Parser, RefusedArgument, exits_cleanly
 
 FORMAT = 1
-FIELDS = ("format", "version", "source", "device", "machine", "stages", "steps")
-STEP_FIELDS = ("stage", "result", "counts", "figures", "seconds", "date", "command", "tests")
+RESULTS = ("passed", "failed", "skipped", "killed at its limit")
+# What a report holds: a type, {name: shape} for a dict that must have these names, a pair of types for a dict with any
+# names, a list of one shape.
+TEST: dict[str, Any] = {"test": str, "result": str, "figures": dict}
+STEP: dict[str, Any] = {
+    "stage": str,
+    "result": str,
+    "counts": (str, int),
+    "figures": (str, str),
+    "seconds": float,
+    "date": str,
+    "command": str,
+    "tests": [TEST],
+}
+REPORT: dict[str, Any] = {
+    "format": int,
+    "version": str,
+    "source": str,
+    "device": str,
+    "machine": dict,
+    "stages": (str, {"title": str, "steps": [str]}),
+    "steps": (str, STEP),
+}
 CPU = "CPU"
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Enter a report; 0 when its rows are on the card."""
-    parser = argparse.ArgumentParser(prog="dsv3 card", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="dsv3 card", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--report", type=Path, required=True, help="report.json of the GPU tests")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of verification.toml")
     options = parser.parse_args(argv)
@@ -67,37 +89,75 @@ def read(path: Path) -> dict[str, Any]:
         raise RefusedArgument(
             f"--report {path}: not readable as JSON ({error}); use report.json of a GPU run"
         ) from None
-    if not isinstance(report, dict):
+    if not isinstance(report, dict) or "format" not in report:
         raise RefusedArgument(f"--report {path}: holds no report; use report.json of a GPU run")
-    missing = [field for field in FIELDS if field not in report]
-    if not missing and report["format"] == FORMAT:
-        missing = [
-            f"steps.{name}.{field}"
-            for name, step in report["steps"].items()
-            for field in STEP_FIELDS
-            if field not in step
-        ]
-        missing += [
-            f"stages.{step['stage']}" for step in report["steps"].values() if not _known(report, step)
-        ]
-    if missing:
-        raise RefusedArgument(
-            f"--report {path}: lacks {', '.join(missing)}; run the stage again for a whole report"
-        )
     here = {"format": FORMAT, "version": importlib.metadata.version("dsv3_megatron"), "source": source()}
+    wrong = [] if report["format"] != FORMAT else list(_wrong(report, REPORT, "")) or list(_unlike(report))
+    if wrong:
+        raise RefusedArgument(
+            f"--report {path}: {', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}; run the stage "
+            "again for a whole report"
+        )
     for field, value in here.items():
         if report[field] != value:
             raise RefusedArgument(
-                f"--report {path}: its {field} is {report[field]}, that of this checkout {value}; check out what was "
-                "run, or run the stages again"
+                f"--report {path}: its {field} is {report[field]!r}, that of this checkout {value!r}; check out what "
+                "was run, or run the stages again"
             )
     if not report["steps"]:
         raise RefusedArgument(f"--report {path}: no step was run; run a stage first")
     return report
 
 
-def _known(report: Mapping[str, Any], step: Mapping[str, Any]) -> bool:
-    return step.get("stage") is None or step["stage"] in report["stages"]
+def _wrong(value: Any, shape: Any, name: str) -> Iterator[str]:
+    """What of `value` has not the shape that a report has (see `TEST`), by name."""
+    if isinstance(shape, type):
+        numbers = (int, float) if shape is float else shape
+        if not isinstance(value, numbers) or (isinstance(value, bool) and shape is not bool):
+            yield f"{name} is {_short(value)}, no {shape.__name__}"
+        elif shape is str and "\n" in value:
+            yield f"{name} has several lines"
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{name} is {_short(value)}, no list"
+            return
+        for i, one in enumerate(value):
+            yield from _wrong(one, shape[0], f"{name}[{i}]")
+    elif not isinstance(value, dict):
+        yield f"{name} is {_short(value)}, no dict"
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            if key in value:
+                yield from _wrong(value[key], inner, f"{name}.{key}".lstrip("."))
+            else:
+                yield f"it lacks {name}.{key}".replace(" .", " ")
+    else:
+        for key, one in value.items():
+            yield from _wrong(one, shape[1], f"{name}.{key}")
+
+
+def _unlike(report: Mapping[str, Any]) -> Iterator[str]:
+    """What of a report of the right shape contradicts itself."""
+    if not report["device"].strip():
+        yield "device is empty"
+    known = {step: stage for stage, told in report["stages"].items() for step in told["steps"]}
+    for name, step in report["steps"].items():
+        if known.get(name) != step["stage"]:
+            yield f"steps.{name} is no step of stages.{step['stage']}"
+        if step["result"] not in RESULTS:
+            yield f"steps.{name}.result is {_short(step['result'])}, none of {', '.join(RESULTS)}"
+        if step["counts"] != Counter(test["result"] for test in step["tests"]):
+            yield f"steps.{name}.counts are not those of its tests"
+        if step["result"] == "passed" and not set(step["counts"]) <= {"passed", "skipped"}:
+            yield f"steps.{name} has passed, but not all of its tests have"
+        try:
+            datetime.date.fromisoformat(step["date"])
+        except ValueError:
+            yield f"steps.{name}.date is {_short(step['date'])}, no date"
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(json.dumps(value), 40)
 
 
 def rows_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ Simulates every schedule on the same model twice: on the same ranks, and with th
 Prints the tables of `docs/dualpipe.md`.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from dsv3_megatron.errors import Parser
 
 from .build import build_schedule
 from .simulate import Costs, simulate
@@ -104,7 +105,7 @@ def report(num_microbatches: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dsv3_megatron.pipeline.compare")
+    parser = Parser(prog="dsv3 compare")
     parser.add_argument(
         "--microbatches", type=int, nargs="+", default=[32, 128], help="per pipeline of 16 ranks"
     )

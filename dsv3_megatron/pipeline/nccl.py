@@ -13,6 +13,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from .actions import Kind, Schedule
 from .comms import Message
@@ -83,9 +84,9 @@ def run_on_nccl(
 
     Raises:
         device.Deadlock: the ranks stand still; the message says where.
-        ValueError: a negative tail.
+        ValueError: a tail that is no duration.
     """
-    if tail < 0:
+    if not 0 <= tail < inf:
         raise ValueError(f"tail={tail} is not a duration; use a number ≥ 0")
     if operations is None:
         operations = [host_operations(schedule, rank) for rank in range(schedule.num_ranks)]

@@ -7,10 +7,14 @@ With `--trace FILE` it draws the timelines of a file instead, such as one that w
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
+
+from dsv3_megatron.errors import Parser
 
 from .actions import Schedule
 from .build import SCHEDULES, build_schedule
@@ -22,9 +26,7 @@ from .validate import validate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv3_megatron.pipeline.show", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="dsv3 schedule", description=__doc__.split("\n")[0])
     parser.add_argument("schedule", choices=SCHEDULES, nargs="?", help="schedule to build and simulate")
     parser.add_argument("--ranks", type=int, default=8, help="pipeline ranks (default 8)")
     parser.add_argument(
@@ -59,18 +61,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.schedule is None) == (args.trace is None):
         parser.error("give either a schedule or --trace FILE")
+    if args.trace is not None:
+        others = set(vars(args)) - {"trace", "schedule", "output_dir", "text_only"}
+        given = sorted(name for name in others if getattr(args, name) != parser.get_default(name))
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} is for a schedule: leave it out beside --trace")
     try:
+        if not args.text_only:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
         _show_trace(args) if args.trace else _show_schedule(args)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(_in_options(str(error)))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}; use another path")
+
+
+_OPTIONS = {"num_ranks": "ranks", "num_microbatches": "microbatches", "num_model_chunks": "model-chunks"}
+_ARGUMENT = re.compile(r"\b(num_ranks|num_microbatches|num_model_chunks|f|b|w|fb|p2p|message|tail)=")
+
+
+def _in_options(text: str) -> str:
+    """An error of the functions behind this command, with the command's options for their arguments."""
+    text = _ARGUMENT.sub(lambda match: f"--{_OPTIONS.get(match[1], match[1])} ", text)
+    return re.sub("|".join(_OPTIONS), lambda match: f"--{_OPTIONS[match[0]]}", text)
 
 
 def _show_schedule(args: argparse.Namespace) -> None:
     schedule = build_schedule(
         args.schedule, args.ranks, args.microbatches, num_model_chunks=args.model_chunks
     )
+    costs = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p)
+    if not any((args.f, args.b, args.fb)):
+        raise ValueError("f=0, b=0 and fb=0: nothing takes time; give one of them a duration")
+    on_one_stream = _on_one_stream(schedule, args)
     validate(schedule)
-    simulation = simulate(schedule, Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p))
+    simulation = simulate(schedule, costs)
     print(text(simulation.events, colour=_use_colour()))
     title = f"{schedule.name}: {args.ranks} ranks, {schedule.num_stages} stages, "
     title += f"{args.microbatches} microbatches"
@@ -79,7 +104,7 @@ def _show_schedule(args: argparse.Namespace) -> None:
         f"{title}; makespan {simulation.makespan:g}, bubble {min(simulation.bubble):g} to {worst:g} "
         f"({worst / simulation.makespan:.1%}), peak in flight {max(simulation.peak_in_flight)}"
     )
-    print(_on_one_stream(schedule, args))
+    print(on_one_stream)
     if not args.text_only:
         name = f"{schedule.name}_{args.ranks}x{args.microbatches}"
         _write(args.output_dir, name, {title: simulation.events}, "units of one forward", 1000)
@@ -87,8 +112,12 @@ def _show_schedule(args: argparse.Namespace) -> None:
 
 def _on_one_stream(schedule: Schedule, args: argparse.Namespace) -> str:
     """What messages of `args.message` forwards cost: their own time, and with all of a rank's on one stream."""
+    if not 0 <= args.message < inf:
+        raise ValueError(f"message={args.message} is not a duration; use a number ≥ 0")
     free = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb)
     timed = replace(free, p2p=args.message * args.f)
+    if not 0 <= args.tail < inf:
+        raise ValueError(f"tail={args.tail} is not a duration; use a number ≥ 0")
     base = simulate(schedule, free).makespan
     one_stream = simulate_one_stream(schedule, timed, args.tail * args.w).makespan
     late = simulate_one_stream(schedule, timed).makespan
@@ -110,7 +139,6 @@ def _show_trace(args: argparse.Namespace) -> None:
 
 
 def _write(folder: Path, name: str, timelines: dict, unit: str, microseconds: float | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{suffix}" for suffix in (".svg", ".png")]
     for title, events in timelines.items():
         draw(events, title, paths, unit)

@@ -107,8 +107,22 @@ def write_trace(
 
 
 def read_trace(path: Path) -> dict[str, tuple[Event, ...]]:
-    """The timelines of a file that `write_trace` wrote, in their own time unit; without its spans."""
-    trace = json.loads(path.read_text())
+    """The timelines of a file that `write_trace` wrote, in their own time unit; without its spans.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file.
+    """
+    try:
+        return _timelines(json.loads(path.read_text()))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path} holds no timelines ({type(error).__name__}: {error}); use a trace that `dsv3 schedule` or "
+            "--profile-pipeline wrote"
+        ) from error
+
+
+def _timelines(trace: dict) -> dict[str, tuple[Event, ...]]:
     unit = trace["microsecondsPerUnit"]
     names: dict[int, str] = {}
     events: dict[int, list[Event]] = {}
@@ -120,7 +134,10 @@ def read_trace(path: Path) -> dict[str, tuple[Event, ...]]:
             start, duration = record["ts"] / unit, record["dur"] / unit
             action = _from_args(record["args"])
             events[record["pid"]].append(Event(record["tid"], start, start + duration, action))
-    return {names[pid]: tuple(found) for pid, found in events.items() if found}
+    found = {names[pid]: tuple(own) for pid, own in events.items() if own}
+    if not found:
+        raise ValueError("no action in it")
+    return found
 
 
 def _to_args(action: Action) -> dict:

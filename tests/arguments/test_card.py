@@ -1,19 +1,32 @@
 """`dsv3 card --report`: a stage's row on the card, and every report that must be refused."""
 
+import copy
 import json
 import shutil
 import tomllib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsv3_megatron.arguments import card, support
+from dsv3_megatron.errors import RefusedArgument
 
 DOCS = Path(__file__).parents[2] / "docs"
 GPU = "NVIDIA H100 80GB HBM3"
 TITLE = "versions, kernels against their references"
 FEATURE = f"First GPU hour, stage 1: {TITLE}"
+
+
+SOURCES = card.source()
+
+
+@pytest.fixture(autouse=True)
+def sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read once."""
+    monkeypatch.setattr(card, "source", lambda: SOURCES)
 
 
 @pytest.fixture
@@ -25,15 +38,20 @@ def docs(tmp_path: Path) -> Path:
 
 
 def step(result: str = "passed", counts: Any = None, **figures: str) -> dict[str, Any]:
+    counts = counts or {result: 3}
     return {
         "stage": "1",
         "result": result,
-        "counts": counts or {result: 3},
+        "counts": counts,
         "figures": figures,
         "seconds": 1.5,
         "date": "2026-11-26",
         "command": "bash gpu_bundle/run.sh 1",
-        "tests": [],
+        "tests": [
+            {"test": f"t{i}", "result": name, "seconds": 0.5, "figures": {}}
+            for name, count in counts.items()
+            for i in range(count)
+        ],
     }
 
 
@@ -41,7 +59,7 @@ def report(device: str = GPU, **steps: Any) -> dict[str, Any]:
     return {
         "format": card.FORMAT,
         "version": "0.1.0",
-        "source": card.source(),
+        "source": SOURCES,
         "device": device,
         "machine": {},
         "stages": {
@@ -66,7 +84,7 @@ def test_a_stage_that_ran_names_the_gpu_and_its_figures(docs: Path) -> None:
     row = after[FEATURE]
     assert row["status"] == f"run on {GPU}" and row["command"] == "bash gpu_bundle/run.sh 1"
     assert row["figure"] == "versions: 3 passed; kernels: 3 passed (promoted_error 1.1e-05)"
-    assert str(row["date"]) == "2026-11-26" and row["source"] == card.source()
+    assert str(row["date"]) == "2026-11-26" and row["source"] == SOURCES
     assert {k: v for k, v in after.items() if k != FEATURE} == {
         k: v for k, v in before.items() if k != FEATURE
     }
@@ -112,12 +130,24 @@ def without(*path: str) -> dict[str, Any]:
     [
         ("no json", "not readable as JSON"),
         ("[]", "holds no report"),
-        (without("device"), "lacks device; run the stage again"),
-        (without("steps", "kernels", "figures"), "lacks steps.kernels.figures; run the stage again"),
-        (without("stages", "1"), "lacks stages.1"),
+        (without("device"), "it lacks device; run the stage again"),
+        (without("steps", "kernels", "figures"), "it lacks steps.kernels.figures; run the stage again"),
+        (without("stages", "1"), "steps.versions is no step of stages.1"),
+        (report(other=step()), "steps.other is no step of stages.1"),
+        (report(kernels=step("passed", {"passed": 2, "failed": 1})), "steps.kernels has passed, but not all"),
+        (
+            report(kernels=step() | {"counts": {"passed": 4}}),
+            "steps.kernels.counts are not those of its tests",
+        ),
+        (
+            report(kernels=step() | {"result": "splendid"}),
+            'steps.kernels.result is "splendid", none of passed',
+        ),
+        (report(kernels=step() | {"date": "today"}), 'steps.kernels.date is "today", no date'),
+        (report(" "), "device is empty"),
         (report() | {"steps": {}}, "no step was run"),
-        (report() | {"version": "0.0.9"}, "its version is 0.0.9, that of this checkout 0.1.0"),
-        (report() | {"source": "0" * 16}, "its source is 0000000000000000, that of this checkout"),
+        (report() | {"version": "0.0.9"}, "its version is '0.0.9', that of this checkout '0.1.0'"),
+        (report() | {"source": "0" * 16}, "its source is '0000000000000000', that of this checkout"),
         (report() | {"format": 0}, "its format is 0, that of this checkout 1"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -130,6 +160,37 @@ def test_refused_in_one_line(content: Any, reason: str, docs: Path, capsys: pyte
     assert stopped.value.code == 2 and said.startswith("error: --report ") and said.count("\n") == 1
     assert reason in said
     assert (docs / "verification.toml").read_text() == before
+
+
+def parts(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    names = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for name in names:
+        yield from parts(value[name], (*path, name))
+
+
+def test_any_part_that_is_something_else_is_refused_in_one_line_or_makes_rows(tmp_path: Path) -> None:
+    """Every part of a report replaced by every kind of value: no traceback, and no row with two lines."""
+    file, seen = tmp_path / "report.json", Counter[str]()
+    whole = report(versions=step("passed", {"passed": 1}, lacking="nothing"))
+    for path in parts(whole):
+        for wrong in (None, True, 7, 0.5, "x", "two\nlines", [], [1], {}, {"a": 1}):
+            changed: Any = {"": copy.deepcopy(whole)}
+            inner = changed
+            for name in ("", *path)[:-1]:
+                inner = inner[name]
+            inner[("", *path)[-1]] = wrong
+            file.write_text(json.dumps(changed[""]))
+            try:
+                rows = card.rows_of(card.read(file))
+            except RefusedArgument as error:
+                assert str(error).startswith("--report ") and "\n" not in str(error), (path, wrong)
+                seen["refused"] += 1
+            else:
+                text = card.entered("[[card]]\n", rows)
+                assert tomllib.loads(text)["card"] and "\\n" not in text, (path, wrong)
+                seen["accepted"] += 1
+    assert seen["refused"] > 100 and seen["accepted"] > 10
 
 
 def test_a_missing_card_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

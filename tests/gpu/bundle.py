@@ -7,7 +7,6 @@ The machine has torch, Triton, CUDA and pytest of its own; of the wheels it gets
 60 MB, since such machines take little more at a time.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsv3_megatron.errors import Parser
 from tests.gpu import te_part
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ PLATFORMS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tests.gpu.bundle", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="tests.gpu.bundle", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_bundle")
     parser.add_argument("--te", action="store_true", help="Transformer Engine's part too (downloads 190 MB)")
     options = parser.parse_args(argv)

@@ -89,8 +89,10 @@ class Report:
 
 
 def _recorded(tests: list[dict[str, Any]], name: str) -> str:
-    """What the tests of a step recorded under a name, each value once."""
-    values = [str(test["figures"][name]) for test in tests if name in test.get("figures", {})]
+    """What the tests of a step recorded under a name, each value once, on one line."""
+    values = [
+        " ".join(str(test["figures"][name]).split()) for test in tests if name in test.get("figures", {})
+    ]
     return " / ".join(dict.fromkeys(values))
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsv3_megatron.errors import Parser
 from tests.gpu.processes import adopt_orphans, run
 from tests.gpu.report import Report
 from tests.gpu.stages import STAGES, Step
@@ -40,15 +41,17 @@ def obstacle(num_gpus: int) -> str | None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tests.gpu.run", allow_abbrev=False)
-    parser.add_argument(
-        "stage", nargs="*", choices=[*STAGES, []], help=f"of {', '.join(STAGES)}; all by default"
-    )
+    parser = Parser(prog="tests.gpu.run", allow_abbrev=False)
+    parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; all by default")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="the same without a GPU, on tiny sizes")
     parser.add_argument("--out", type=Path, default=Path(REPORT_DIR), help="folder of the report")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     parser.add_argument("--only", metavar="STEP", help="one step of the stages")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for stage in args.stage:
+        if stage not in STAGES:
+            parser.error(f"stage {stage}: use {', '.join(STAGES)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,6 +63,24 @@ def test_run_sh_without_a_stage_says_how(tmp_path: Path) -> None:
     assert done.returncode == 2 and "bash gpu_bundle/run.sh STAGE" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("9", "error: stage 9: use 1, 2, 3, 4, gpus or te"),
+        ("1 five --cpu-rehearsal", "error: stage five: use 1,"),
+        ("1", "error: PYTHON=no-such-python: no such program"),
+    ],
+)
+def test_run_sh_refuses_in_one_line_before_it_installs(words: str, says: str) -> None:
+    done = subprocess.run(
+        ["bash", str(BUNDLED / "run.sh"), *words.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": "no-such-python"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(says)
+
+
 # --- Transformer Engine's part
 
 

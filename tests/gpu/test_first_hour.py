@@ -244,6 +244,21 @@ def test_a_step_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["5"], "error: stage 5: use 1, 2, 3, 4, gpus"),
+        (["1", "--rehearsal"], "error: unrecognized arguments: --rehearsal"),
+        (["1", "--only"], "error: argument --only: expected one argument"),
+    ],
+)
+def test_a_wrong_line_is_refused_in_one(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.main(words)
+    said = capsys.readouterr().err
+    assert said.startswith(says) and said.count("\n") == 1
+
+
 # --- measures
 
 

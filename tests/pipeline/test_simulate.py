@@ -186,10 +186,36 @@ def test_show_writes_pictures_trace_and_text(tmp_path, capsys):
     assert lines[0] in capsys.readouterr().out
 
 
-def test_show_refuses_with_the_reason(capsys):
-    with pytest.raises(SystemExit):
-        show(["dualpipe", "--ranks", "7", "--text-only"])
-    assert "num_ranks=7 is odd" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("", "give either a schedule or --trace FILE"),
+        ("dualpip", "invalid choice: 'dualpip'"),
+        ("dualpipe --ranks 7", "--ranks 7 is odd"),
+        ("dualpipe --ranks many", "argument --ranks: invalid int value"),
+        ("dualpipe --microbatches 4", "--microbatches 4 is too few for dualpipe on --ranks 8"),
+        ("1f1b --model-chunks 3", "leave --model-chunks out"),
+        ("dualpipe --w 5", "--w 5.0 exceeds --b 2"),
+        ("dualpipe --f nan", "--f nan is not a duration"),
+        ("dualpipe --message inf", "--message inf is not a duration"),
+        ("dualpipe --tail nan", "--tail nan is not a duration"),
+        ("1f1b --f 0 --b 0 --w 0 --fb 0", "nothing takes time"),
+        ("dualpipe --output-dir {file}", "File exists; use another path"),
+        ("--trace {folder}/none", "none: No such file"),
+        ("--trace {file}", "holds no timelines"),
+        ("--trace {file} --ranks 4", "--ranks is for a schedule"),
+        ("zb1p --trace {file}", "give either a schedule or --trace FILE"),
+    ],
+)
+def test_show_refuses_in_one_line_and_draws_nothing(line, says, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text('{"traceEvents": [], "microsecondsPerUnit": 1}')
+    with pytest.raises(SystemExit, match="2"):
+        show(line.format(file=file, folder=tmp_path).split())
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert says in said.err
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_events_have_the_documented_fields():

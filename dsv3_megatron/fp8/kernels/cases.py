@@ -52,6 +52,11 @@ class Case:
     flops: int = 0
 
     @property
+    def function(self) -> str:
+        """Name of the function of this package that it calls."""
+        return str(self.call.func.__name__)
+
+    @property
     def expects_wgmma(self) -> bool:
         return self.flops > 0
 

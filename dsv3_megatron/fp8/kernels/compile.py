@@ -8,7 +8,6 @@ status 1 when a kernel spills, needs more shared memory than Hopper has, or is a
 and Triton's cache go to runs/kernels.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dsv3_megatron.errors import Parser
 from dsv3_megatron.fp8.kernels import roofline
 from dsv3_megatron.fp8.kernels.cases import Case, v3_cases
 from dsv3_megatron.fp8.kernels.launch import Launch, is_interpreted
@@ -66,18 +66,28 @@ class Binary:
 
 def main(argv: Sequence[str] | None = None, cases: Iterable[Case] | None = None) -> int:
     """Compile `cases`, by default V3's; 0 when every kernel may ship, else 1."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dsv3_megatron.fp8.kernels.compile", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases of which name or function contain TEXT"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/kernels"), help="default runs/kernels")
     options = parser.parse_args(argv)
     if is_interpreted():
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter's kernels cannot be compiled")
     all_cases = list(v3_cases() if cases is None else cases)
-    chosen = [case for case in all_cases if options.only in case.name]
+    chosen = [case for case in all_cases if options.only in case.name or options.only in case.function]
     if not chosen:
-        parser.error(f"--only {options.only}: no such case. Use a part of one of:\n" + _names(all_cases))
+        begins = dict.fromkeys(case.name.split()[0] for case in all_cases)
+        functions = dict.fromkeys(case.function for case in all_cases)
+        parser.error(
+            f"--only {options.only}: no such case; use a part of one of {', '.join([*functions, *begins])}"
+        )
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output-dir {options.output_dir}: {error.strerror}; use another folder")
     with _writing_to(options.output_dir):
         binaries = compile_cases(chosen, options.output_dir)
     rooflines = roofline.per_kernel(chosen)
@@ -165,10 +175,6 @@ def _writing_to(folder: Path) -> Iterator[None]:
             del os.environ["TRITON_CACHE_DIR"]
         else:
             os.environ["TRITON_CACHE_DIR"] = before[1]
-
-
-def _names(cases: Sequence[Case]) -> str:
-    return "\n".join(f"  {case.name}" for case in cases)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,19 @@ def test_a_product_without_wgmma_is_an_error(tmp_path: Path, capsys: pytest.Capt
 def test_wrong_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        compiler.main(["--only", "nonesuch", "--output-dir", str(tmp_path)])
-    assert "--only nonesuch: no such case" in capsys.readouterr().err
+    for words, says in (
+        (
+            ["--only", "nonesuch", "--output-dir", str(tmp_path)],
+            "--only nonesuch: no such case; use a part of one of ",
+        ),
+        (["--only", "pack_e5m6", "--output-dir", __file__], "File exists; use another folder"),
+        (["--outputdir", str(tmp_path)], "unrecognized arguments: --outputdir"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            compiler.main(words)
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
         compiler.main(["--output-dir", str(tmp_path)])

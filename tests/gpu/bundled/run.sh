@@ -8,6 +8,20 @@ if [ $# = 0 ]; then
     sed -n '2,3s/^# //p' "$here/run.sh" >&2
     exit 2
 fi
+for word in "$@"; do # of several stages the first that is none; options are checked by the tests' own command
+    case $word in
+        1 | 2 | 3 | 4 | gpus | te) ;;
+        -*) break ;;
+        *)
+            echo "error: stage $word: use 1, 2, 3, 4, gpus or te" >&2
+            exit 2
+            ;;
+    esac
+done
+if ! command -v "$python" >/dev/null; then
+    echo "error: PYTHON=$python: no such program; name the Python that has torch and pytest" >&2
+    exit 2
+fi
 "$python" "$here/install.py"
 [ "$1" = te ] && exec "$python" "$here/install.py" te
 # Only this: what else the caller's PYTHONPATH held could be another version of the package.
