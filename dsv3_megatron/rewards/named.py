@@ -40,6 +40,13 @@ SHIPPED: dict[str, tuple[str, str, str]] = {
     "boxed-format": ("formats", "boxed_once", "exactly one \\boxed{…}, outside the thoughts"),
     "regular": ("formats", "regular", "the whole response matches the regular expression in `answer`"),
     "code": ("code", "code", "generated Python passes the tests in `answer`, in the sandbox"),
+    "gym": ("gym", "gym", "reasoning-gym's own score of a generated task (extra `rewards`)"),
+    "smt": ("smt", "smt", "each step of a proof follows from those before it, by z3 (extra `rewards`)"),
+    "lean": (
+        "lean",
+        "lean",
+        "Lean accepts the theorem with the response's proof (where `lean` is installed)",
+    ),
     "code-fraction": ("code", "code_fraction", "fraction of a list of tests that generated Python passes"),
 }
 

@@ -47,6 +47,8 @@ def equal(given: str, expected: str, time_s: float = TIME_S) -> bool:
         return left != ""
     if left.casefold() == right.casefold() and not _has_operators(right):
         return True  # words: Yes, yes
+    import sympy  # noqa: F401 (before the alarm, which must not cut an import short)
+
     try:
         with _alarm(time_s):
             return _same(parse(given), parse(expected))
@@ -111,9 +113,22 @@ def _same(left: Any, right: Any) -> bool:
         # Exactly, but only where the numbers say that it can be.
         if not _near(left, right):
             return False
-    elif left.free_symbols != right.free_symbols and not (left.free_symbols and right.free_symbols):
-        return sympy.simplify(difference) == 0
+    elif not _same_at_points(left, right):
+        return False
     return bool(sympy.simplify(difference) == 0 or difference.equals(0))
+
+
+def _same_at_points(left: Any, right: Any) -> bool:
+    """Whether two expressions agree where they are tried: cheap, and most wrong answers end here."""
+    import sympy
+
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    for start in (3, 5, 11):
+        point = {one: sympy.Rational(start + 2 * place, 7 + place) for place, one in enumerate(symbols)}
+        ours, theirs = left.subs(point), right.subs(point)
+        if ours.is_finite and theirs.is_finite and not _near(ours, theirs):
+            return False
+    return True
 
 
 def _near(left: Any, right: Any) -> bool:
@@ -162,7 +177,8 @@ def _has_operators(text: str) -> bool:
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+\.\d*|\.\d+|\d+)|(?P<command>\\[a-zA-Z]+|\\[{}])|(?P<name>[a-zA-Z]+)"
-    r"|(?P<sign>\*\*|[-+*/^(){}\[\],=!_|;]))"
+    r"|(?P<sign>\*\*|[-+*/^(){}\[\],=!_|;]))",
+    re.ASCII,
 )
 _FUNCTIONS = ("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "asin", "acos", "atan",
               "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "abs")  # fmt: skip

@@ -21,6 +21,6 @@ tested by code in the same interpreter can deceive this code: early exits are ca
 everything or a search through the interpreter's frames are not.
 """
 
-from dsv3_megatron.rewards.sandbox.watch import Limits, Run, SandboxUnavailable, run
+from dsv3_megatron.rewards.sandbox.watch import Limits, Run, SandboxUnavailable, run, run_command
 
-__all__ = ["Limits", "Run", "SandboxUnavailable", "run"]
+__all__ = ["Limits", "Run", "SandboxUnavailable", "run", "run_command"]

@@ -12,7 +12,7 @@ import resource
 import signal
 import struct
 
-from syscalls import ALLOWED, CHECKED, MISSING, NUMBERS
+from syscalls import ALLOWED, CHECKED, MISSING, NUMBERS, STARTING
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -90,8 +90,9 @@ def landlock_version():
     return max(0, _libc.syscall(LANDLOCK_CREATE, None, 0, 1))
 
 
-def restrict_files(readable, writable):
-    """From now on only files under `readable` can be opened for reading, and only under `writable` for more."""
+def restrict_files(readable, writable, execute=False):
+    """From now on only files under `readable` can be opened for reading (and run, with `execute`), and only those
+    under `writable` for more."""
     version = landlock_version()
     if not version:
         raise Unsupported(
@@ -105,6 +106,7 @@ def restrict_files(readable, writable):
         rules.append(3)  # abstract sockets, signals: only inside
     attributes = struct.pack(f"{len(rules)}Q", *rules)
     ruleset = _call(_libc.syscall, LANDLOCK_CREATE, attributes, len(attributes), 0)
+    reading = READ_FILE | READ_DIR | (EXECUTE if execute else 0)
     own = (
         READ_FILE
         | READ_DIR
@@ -115,15 +117,15 @@ def restrict_files(readable, writable):
         | MAKE_REG
         | (TRUNCATE & rights)
     )
-    for path, folder_rights in [(path, READ_FILE | READ_DIR) for path in readable] + [
-        (path, own) for path in writable
-    ]:
+    for path, folder_rights in [(path, reading) for path in readable] + [(path, own) for path in writable]:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
         allowed = (
-            folder_rights if os.path.isdir(path) else folder_rights & (READ_FILE | WRITE_FILE | TRUNCATE)
+            folder_rights
+            if os.path.isdir(path)
+            else folder_rights & (EXECUTE | READ_FILE | WRITE_FILE | TRUNCATE)
         )
         _call(_libc.syscall, LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", allowed & rights, place), 0)
         os.close(place)
@@ -210,8 +212,11 @@ def _checks():
     }
 
 
-def system_call_filter():
-    """The filter as BPF, a list of (code, jump if true, jump if false, constant)."""
+def system_call_filter(execute=False):
+    """The filter as BPF, a list of (code, jump if true, jump if false, constant).
+
+    With `execute` files can be run and processes started, which stay in their group (setsid and setpgid are refused).
+    """
     name = machine()
     column = 0 if name == "x86_64" else 1
     code = [
@@ -223,8 +228,10 @@ def system_call_filter():
     if name == "x86_64":  # the x32 numbers
         code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
     checks = _checks()
+    if execute:
+        checks["clone"] = [(_RETURN, 0, 0, _ALLOW)]
     bodies = (
-        [(call, [(_RETURN, 0, 0, _ALLOW)]) for call in ALLOWED]
+        [(call, [(_RETURN, 0, 0, _ALLOW)]) for call in ALLOWED + (STARTING if execute else ())]
         + [(call, checks[call]) for call in CHECKED]
         + [(call, _refuse(errno.ENOSYS)) for call in MISSING]
     )
@@ -235,9 +242,9 @@ def system_call_filter():
     return code + _refuse(errno.EPERM)
 
 
-def restrict_calls():
+def restrict_calls(execute=False):
     """Install the filter in this thread and in those that it starts."""
-    packed = b"".join(struct.pack("HBBI", *line) for line in system_call_filter())
+    packed = b"".join(struct.pack("HBBI", *line) for line in system_call_filter(execute))
     buffer = ctypes.create_string_buffer(packed, len(packed))
     program = struct.pack("HxxxxxxP", len(packed) // 8, ctypes.addressof(buffer))
     _call(_libc.prctl, PR_SET_SECCOMP, 2, program, 0, 0)

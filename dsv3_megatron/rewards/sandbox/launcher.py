@@ -1,9 +1,9 @@
 """The other side of the sandbox: an empty interpreter (`python -I -S -B launcher.py JOB PIPE PARENT`) that confines
-itself, runs the program and says through the pipe how it ended.
+itself, runs the program (or the command) and says through the pipe how it ended.
 
-The job is a JSON file outside the folder that the program may see: program, seconds, memory_bytes, file_bytes,
-readable, work (folder), nonce. A line that begins with the nonce says that the program ran to its end: leaving early
-(os._exit, sys.exit) cannot write it.
+The job is a JSON file outside the folder that the program may see: program or command (words), seconds,
+memory_bytes, file_bytes, readable, work (folder), nonce. A line that begins with the nonce says that the program ran
+to its end: leaving early (os._exit, sys.exit) cannot write it.
 """
 
 import contextlib
@@ -33,13 +33,17 @@ def main():
     try:
         confine.die_with(parent)
         confine.drop_privileges()
-        confine.restrict_files(job["readable"], [job["work"], "/dev/null"])
+        command = job.get("command")
+        confine.restrict_files(job["readable"], [job["work"], "/dev/null"], execute=command is not None)
         confine.limit_resources(job["seconds"], job["memory_bytes"], job["file_bytes"])
-        confine.restrict_calls()
+        confine.restrict_calls(execute=command is not None)
     except (confine.Unsupported, OSError) as error:
         tell("unsupported", str(error))
         os._exit(1)
     tell("ready")
+    if command is not None:
+        os.set_inheritable(pipe, False)
+        os.execv(command[0], command)
     sys.argv = ["program"]
     sys.path = [place for place in sys.path if place]
     for name in ("confine", "syscalls"):

@@ -4,7 +4,7 @@ Standard library only, and no import of the package: the launcher loads it by it
 numbers are the kernel's ABI (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h).
 """
 
-__all__ = ["ALLOWED", "CHECKED", "MISSING", "NUMBERS"]
+__all__ = ["ALLOWED", "CHECKED", "MISSING", "NUMBERS", "STARTING"]
 
 # name: (x86-64, ARM); None where the architecture has no such call
 NUMBERS: dict[str, tuple[int | None, int | None]] = {
@@ -38,12 +38,16 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "sysinfo": (99, 179), "uname": (63, 160), "umask": (95, 166), "sched_yield": (24, 124),
     "sched_getaffinity": (204, 123), "getcpu": (309, 168), "getrandom": (318, 278), "alarm": (37, None),
     "setitimer": (38, 103), "getitimer": (36, 102), "ioctl": (16, 29), "statfs": (137, 43), "fstatfs": (138, 44),
+    "execve": (59, 221), "vfork": (58, None), "fork": (57, None), "wait4": (61, 260), "waitid": (247, 95),
+    "prctl": (157, 167),
 }  # fmt: skip
 
 # Answered with ENOSYS, so that the C library takes the older call, whose arguments a filter can see.
 MISSING = ("clone3", "openat2")
 # Allowed with certain arguments only; the filter says which.
 CHECKED = ("open", "openat", "fcntl", "ioctl", "socketpair", "sendto", "kill", "tgkill", "clone", "prlimit64")
+# For a command that is no Python of ours (a checker of proofs), which may start its own parts.
+STARTING = ("execve", "vfork", "fork", "wait4", "waitid", "prctl")
 # Everything else of the table. What is not in the table (sockets, execve, ptrace, chmod, links, mounts, namespaces,
 # memfd, shared memory, io_uring, bpf, priorities, …) is answered with EPERM.
-ALLOWED = tuple(name for name in NUMBERS if name not in MISSING and name not in CHECKED)
+ALLOWED = tuple(name for name in NUMBERS if name not in (*MISSING, *CHECKED, *STARTING))

@@ -13,13 +13,14 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dsv3_megatron.errors import RefusedArgument
 
-__all__ = ["Limits", "Outcome", "Run", "SandboxUnavailable", "run"]
+__all__ = ["Limits", "Outcome", "Run", "SandboxUnavailable", "run", "run_command"]
 
 Outcome = Literal["finished", "raised", "exited", "memory", "timeout", "output", "disk", "killed"]
 
@@ -99,26 +100,54 @@ def run(program: str, stdin: str = "", limits: Limits | None = None) -> Run:
     Raises:
         SandboxUnavailable: this machine cannot enforce what the package's docstring lists.
     """
+    job = {"program": program, "readable": _readable((limits or Limits()).packages)}
+    return _in_folder(job, stdin, limits or Limits(), {})
+
+
+def run_command(
+    command: Sequence[str], files: Mapping[str, str], readable: Sequence[str], limits: Limits | None = None
+) -> Run:
+    """Run a program that is no Python of ours in the sandbox: it and its processes share the limits of time and output.
+
+    It may start processes (which die with it) and run what it can read; files and network are confined as for `run`.
+    The limit of memory is of each process.
+
+    Args:
+        command: path of the program and its words.
+        files: name and text of files in its folder, where it is started.
+        readable: folders and files that it may read and run, beside the system's libraries.
+
+    Returns:
+        outcome "exited", with the status as `detail`, where no limit ended it.
+
+    Raises:
+        SandboxUnavailable: as `run`.
+    """
     limits = limits or Limits()
+    own = [os.path.realpath(path) for path in (*readable, *_readable(False)) if os.path.exists(path)]
+    return _in_folder({"command": list(command), "readable": own}, "", limits, files)
+
+
+def _in_folder(job: dict[str, Any], stdin: str, limits: Limits, files: Mapping[str, str]) -> Run:
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"the sandbox needs Linux, this is {sys.platform}: run it in a container")
     folder = Path(tempfile.mkdtemp(prefix="dsv3-sandbox-"))
     try:
-        return _run(program, stdin, limits, folder)
+        (folder / "work").mkdir()
+        for name, text in files.items():
+            (folder / "work" / name).write_text(text, encoding="utf-8", errors="replace")
+        return _run(job, stdin, limits, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(program: str, stdin: str, limits: Limits, folder: Path) -> Run:
+def _run(job: dict[str, Any], stdin: str, limits: Limits, folder: Path) -> Run:
     work, nonce = folder / "work", secrets.token_hex(16)
-    work.mkdir()
-    job = {
-        "program": program,
+    job |= {
         "nonce": nonce,
         "seconds": limits.seconds,
         "memory_bytes": limits.memory_mib << 20,
         "file_bytes": limits.disk_mib << 20,
-        "readable": _readable(limits.packages),
         "work": str(work),
     }
     # Surrogates in a model's text are no reason to fail here: JSON escapes them, and compile() refuses them there.
