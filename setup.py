@@ -8,6 +8,9 @@ HERE = Path(__file__).parent
 # Of `dsv3 serve`: HTTP, and the messages of Megatron's coordinator.
 SERVE = ["quart", "hypercorn", "pyzmq", "msgpack"]
 
+# Of rewards: generated tasks, and steps of proofs.
+REWARDS = ["reasoning-gym>=0.1.25", "z3-solver"]
+
 setup(
     name="dsv3_megatron",
     version="0.1.0",
@@ -24,6 +27,7 @@ setup(
         "hydra-core>=1.3",
         "tokenizers",
         "einops",
+        "sympy",
         "matplotlib",
         "tensorboard",
     ],
@@ -32,7 +36,8 @@ setup(
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
         "serve": SERVE,
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE, *REWARDS],
+        "rewards": REWARDS,
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
     entry_points={

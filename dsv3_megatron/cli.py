@@ -45,7 +45,11 @@ VERBS = {
     "chat": Verb("serve.chat:main", "talk to a fine-tuned model in a terminal"),
     "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
     "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
+    "sample": Verb("serve.sample:main", "answers kept where a reward says so (rejection sampling)"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
+    "prove": Verb(
+        "prove.__main__:main", "proofs: of a conversion, a resume, a layout, a version, an FP8 export"
+    ),
     "adopt": Verb(
         "adopt.__main__:main", "what a launch script of Megatron-LM or a fork becomes under --spec dsv3"
     ),

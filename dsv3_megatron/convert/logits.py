@@ -24,6 +24,7 @@ __all__ = [
     "of_transformers",
     "prompt_tokens",
     "transformer_fields",
+    "transformers_model",
 ]
 
 PROMPTS = (
@@ -63,22 +64,31 @@ def prompt_tokens(folder: Path, vocab_size: int, prompts: Sequence[str] | None) 
 @torch.no_grad()
 def of_transformers(source: HFDirectory, tokens: Sequence[Tensor]) -> list[Tensor]:
     """fp32 logits [1, s, vocabulary] of transformers' model with this directory's weights, FP8 multiplied out."""
+    weights = {
+        name: source.tensor(name, torch.float32)
+        for name in source.weights
+        if not name.startswith(f"model.layers.{source.architecture.num_layers}.")
+    }
+    model = transformers_model(source.config, weights, source.folder)
+    return [model(ids).logits for ids in tokens]
+
+
+def transformers_model(config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> Any:
+    """transformers' model of a config.json with these fp32 weights (released names), in evaluation mode.
+
+    Raises:
+        ConversionError: transformers is missing, or the weights are not the model's.
+    """
     try:
         import transformers
     except ImportError as error:
         raise ConversionError(
             "logits need transformers: pip install 'transformers>=4.53', or --no-logits"
         ) from error
-    model_class = getattr(transformers, family_of(source.config).architecture)
-    config = model_class.config_class(**_settings(source.config))
-    weights = {
-        name: source.tensor(name, torch.float32)
-        for name in source.weights
-        if not name.startswith(f"model.layers.{source.architecture.num_layers}.")
-    }
+    model_class = getattr(transformers, family_of(config).architecture)
     model, report = model_class.from_pretrained(
         None,
-        config=config,
+        config=model_class.config_class(**_settings(config)),
         state_dict=weights,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -86,9 +96,8 @@ def of_transformers(source: HFDirectory, tokens: Sequence[Tensor]) -> list[Tenso
     )
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
-        raise ConversionError(f"{source.folder}: transformers could not load the weights: {wrong}")
-    model.eval()
-    return [model(ids).logits for ids in tokens]
+        raise ConversionError(f"{folder}: transformers could not load the weights: {wrong}")
+    return model.eval()
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = open_model(options)
     sampling = sampling_of(options, source)
     prompts = read_prompts(options.prompts, source, options.max_length)
-    answers = Answers(options.output, prompts, _settings(options, source)) if is_first_rank() else None
+    answers = Answers(options.output, prompts, settings_of(options, source)) if is_first_rank() else None
     try:
-        result = _generate(options, source, prompts, sampling, answers)
+        result = answer_all(options, source, prompts, sampling, answers)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
         return 130
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(options: argparse.Namespace, source: Source) -> dict[str, Any]:
+def settings_of(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What the answers depend on (layout, batch and drafts change nothing but the rounding)."""
     names = (
         "max_new_tokens",
@@ -93,13 +93,14 @@ def _settings(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     return {"model": str(model), **{name: getattr(options, name) for name in names}}
 
 
-def _generate(
+def answer_all(
     options: argparse.Namespace,
     source: Source,
     prompts: list[Prompt],
     sampling: "Sampling",
     answers: Answers | None,
 ) -> dict[str, Any]:
+    """Answer what `answers` has not yet (None on other ranks than the first); returns what `--json` prints."""
     with opened_engine(options, source) as engine:
         from dsv3_megatron.inference.engine import cache_bytes_per_token
 

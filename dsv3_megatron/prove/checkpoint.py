@@ -1,0 +1,225 @@
+"""`dsv3 prove --hf DIR --megatron DIR`: are the two the same model? Every tensor, and what the models compute."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_megatron.convert.errors import ConversionError
+from dsv3_megatron.convert.hf_directory import HFDirectory
+from dsv3_megatron.convert.progress import Progress
+from dsv3_megatron.convert.to_hf import MegatronWeights
+from dsv3_megatron.convert.verify import _check_same_model, _difference
+from dsv3_megatron.prove.forward import Forward, memory_needed, of_megatron, of_transformers
+from dsv3_megatron.prove.report import Check, Report
+
+__all__ = ["LOGITS_BOUND", "audit"]
+
+LOGITS_BOUND = 1e-4  # of the largest logit: fp32 on both sides, other orders of summation
+NEAR_TIE = 1e-5  # two experts' scores closer than this may be chosen either way
+
+
+@dataclass
+class _Sides:
+    hf: HFDirectory
+    megatron: MegatronWeights
+
+
+def audit(
+    hf: Path,
+    megatron: Path,
+    positions: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    logits: bool = True,
+) -> Report:
+    """Compare a Hugging Face directory with a Megatron checkpoint.
+
+    Args:
+        positions: places in each prompt whose logits are compared, negative from the end; None for all.
+        prompts: texts; None for those of `convert.logits.PROMPTS`.
+        logits: compute both models in fp32, where they fit into this machine's free memory.
+    """
+    report = Report(
+        "checkpoint",
+        "The Hugging Face directory and the Megatron checkpoint are the same model.",
+        not_covered=[
+            "optimizer state, averages and random states of the Megatron checkpoint",
+            "the tokenizer: ids are compared, not the texts they stand for",
+            "the arithmetic of a GPU, of FP8 and of other backends: both models are computed in fp32 on the CPU",
+            "texts longer than the prompts",
+        ],
+    )
+    sides = _opened(report, hf, megatron)
+    if sides is None:
+        return report
+    report.checks.append(_tensors(sides, report))
+    if not logits:
+        _not_done(report, "left out by --no-logits")
+        return report
+    needed, free = memory_needed(sides.hf)
+    if needed > free:
+        _not_done(report, f"two fp32 models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        return report
+    from dsv3_megatron.convert.logits import prompt_tokens
+
+    tokens = prompt_tokens(hf, sides.hf.architecture.vocab_size, prompts)
+    theirs, ours = of_transformers(sides.hf, tokens), of_megatron(sides.megatron, tokens)
+    report.settings |= {
+        "positions": list(positions) if positions else "all",
+        "tokens": [ids.numel() for ids in tokens],
+    }
+    report.checks += [
+        _logits("logits", theirs, ours, positions, lambda one: one.logits),
+        _logits("MTP logits", theirs, ours, positions, lambda one: one.mtp_logits),
+        _routers(theirs, ours),
+    ]
+    depths = sides.hf.architecture.mtp_num_layers
+    if depths == 0:
+        report.checks = [check for check in report.checks if check.name != "MTP logits"]
+        report.not_covered.append("MTP: the model has none")
+    elif depths > 1:
+        report.not_covered.append(f"logits of MTP depths 2 to {depths}")
+    return report
+
+
+def _opened(report: Report, hf: Path, megatron: Path) -> _Sides | None:
+    """Both sides, each complete and without a tensor too many; else the check that failed."""
+    name, compared = (
+        "inventory",
+        "names, shapes and dtypes of each side against the model its configuration describes",
+    )
+    how = "exactly the model's tensors: none is missing, none is left over; same configuration on both sides"
+    try:
+        sides = _Sides(HFDirectory(hf), MegatronWeights(megatron))
+        _check_same_model(sides.megatron, sides.hf)
+    except ConversionError as error:
+        report.checks.append(Check(name, compared, how, False, detail=str(error)))
+        _not_done(report, "the inventory failed")
+        return None
+    count = len(sides.hf.weights) + len(sides.hf.copies)
+    report.checks.append(Check(name, compared, how, True, count))
+    return sides
+
+
+def _not_done(report: Report, why: str) -> None:
+    for name in ("logits", "MTP logits", "router decisions"):
+        report.checks.append(Check(name, "both models in fp32", "", None, detail=why))
+
+
+def _tensors(sides: _Sides, report: Report) -> Check:
+    """Each tensor, FP8 multiplied out, in the dtype of the Megatron checkpoint: equal bits."""
+    names = {name: name for name in sides.hf.weights} | sides.hf.copies
+    progress = Progress("prove", sum(sides.hf.entry(name).end - sides.hf.entry(name).start for name in names))
+    rows: list[dict[str, Any]] = []
+    different, worst = [], 0.0
+    for name, original in names.items():
+        theirs = sides.hf.tensor(name, sides.megatron.dtype(original))
+        ours = sides.megatron.tensor(original)
+        row = {
+            "name": name,
+            "megatron": sides.megatron.weights[original].slot.key,
+            "shape": list(ours.shape),
+            "dtype": str(ours.dtype).removeprefix("torch."),
+            "sha256_hf": digest(theirs),
+            "sha256_megatron": digest(ours),
+        }
+        rows.append(row)
+        if row["sha256_hf"] != row["sha256_megatron"]:
+            difference = _difference(theirs, ours)
+            worst = max(worst, difference)
+            different.append(f"{name} (by {difference:.3g})")
+        progress.add(sides.hf.entry(name).end - sides.hf.entry(name).start)
+        sides.hf.forget(name)
+    progress.close()
+    report.tables["tensors"] = rows
+    whole = hashlib.sha256("".join(row["sha256_megatron"] for row in rows).encode()).hexdigest()
+    report.settings["sha256 of all tensors"] = whole
+    more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+    return Check(
+        "tensors",
+        "every tensor, copies in MTP layers included, FP8 multiplied out, in the dtype of the Megatron checkpoint",
+        "SHA-256 of the bytes equal; worst: largest difference of two elements",
+        not different,
+        len(rows),
+        worst,
+        f"different: {', '.join(different[:5])}{more}" if different else "",
+    )
+
+
+def digest(value: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in order."""
+    return hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _logits(
+    name: str,
+    theirs: list[Forward],
+    ours: list[Forward],
+    positions: Sequence[int] | None,
+    part: Callable[[Forward], Tensor | None],
+) -> Check:
+    worst, count, choices, detail = 0.0, 0, 0, ""
+    for number, (a, b) in enumerate(zip(map(part, theirs), map(part, ours), strict=True)):
+        if a is None or b is None:
+            return Check(name, "transformers against the specs' model", "", None, detail="not computed")
+        chosen = _places(positions, len(a))
+        scale = float(a.abs().max())
+        for place in chosen:
+            off = _difference(a[place], b[place]) / scale
+            choices += int(a[place].argmax() != b[place].argmax())
+            count += 1
+            if not off <= worst:
+                worst, detail = (
+                    off,
+                    f"worst in prompt {number}, position {place}; other first choices: {choices}",
+                )
+    return Check(
+        name,
+        "transformers' model against the specs' model, at the chosen positions of every prompt",
+        f"max |a − b| / max |a|, at most {LOGITS_BOUND:g}, fp32",
+        worst <= LOGITS_BOUND and count > 0,
+        count,
+        worst,
+        detail,
+    )
+
+
+def _places(positions: Sequence[int] | None, length: int) -> list[int]:
+    if positions is None:
+        return list(range(length))
+    return sorted({place % length for place in positions if -length <= place < length})
+
+
+def _routers(theirs: list[Forward], ours: list[Forward]) -> Check:
+    """The sets of experts of every token in every MoE layer; a near-tie of the last place may fall either way."""
+    compared, how = "experts of every token in every MoE layer, MTP's included", "the same set"
+    tokens = disagree = ties = 0
+    where = ""
+    for a, b in zip(theirs, ours, strict=True):
+        if a.experts.keys() != b.experts.keys():
+            odd = sorted(a.experts.keys() ^ b.experts.keys())
+            return Check("router decisions", compared, how, False, detail=f"routers on one side only: {odd}")
+        for layer, choice in a.experts.items():
+            differ = (choice.sort(-1).values != b.experts[layer].sort(-1).values).any(-1)
+            tied = differ & (b.margins[layer] < NEAR_TIE)
+            tokens += len(choice)
+            ties += int(tied.sum())
+            disagree += int((differ & ~tied).sum())
+            if bool((differ & ~tied).any()) and not where:
+                where = f"first: {layer}, token {int((differ & ~tied).nonzero()[0])}"
+    if not tokens:
+        return Check("router decisions", compared, how, True, detail="no MoE layer")
+    detail = f"{ties} near-ties fell differently" if ties else ""
+    return Check(
+        "router decisions",
+        compared,
+        f"{how}; where two scores are within {NEAR_TIE:g}, either; worst: tokens that disagree",
+        disagree == 0,
+        tokens,
+        float(disagree),
+        where or detail,
+    )

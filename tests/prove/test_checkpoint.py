@@ -1,0 +1,131 @@
+"""`dsv3 prove --hf --megatron`: the same model is proved; a swapped tensor, router or MTP projection is not."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv3_megatron.convert.to_megatron import hf_to_megatron
+from dsv3_megatron.prove.__main__ import main
+from tests.convert.releases import micro, release
+
+CHECKS = ["inventory", "tensors", "logits", "MTP logits", "router decisions"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    release(folder / "hf", micro(), mtp=True)
+    hf_to_megatron(folder / "hf", folder / "megatron")
+    return folder / "hf", folder / "megatron"
+
+
+def prove(hf, megatron, output, capsys, *more) -> tuple[int, dict]:
+    status = main(["--hf", str(hf), "--megatron", str(megatron), "--output", str(output), "--json", *more])
+    return status, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_same_model(pair, tmp_path, capsys):
+    status, report = prove(*pair, tmp_path / "report", capsys)
+    assert (status, report["word"]) == (0, "proved"), report
+    checks = {check["name"]: check for check in report["checks"]}
+    assert list(checks) == CHECKS and all(check["holds"] and check["count"] for check in checks.values())
+    assert (
+        checks["tensors"]["worst"] == 0 and checks["logits"]["worst"] < 1e-5 > checks["MTP logits"]["worst"]
+    )
+    # Two MoE layers of three, and MTP's.
+    tokens = sum(report["settings"]["tokens"])
+    assert checks["router decisions"]["count"] == 3 * tokens - len(report["settings"]["tokens"])
+    # One folder, no weights, no paths, no machine.
+    files = {file.name: file.read_text() for file in (tmp_path / "report").iterdir()}
+    assert files.keys() == {"report.json", "report.md", "tensors.json"}
+    for text in files.values():
+        assert (
+            str(tmp_path) not in text
+            and str(pair[0]) not in text
+            and socket.gethostname() not in text.split()
+        )
+    assert (
+        json.loads(files["report.json"])["word"] == "proved" and "# checkpoint: proved" in files["report.md"]
+    )
+    rows = json.loads(files["tensors.json"])
+    assert len(rows) == checks["tensors"]["count"] and all(
+        row["sha256_hf"] == row["sha256_megatron"] for row in rows
+    )
+
+
+def spoiled(hf: Path, folder: Path, change) -> Path:
+    folder.mkdir()
+    for file in hf.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def swap(tensors) -> None:
+    a, b = (f"model.layers.1.mlp.experts.{n}.up_proj.weight" for n in (0, 1))
+    if a in tensors:
+        tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
+
+
+def halves(tensors) -> None:
+    name = "model.layers.3.eh_proj.weight"
+    if name in tensors:
+        tensors[name] = tensors[name].roll(tensors[name].shape[1] // 2, 1)
+
+
+def bias(tensors) -> None:
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+    if name in tensors:
+        tensors[name] = torch.arange(8).float()
+
+
+def drop(tensors) -> None:
+    tensors.pop("model.layers.1.mlp.experts.0.up_proj.weight", None)
+
+
+@pytest.mark.parametrize(
+    "change, failing",
+    [
+        (swap, {"tensors", "logits", "MTP logits"}),
+        (halves, {"tensors", "MTP logits"}),
+        (bias, {"tensors", "logits", "MTP logits", "router decisions"}),
+        (drop, {"inventory"}),
+    ],
+)
+def test_controls(pair, tmp_path, capsys, change, failing):
+    """Each change is seen by the checks that should see it."""
+    hf = spoiled(pair[0], tmp_path / "spoiled", change)
+    status, report = prove(hf, pair[1], tmp_path / "report", capsys)
+    assert (status, report["word"]) == (1, "refuted")
+    failed = {check["name"] for check in report["checks"] if check["holds"] is False}
+    assert failed >= failing and (change is not halves or "logits" not in failed), report["checks"]
+
+
+def test_without_logits_it_is_incomplete(pair, tmp_path, capsys):
+    status, report = prove(*pair, tmp_path / "report", capsys, "--no-logits")
+    assert (status, report["word"]) == (1, "incomplete")
+    assert [check["holds"] for check in report["checks"]] == [True, True, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--hf", "nowhere", "--megatron", "."], "--hf nowhere: no such folder"),
+        (["--hf", "."], "--megatron"),
+        (["resum"], "dsv3 prove resum: give --hf"),
+        (["--hf", ".", "--megatron", ".", "--positions", "a"], "--positions: a: give whole numbers"),
+        (["--hf", ".", "--megatron", ".", "--output", "tests"], "--output tests: is there already"),
+    ],
+)
+def test_wrong_words(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1

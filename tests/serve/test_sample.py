@@ -1,0 +1,101 @@
+"""`dsv3 sample`: what is kept is what the filter says; resumed, filtered again, refused."""
+
+import json
+
+import pytest
+
+from dsv3_megatron.serve.sample import main, read_filter
+from tests.serve.test_generate import read, write
+
+ME = f"{__name__}:vowels"
+
+
+def vowels(prompt, response, answer):
+    """Fraction of vowels, plus what the data says."""
+    if answer == "broken":
+        raise ValueError("no")
+    return sum(letter in "aeiou" for letter in response) / max(1, len(response)) + answer
+
+
+def words(folder, questions, output, *more):
+    return [
+        "--hf", str(folder), "--prompts", str(questions), "--output", str(output), "--device", "cpu", "--samples", "3",
+        "--max-new-tokens", "8", "--json", "--ignore-eos", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def questions(tmp_path):
+    lines = [
+        {"prompt": "def add", "answer": 0},
+        {"prompt": "Name", "answer": 1},
+        {"prompt": "No", "answer": "broken"},
+    ]
+    return write(tmp_path / "problems.jsonl", *lines)
+
+
+def test_samples_are_kept_by_their_reward(hf, questions, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "kept.jsonl"
+    assert (
+        main(words(hf, questions, output, "--reward", ME, "--filter", "reward>=1", "--filter", "reward<9"))
+        == 0
+    )
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert list(result) == ["prompts", "samples", "kept", "prompts_kept", "mean_reward", "failed"]
+    assert (result["prompts"], result["samples"], result["failed"]) == (3, 9, 3)
+    samples = [line["text"] for line in read(output.with_name("kept.jsonl.samples.jsonl"))]
+    assert len(set(samples[:3])) == 3, "samples of a prompt are drawn apart"
+    expected = [
+        vowels("", text, answer) for text, answer in zip(samples[:6], [0, 0, 0, 1, 1, 1], strict=True)
+    ]
+    kept = read(output)
+    assert [line["reward"] for line in kept] == [value for value in expected if 1 <= value < 9]
+    assert {3, 4, 5} == {3 * line["prompt_id"] + line["sample"] for line in kept}
+    assert kept[0]["messages"] == [
+        {"role": "user", "content": "Name"},
+        {"role": "assistant", "content": samples[3]},
+    ]
+    assert result["mean_reward"] == pytest.approx(sum(expected) / 9)
+
+    # Another filter: nothing is sampled or scored again.
+    monkeypatch.setattr("dsv3_megatron.rewards.Scorer.score", None)
+    before = output.with_name("kept.jsonl.samples.jsonl").read_bytes()
+    assert main(words(hf, questions, output, "--reward", ME, "--filter", f"{ME}<1")) == 0
+    assert [line["reward"] for line in read(output)] == [value for value in expected if value < 1]
+    assert output.with_name("kept.jsonl.samples.jsonl").read_bytes() == before
+
+    # Cut short in both files: the rest is done again, with the same samples.
+    monkeypatch.undo()
+    for name in ("samples", "rewards"):
+        file = output.with_name(f"kept.jsonl.{name}.jsonl")
+        file.write_bytes(file.read_bytes()[:-100])
+    assert main(words(hf, questions, output, "--reward", ME, "--filter", "reward>=1")) == 0
+    assert output.with_name("kept.jsonl.samples.jsonl").read_bytes() == before
+    assert read(output) == kept
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--filter", "reward>high"], "--filter 'reward>high'"),
+        (["--filter", "format>0"], "no 'format' there; it can be reward, or of answer"),
+        (["--reward", "anwser"], "did you mean 'answer'"),
+        (["--samples", "0"], "--samples 0"),
+        (["--temperature", "0"], "--temperature 0 with --samples 3"),
+        (["--reward-timeout", "0"], "timeout_s 0"),
+    ],
+)
+def test_wrong_words_are_refused_in_a_line(hf, questions, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words(hf, questions, tmp_path / "out.jsonl", *more))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_filters():
+    keep = read_filter(" format >= 0.2", ["answer", "format"])
+    assert keep(0, {"answer": 0, "format": 0.2}) and not keep(9, {"answer": 9, "format": 0.1})
+    assert read_filter("reward!=1e-1", ["answer"])(0.2, {}) and not read_filter("reward==0.1", [])(0.2, {})
