@@ -54,7 +54,7 @@ class RankReport:
             ("groups", ", ".join(f"{name} {size}" for name, size in self.groups.items())),
             ("parameters on rank", _count(self.num_parameters)),
             *((f"  {kind}", _count(size)) for kind, size in self.by_kind.items()),
-            *((f"expert {key.replace('_', ' ')}", str(value)) for key, value in (self.expert_slots or {}).items()),
+            *((key.replace('_', ' '), str(value)) for key, value in (self.expert_slots or {}).items()),
             ("parameters of model", _count(self.total_parameters)),
             ("  without MTP", _count(self.total_parameters_without_mtp)),
         ]
@@ -115,10 +115,10 @@ def _slots(chunks: list[Any]) -> dict[str, Any] | None:
     moe = layers[0]
     counts = moe.slots.held.bincount(minlength=moe.slots.num_choices)
     return {
-        "slots": moe.slots.num_experts,
+        "expert_slots": moe.slots.num_experts,
         "slots_per_rank": moe.num_local_experts,
         "experts_in_slots": moe.slots.num_choices,
-        "held": moe.local_expert_indices,
+        "held_here": moe.local_expert_indices,
         "most_copies": int(counts.max()),
         "shared_as_routed": moe.slots.shared_as_routed,
     }

@@ -159,8 +159,10 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": 1,
     }
-    transformer = MLATransformerConfig(**_as_slots(fields, layout.deployment))
-    transformer.num_moe_experts = fields.get("num_moe_experts")
+    # Megatron holds experts against ranks, and with copies it is the slots that must divide (`Layout.check`).
+    ranks = 1 if layout.deployment.has_slots else layout.expert
+    transformer = MLATransformerConfig(**fields | {"expert_model_parallel_size": ranks})
+    transformer.expert_model_parallel_size = layout.expert
     deploy(transformer, layout.deployment)
     config = DSV3ModelConfig(
         transformer=transformer,
@@ -172,13 +174,6 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
     layout_key = "pipeline_model_parallel_layout"  # Megatron makes an object of it
     check_kept({name: value for name, value in fields.items() if name != layout_key}, config.transformer)
     return DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-
-
-def _as_slots(fields: dict[str, Any], deployment: Deployment) -> dict[str, Any]:
-    """The fields with as many experts as there are slots, which is what Megatron holds against the ranks."""
-    if not deployment.has_slots:
-        return fields
-    return fields | {"num_moe_experts": deployment.num_slots(fields["num_moe_experts"])}
 
 
 def _fill(model: Any, source: Source, deployment: Deployment = Deployment()) -> None:

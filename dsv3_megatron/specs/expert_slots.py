@@ -112,16 +112,15 @@ def with_slots(base: type) -> type:
                 return DSV3Router(**{**given, "config": config})
 
             super().__init__(physical, replace(submodules, router=logical_router), *args, **options)
-            held = first_placement(
-                physical.num_moe_experts,
-                config.num_moe_experts,
-                config.moe_router_topk if deployment.shared_as_routed else None,
-                self.ep_group.size(),
-            )
-            choices = deployment.num_choices(config.num_moe_experts)
-            self.slots = ExpertSlots(held, choices, deployment.shared_as_routed, self.ep_group.rank())
-            self.router.physical_experts = self.slots
-            self.place(self.slots.held)
+            topk = config.moe_router_topk if deployment.shared_as_routed else None
+            with torch._C.DisableTorchFunction():  # a dry run makes meta tensors of all, and these are no weights
+                held = first_placement(
+                    physical.num_moe_experts, config.num_moe_experts, topk, self.ep_group.size()
+                )
+                choices = deployment.num_choices(config.num_moe_experts)
+                self.slots = ExpertSlots(held, choices, deployment.shared_as_routed, self.ep_group.rank())
+                self.router.physical_experts = self.slots
+                self.place(held)
 
         def place(self, held: Tensor) -> None:
             """Slots hold these experts from now on; global names of the parameters follow (specs/names.py)."""
