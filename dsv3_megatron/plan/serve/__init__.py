@@ -1,4 +1,4 @@
-"""`dsv3 plan serve`: what a layout for serving would do, before its GPUs are rented (docs/plan_serve.md).
+"""`dsv3 plan serve`: what a layout for serving would do, before its GPUs are rented (docs/deployment.md).
 
     job.py        what is served: model, layout, phase, context, precision, drafts
     memory.py     weights and cache of a GPU; the most requests
