@@ -264,7 +264,7 @@ class DuplicatedLinear(DelayedWeightGrad, torch.nn.Module):
         """x: [..., in] → ([..., out], None); None stands for Megatron's separate bias."""
         if self._delays(self.weight):
             return _LinearInputGradOnly.apply(x, self.weight, self, False, False, None), None
-        if not self.weight.requires_grad:
+        if torch.is_inference_mode_enabled() or not self.weight.requires_grad:
             return torch.nn.functional.linear(x, self.weight), None
         y = linear_with_grad_accumulation_and_async_allreduce(
             x,

@@ -1,6 +1,7 @@
 """Multi-head latent attention: Megatron's, with the norms exactly where DeepSeek-V3 has them, and with a cache."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -75,7 +76,7 @@ class DSV3SelfAttention(MLASelfAttention):
     def _cached_forward(self, hidden_states: Tensor, context: LatentCache) -> tuple[Tensor, Tensor | None]:
         config = self.config
         pages = context.pages(self.rotary_pos_emb)
-        cache = context.layer_cache(self.layer_number - 1 - self._get_pp_layer_offset_for_inference())
+        cache = context.layer_cache(self._layer_of_stage)
         q_compressed, kv = self._qkv_down_projection(hidden_states)
         cache.view(-1, cache.size(-1)).index_copy_(0, pages.slots, self._latents(kv, pages))
         up_k, up_v = self._absorbed_weights()
@@ -86,6 +87,11 @@ class DSV3SelfAttention(MLASelfAttention):
         core = attend(query, cache, pages, self.softmax_scale, config.kv_lora_rank)
         values = torch.bmm(core.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)  # [t, n, v]
         return self.linear_proj(values.flatten(1).unsqueeze(1))
+
+    @cached_property
+    def _layer_of_stage(self) -> int:
+        """Number of the layer from 0 on this pipeline stage."""
+        return self.layer_number - 1 - self._get_pp_layer_offset_for_inference()
 
     def _latents(self, kv: Tensor, pages: LatentPages) -> Tensor:
         """What the cache keeps of each token: kv [t, 1, rank + rope], of this rank's tokens, → [all t, rank + rope]."""

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from dsv3_megatron.backends.experts import LocalExperts
+from dsv3_megatron.backends.experts import LocalExperts, plain_swiglu
 
 __all__ = ["ReferenceMoELayer"]
 
@@ -32,7 +32,11 @@ class ReferenceMoELayer(MoELayer):
         tokens = hidden_states.flatten(0, 1)
         chosen, _ = self.experts(tokens[token], routing_map.sum(dim=0), probs[token, expert])
         output = torch.zeros_like(tokens).index_add_(0, token, chosen).view_as(hidden_states)
-        shared = self.shared_experts_compute(hidden_states)
+        shared = None
+        if self.use_shared_expert:
+            shared = plain_swiglu(self.shared_experts, hidden_states)
+            if shared is None:
+                shared = self.shared_experts_compute(hidden_states)
         return output if shared is None else output + shared, None
 
     def _is_local(self) -> bool:

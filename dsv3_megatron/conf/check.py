@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dsv3_megatron.conf.errors import ConfigError
+from dsv3_megatron.conf.serving import is_for_serving, serving_of
 
 
 def size(cfg: DictConfig, kind: str) -> int:
@@ -55,7 +56,10 @@ def check(cfg: DictConfig) -> None:
             " cluster.gpus_per_node"
         )
     num_experts = positive(cfg, "num_experts")
-    if num_experts % ep:
+    serves = is_for_serving(cfg)
+    if serves:
+        serving_of(cfg)  # slots take the place of experts, and there is no batch of a step
+    elif num_experts % ep:
         raise ConfigError(f"expert_model_parallel_size={ep} does not divide num_experts={num_experts}")
     heads = positive(cfg, "num_attention_heads")
     if heads % tp:
@@ -65,7 +69,7 @@ def check(cfg: DictConfig) -> None:
             f"seq_length={cfg.seq_length} is not a multiple of 2 × context_parallel_size = {2 * cp} (each"
             " rank holds one piece from either end)"
         )
-    if cfg.get("global_batch_size") is not None:
+    if cfg.get("global_batch_size") is not None and not serves:
         batch, micro = positive(cfg, "global_batch_size"), positive(cfg, "micro_batch_size")
         dp = data_parallel_size(cfg)
         if batch % (micro * dp):

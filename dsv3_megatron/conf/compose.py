@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsv3_megatron.conf.check import check, model_parallel_size, parallelism, positive, size, world_size
 from dsv3_megatron.conf.errors import ConfigError, nearest
+from dsv3_megatron.conf.serving import ENTRIES, is_for_serving
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage, paid_extra
 
 CONF_DIR = Path(__file__).resolve().parent
@@ -21,6 +22,7 @@ SECTIONS = {
     "cluster": ("name", "gpu", "nodes", "gpus_per_node", "host_memory_gb"),
     "placement": ("last_stage_extra",),
     "corpus": ("dir",),
+    "serving": ENTRIES,
 }
 EXTRA = "placement.last_stage_extra"
 # Arguments of which Megatron takes one: the one on the command line displaces what a file sets.
@@ -44,7 +46,7 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
+def compose(overrides: list[str], processes: int | None = None, serving: bool = False) -> DictConfig:
     """The configuration that `overrides` ask for, with every `auto` resolved.
 
     overrides: Hydra's syntax: `group=option`, `argument=value`, `cluster.nodes=8`. Any Megatron argument may
@@ -52,6 +54,7 @@ def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
         those of the command line with underscores for hyphens; `to_argv` checks them against Megatron's
         parser.
     processes: how many torchrun has started. None: the cluster's nodes × gpus_per_node.
+    serving: layouts for serving are accepted too; who trains or plans training takes none.
 
     Errors: ConfigError naming the override and the nearest valid one, or the sizes that do not divide.
     """
@@ -65,6 +68,11 @@ def compose(overrides: list[str], processes: int | None = None) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     _check_sections(cfg)
+    if is_for_serving(cfg) and not serving:
+        named = [word for word in overrides if word.startswith("layout=")] or ["serving"]
+        raise ConfigError(
+            f"{named[-1]}: is a layout for serving; use it with dsv3 dryrun or dsv3 plan serve, or a layout for training"
+        )
     _displace_alternatives(cfg, given)
     _resolve_processes(cfg, processes)
     _resolve_layout(cfg, given)

@@ -10,7 +10,8 @@ from dsv3_megatron.errors import exits_cleanly
 USAGE = """usage: python -m dsv3_megatron.dryrun [rank=N] [output=table|json] [NAME=VALUE ...]
 
 Builds one rank of a layout on the meta device with Megatron's own groups and modules, without GPU or network.
-NAME=VALUE: as in dsv3_megatron.train_hydra."""
+NAME=VALUE: as in dsv3_megatron.train_hydra, and layouts for serving: layout=prefill_tp4_dp8_ep32,
+layout=decode_tp4_dp80_ep320."""
 
 
 @exits_cleanly
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"output={own['output']}: use output=table or output=json")
     if not own["rank"].isdigit():
         raise ConfigError(f"rank={own['rank']}: a rank is a whole number from 0")
-    cfg = compose(overrides)
+    cfg = compose(overrides, serving=True)
 
     start_megatron()
     from dsv3_megatron.dryrun.report import build_rank

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -34,7 +35,7 @@ class Weight:
         layer: number of the decoder layer from 0, or of the MTP layer from 0 when `mtp`; None outside layers.
         mtp: belongs to multi-token prediction alone.
         copies: how many of its like there are beside it, one on each expert-parallel rank; 1 for what is no
-            expert.
+            expert. Where experts have copies in slots: different experts of the layer by slots of a rank.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Weight:
     kind: str
     layer: int | None
     mtp: bool
-    copies: int
+    copies: int | Fraction
 
     @property
     def local_size(self) -> int:
@@ -53,7 +54,7 @@ class Weight:
     @property
     def full_size(self) -> int:
         """Elements of the whole tensor, and of its like on the other expert-parallel ranks."""
-        return prod(self.full_shape) * self.copies
+        return prod(self.full_shape) * self.copies  # type: ignore[return-value]
 
 
 def kind_of(name: str) -> str:
@@ -77,6 +78,13 @@ def weights_of(chunk: Any) -> list[Weight]:
     weights = []
     for local, parameter in chunk.named_parameters():
         name, shard = names[local].name, names[local].shard
+        copies: int | Fraction = 1
+        if ".experts." in local:
+            moe = chunk.get_submodule(local[: local.index(".experts.")])
+            copies = get_pg_size(chunk.pg_collection.ep)
+            if hasattr(moe, "slots"):  # two of them may hold the same expert, and one the shared expert
+                name = f"{name[: name.index('.mlp.')]}{local[local.index('.mlp.experts.') :]}"
+                copies = Fraction(moe.slots.num_choices, moe.num_local_experts)
         kind, layer = kind_of(name), _LAYER.match(name)
         weights.append(
             Weight(
@@ -86,7 +94,7 @@ def weights_of(chunk: Any) -> list[Weight]:
                 kind=kind,
                 layer=int(layer[1]) if layer else None,
                 mtp=name.startswith("mtp."),
-                copies=get_pg_size(chunk.pg_collection.ep) if kind == "routed_experts" else 1,
+                copies=copies,
             )
         )
     return weights
@@ -99,4 +107,4 @@ def total(weights: Iterable[Weight], mtp: bool = True) -> int:
     parameters.
     """
     unique = {weight.name: weight.full_size for weight in weights if mtp or not weight.mtp}
-    return sum(unique.values())
+    return int(sum(unique.values()))

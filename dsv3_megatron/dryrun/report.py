@@ -24,6 +24,8 @@ class RankReport:
         total_parameters_without_mtp: the same less MTP's own.
         groups: ranks in each group, see `FakeWorld.group_sizes`.
         by_kind: elements on this rank by module kind.
+        expert_slots: for serving, of a MoE layer: slots on all ranks and on one, different experts in them, those that
+            this rank holds first, and the most copies of one (of the shared expert where it is routed).
     """
 
     world_size: int
@@ -36,10 +38,11 @@ class RankReport:
     total_parameters_without_mtp: int
     groups: dict[str, int]
     by_kind: dict[str, int] = field(default_factory=dict)
+    expert_slots: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; without `expert_slots` for a training layout."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def table(self) -> str:
         """For people."""
@@ -51,6 +54,7 @@ class RankReport:
             ("groups", ", ".join(f"{name} {size}" for name, size in self.groups.items())),
             ("parameters on rank", _count(self.num_parameters)),
             *((f"  {kind}", _count(size)) for kind, size in self.by_kind.items()),
+            *((key.replace('_', ' '), str(value)) for key, value in (self.expert_slots or {}).items()),
             ("parameters of model", _count(self.total_parameters)),
             ("  without MTP", _count(self.total_parameters_without_mtp)),
         ]
@@ -79,10 +83,11 @@ def build_rank(cfg: DictConfig, rank: int, progress: bool = False) -> RankReport
         of_model: list[Weight] = []
         for pipeline_rank in range(num_ranks):
             say(f"building pipeline rank {pipeline_rank + 1} of {num_ranks}")
-            weights = [weights_of(chunk) for chunk in world.build_chunks(pipeline_rank)]
+            chunks = world.build_chunks(pipeline_rank)
+            weights = [weights_of(chunk) for chunk in chunks]
             of_model += [weight for chunk in weights for weight in chunk]
             if pipeline_rank == world.pipeline_rank:
-                own = weights
+                own, slots = weights, _slots(chunks)
         held = [weight for chunk in own for weight in chunk]
         by_kind: dict[str, int] = {}
         for weight in held:
@@ -98,7 +103,25 @@ def build_rank(cfg: DictConfig, rank: int, progress: bool = False) -> RankReport
             total_parameters_without_mtp=total(of_model, mtp=False),
             groups=world.group_sizes(),
             by_kind=by_kind,
+            expert_slots=slots,
         )
+
+
+def _slots(chunks: list[Any]) -> dict[str, Any] | None:
+    """Of the first MoE layer with slots for copies of experts."""
+    layers = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "slots")]
+    if not layers:
+        return None
+    moe = layers[0]
+    counts = moe.slots.held.bincount(minlength=moe.slots.num_choices)
+    return {
+        "expert_slots": moe.slots.num_experts,
+        "slots_per_rank": moe.num_local_experts,
+        "experts_in_slots": moe.slots.num_choices,
+        "held_here": moe.local_expert_indices,
+        "most_copies": int(counts.max()),
+        "shared_as_routed": moe.slots.shared_as_routed,
+    }
 
 
 def _count(number: int) -> str:

@@ -21,10 +21,12 @@ from omegaconf import DictConfig
 from dsv3_megatron import dispatch, dualpipe
 from dsv3_megatron.conf import ConfigError
 from dsv3_megatron.conf.argv import to_megatron_argv
-from dsv3_megatron.conf.check import world_size
+from dsv3_megatron.conf.check import data_parallel_size, world_size
+from dsv3_megatron.conf.serving import is_for_serving, serving_of
 from dsv3_megatron.cpu import CPU_FLAGS
 from dsv3_megatron.dualpipe.ranks import Placement
 from dsv3_megatron.errors import told
+from dsv3_megatron.specs.deployment import Deployment, deploy
 
 
 class FakeWorld:
@@ -35,6 +37,7 @@ class FakeWorld:
         model_config: the `DSV3ModelConfig` the trainer would build from.
         groups: Megatron's `ProcessGroupCollection` of this rank.
         placement: where `--pipeline-schedule` puts the stages, None for Megatron's own placement.
+        deployment: of a layout for serving.
 
     The modules are those of the reference backend (`--transformer-impl local`), whose parameters have the
     shapes of Transformer Engine's and which needs nothing installed; with `own_modules` those that the words name.
@@ -52,13 +55,30 @@ class FakeWorld:
         self.model_config: Any
         self.groups: Any
         self.placement: Placement | None = None
+        self.deployment = Deployment()
+        self.num_experts: int | None = None  # of the model, where there are slots for more
 
     @classmethod
     def of(cls, cfg: DictConfig, rank: int) -> "FakeWorld":
         """For a configuration from `dsv3_megatron.conf.compose`."""
         # A layout stands for the whole run: which part of a batch ramp it can run is for recipe.ranks to say.
         cfg = DictConfig({**cfg, "batch_ramp": None})
-        return cls(to_megatron_argv(cfg), rank, world_size(cfg), cfg.cluster.gpus_per_node)
+        deployment = serving_of(cfg)
+        experts = cfg.get("num_experts")
+        if is_for_serving(cfg):
+            # Megatron holds experts against ranks, and a batch against replicas: of the first there are slots, of the
+            # second nothing to say.
+            # Nor is there a limit of nodes per token where each expert is asked by itself (report §3.4.2).
+            served = {
+                "micro_batch_size": 1,
+                "global_batch_size": data_parallel_size(cfg),
+                "nvlink_domain_size": world_size(cfg),
+                "num_experts": deployment.num_slots(experts or 0) or None,
+            }
+            cfg = DictConfig({**cfg, **served})
+        world = cls(to_megatron_argv(cfg), rank, world_size(cfg), cfg.cluster.gpus_per_node)
+        world.deployment, world.num_experts = deployment, experts
+        return world
 
     def __enter__(self) -> "FakeWorld":
         from megatron.core import parallel_state
@@ -72,6 +92,9 @@ class FakeWorld:
             )
         self.args = megatron_args(self.words, self.rank, self.world_size, self.ranks_per_node)
         self.model_config = model_config(self.args)
+        if self.deployment.has_slots:
+            self.model_config.transformer.num_moe_experts = self.num_experts
+        deploy(self.model_config.transformer, self.deployment)
         self.placement = dualpipe.placement()
         dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.world_size)
         try:

@@ -95,6 +95,36 @@ class LatentContext(DynamicInferenceContext):
             )
         return self._pages
 
+    def halves(self, rotary_embedding: Any, at: int) -> list[LatentPages]:
+        """Where the tokens of this step before `at` stand, and those from there on; a request may be cut."""
+        whole = self.pages(rotary_embedding)
+        lengths = self.request_query_lengths[self.active_slice]
+        cached = self.request_kv_length_offsets[self.active_slice] + lengths
+        starts = lengths.cumsum(0) - lengths
+        first = torch.minimum(lengths, (at - starts).clamp(min=0))
+        table = self.gpu_view.mha_block_table[: len(lengths)]
+        return [
+            LatentPages(
+                slots=whole.slots[tokens],
+                groups=page_groups(queries.tolist(), keys.tolist(), table, self.block_size_tokens),
+                cos=whole.cos[tokens],
+                sin=whole.sin[tokens],
+            )
+            for tokens, queries, keys in (
+                (slice(0, at), first, cached - (lengths - first)),
+                (slice(at, None), lengths - first, cached),
+            )
+        ]
+
+    @contextmanager
+    def standing(self, pages: LatentPages) -> Iterator[None]:
+        """Attention takes a part of this step's tokens for all of them."""
+        self._pages, whole = pages, self._pages
+        try:
+            yield
+        finally:
+            self._pages = whole
+
     def _rotation_of(self, rotary_embedding: Any) -> tuple[Tensor, Tensor]:
         if self._rotation is None:
             # Megatron keeps these tables for the next caller, who may be training: no inference tensors.

@@ -1,7 +1,7 @@
 """`Engine`: generate tokens and score them with a model of `--spec dsv3`, in Megatron's dynamic engine."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.inference.context import PAGE_SIZE, LatentContext
 from dsv3_megatron.inference.controller import LatentController
+from dsv3_megatron.inference.redundancy import Redundancy
 from dsv3_megatron.inference.sampling import request_seed
 from dsv3_megatron.inference.scheduler import LatentEngine, RequestParams
+from dsv3_megatron.inference.two_batches import TwoBatches
+from dsv3_megatron.specs.deployment import deployment_of
 from dsv3_megatron.specs.names import unwrap
 
 __all__ = ["Engine", "EngineSettings", "Generation", "Sampling", "Statistics", "cache_bytes_per_token"]
@@ -34,6 +37,9 @@ class EngineSettings:
         cache_bytes: of this rank's cache; None for as much as `max_batch` requests of `max_length` can fill.
         speculative: draft one token ahead with the MTP layer.
         prefix_caching: keep full pages of finished prompts for later prompts that begin alike.
+        rebalance_interval: steps after which copies of experts follow the measured load; 0 for never. All ranks step
+            together, so that the number of steps is the clock that they share.
+        num_nodes: machines under an expert-parallel group.
     """
 
     max_length: int
@@ -42,6 +48,8 @@ class EngineSettings:
     cache_bytes: int | None = None
     speculative: bool = False
     prefix_caching: bool = False
+    rebalance_interval: int = 0
+    num_nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,9 @@ class Engine:
         self._decode = decode
         self._next_number = 0
         self._depth = 0  # of nested `active`
+        self._steps = 0
+        self._two_batches: TwoBatches | None = None
+        self.redundancy = Redundancy(self.model, settings.num_nodes)
         self._check()
         with self.active():
             self._build(engine_class, tokenizer or _NoTokenizer())
@@ -207,6 +218,8 @@ class Engine:
         wrapper = GPTInferenceWrapper(self.model, self.context)
         controller = LatentController(wrapper, tokenizer)
         self.engine = engine_class(controller, self.context, self._decode)
+        if deployment_of(config).microbatches == 2:
+            self._two_batches = TwoBatches(self.model.decoder, self.context)
 
     def _num_draft_layers(self) -> int:
         return int(self.settings.speculative and self.model.post_process)
@@ -233,8 +246,10 @@ class Engine:
             module.training = False
         InferenceMode.set_active()
         self._depth += 1
+        overlapped = nullcontext() if self._two_batches is None else self._two_batches.installed()
         try:
-            yield
+            with overlapped:
+                yield
         finally:
             self._depth -= 1
             InferenceMode.unset_active()
@@ -291,6 +306,9 @@ class Engine:
                 self.engine.step_modern()
             elif self.model.config.expert_model_parallel_size > 1:
                 self.engine.controller.dummy_forward()
+            self._steps += 1
+            if self.settings.rebalance_interval and self._steps % self.settings.rebalance_interval == 0:
+                self.redundancy.rebalance()
         return [
             (request.request_id, self._generation(request, reason))
             for request, reason in self.engine.take_done()
@@ -372,6 +390,8 @@ class Engine:
 
         # Megatron remembers the first model's MoE layers for the life of the process.
         utils.moe_layer_cache, utils._moe_metadata_sync_initialized = None, False
+        if self._two_batches is not None:
+            self._two_batches.close()
         del self.engine, self.context
 
     def _check_prompt(self, tokens: Sequence[int], room: int) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 USAGE = """usage: dsv3 plan [output=table|json] [NAME=VALUE ...]
        dsv3 plan --launch 'torchrun … LINE' [gpu=NAME nodes=N gpus_per_node=M]
        dsv3 plan --script FILE.sh [gpu=NAME …] [VARIABLE=VALUE ...]
+       dsv3 plan serve layout=decode_tp4_dp80_ep320 …   (serving; dsv3 plan serve --help)
 
 Predicts memory, time and cost of a training job without running it. NAME=VALUE: as in dsv3_megatron.train_hydra
 (model=, layout=, cluster=, schedule=, precision=, and any argument). --launch, --script: any line of
@@ -34,6 +35,10 @@ Compare layouts with python -m dsv3_megatron.plan.search."""
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["serve"]:
+        from dsv3_megatron.plan.serve.__main__ import main as serve
+
+        return serve(argv[1:])
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         return

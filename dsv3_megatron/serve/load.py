@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.convert.architecture import Architecture
+from dsv3_megatron.convert.hf_directory import HFDirectory
+from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.serve.source import Source
+from dsv3_megatron.specs.deployment import Deployment, deploy
 
 __all__ = ["DTYPES", "Layout", "loaded_model", "use_device"]
 
@@ -20,15 +23,26 @@ DTYPES = ("bf16", "fp32")
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; what is left of the world is data parallel."""
+    """Sizes of the parallel groups; what is left of the world is data parallel.
+
+    Attributes:
+        deployment: copies of experts, whole MLPs, overlapped microbatches (report §3.4).
+    """
 
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    deployment: Deployment = Deployment()
 
     def check(self, arch: Architecture, world_size: int) -> None:
         """Raise `RefusedArgument` where the model or the world cannot be cut so."""
         experts = 0 if arch.num_dense_layers == arch.num_layers else arch.num_experts
+        try:
+            self.deployment.check(experts, arch.num_shared_experts if experts else 0, self.expert)
+        except ValueError as error:
+            given = f"--redundant-experts {self.deployment.extra_slots}"
+            raise RefusedArgument(f"{given} --expert-model-parallel-size {self.expert}: {error}") from error
+        experts = self.deployment.num_slots(experts) if experts else 0
         for option, size, what, whole in (
             ("--tensor-model-parallel-size", self.tensor, "attention heads", arch.num_attention_heads),
             ("--tensor-model-parallel-size", self.tensor, "entries of the vocabulary", arch.vocab_size),
@@ -116,7 +130,7 @@ def loaded_model(source: Source, layout: Layout, dtype: str, transformer_impl: s
         )
         model_parallel_cuda_manual_seed(1)
         model = _build(source.architecture, layout, dtype, transformer_impl)
-        _fill(model, source)
+        _fill(model, source, layout.deployment)
         model.eval()
         yield model
     finally:
@@ -145,8 +159,13 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": 1,
     }
+    # Megatron holds experts against ranks, and with copies it is the slots that must divide (`Layout.check`).
+    ranks = 1 if layout.deployment.has_slots else layout.expert
+    transformer = MLATransformerConfig(**fields | {"expert_model_parallel_size": ranks})
+    transformer.expert_model_parallel_size = layout.expert
+    deploy(transformer, layout.deployment)
     config = DSV3ModelConfig(
-        transformer=MLATransformerConfig(**fields),
+        transformer=transformer,
         vocab_size=arch.vocab_size,
         seq_length=arch.max_position_embeddings,
         position_embedding_type="rope",
@@ -157,9 +176,13 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
     return DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def _fill(model: Any, source: Source) -> None:
+def _fill(model: Any, source: Source, deployment: Deployment = Deployment()) -> None:
     if source.hf is not None:
-        _fill_from_hf(model, source)
+        _fill_by_name(model, source, source.hf)
+        return
+    if deployment.has_slots or deployment.whole_mlps:
+        # Megatron's own loading knows experts and shards of training only.
+        _fill_by_name(model, source, MegatronWeights(source.folder))
         return
     from megatron.core import dist_checkpointing
 
@@ -168,24 +191,25 @@ def _fill(model: Any, source: Source) -> None:
     model.load_state_dict(loaded)
 
 
-def _fill_from_hf(model: Any, source: Source) -> None:
+def _fill_by_name(model: Any, source: Source, weights: HFDirectory | MegatronWeights) -> None:
     """Read what this rank has of each tensor, one after the other."""
     import torch
 
     from dsv3_megatron.convert.hf_names import to_hf
     from dsv3_megatron.specs.names import global_names, named_weights
 
-    directory = source.hf
-    assert directory is not None
     names = global_names(model)
     with torch.no_grad():
         for local, weight in named_weights(model).items():
             name, shard = names[local].name, names[local].shard
             parts = to_hf(name, source.architecture.num_layers)
-            full = torch.cat([directory.tensor(part, weight.dtype) for part in parts])
+            if isinstance(weights, HFDirectory):
+                full = torch.cat([weights.tensor(part, weight.dtype) for part in parts])
+                for part in parts:
+                    weights.forget(part)
+            else:
+                full = torch.cat([weights.tensor(part) for part in parts])
             weight.copy_(shard.take(full))
-            for part in parts:
-                directory.forget(part)
 
 
 def default_cache_bytes(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.serve.load import DTYPES, Layout, default_cache_bytes, loaded_model, use_device
 from dsv3_megatron.serve.source import Source, open_source
+from dsv3_megatron.specs.deployment import Deployment
 
 if TYPE_CHECKING:
     from dsv3_megatron.inference import Engine, EngineSettings, Sampling
@@ -50,6 +51,31 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="under torchrun; default 1",
         )
+
+
+    for option, help_text in (
+        ("--redundant-experts", "experts on the ranks beyond the model's routed ones: copies of the busiest"),
+        ("--rebalance-interval", "steps of the engine after which copies follow the measured load (0: never)"),
+    ):
+        model.add_argument(option, type=int, default=0, metavar="N", help=f"{help_text}; default 0")
+    model.add_argument(
+        "--shared-expert-as-routed",
+        action="store_true",
+        help="the shared expert is one more routed one, with copies among the redundant experts",
+    )
+    model.add_argument(
+        "--mlp-tensor-parallel-size",
+        type=int,
+        choices=(1,),
+        help="1: dense MLPs and shared experts whole on every tensor-parallel rank (default: as attention)",
+    )
+    model.add_argument(
+        "--microbatches",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: halves of a pass, one's messages beside the other's products (default: %(default)s)",
+    )
 
 
 def add_engine_options(parser: argparse.ArgumentParser, max_batch: int) -> None:
@@ -94,6 +120,12 @@ def layout_of(options: argparse.Namespace) -> Layout:
         options.tensor_model_parallel_size,
         options.pipeline_model_parallel_size,
         options.expert_model_parallel_size,
+        Deployment(
+            options.redundant_experts,
+            options.shared_expert_as_routed,
+            options.mlp_tensor_parallel_size == 1,
+            options.microbatches,
+        ),
     )
 
 
@@ -120,6 +152,10 @@ def open_model(options: argparse.Namespace) -> Source:
     for name in ("max_batch", "max_step_tokens"):
         if getattr(options, name) < 1:
             raise RefusedArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
+    if options.rebalance_interval < 0 or (options.rebalance_interval and not options.redundant_experts):
+        raise RefusedArgument(
+            f"--rebalance-interval {options.rebalance_interval}: 0 or more, and with --redundant-experts only"
+        )
     if options.speculative and not arch.mtp_num_layers:
         raise RefusedArgument(
             f"--speculative {options.speculative}: {source.folder} has no MTP layer; leave it out"
@@ -169,6 +205,7 @@ def engine_settings(options: argparse.Namespace, source: Source, **more: Any) ->
         max_step_tokens=options.max_step_tokens,
         cache_bytes=cache_bytes,
         speculative=bool(options.speculative),
+        rebalance_interval=options.rebalance_interval,
         **more,
     )
 

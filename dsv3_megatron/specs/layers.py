@@ -1,6 +1,7 @@
 """The layers of DeepSeek-V3 as Megatron ModuleSpecs, the same for every backend and every pipeline stage."""
 
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.enums import AttnMaskType, LayerType
@@ -25,6 +26,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from dsv3_megatron.backends.backend import Backend
+from dsv3_megatron.specs.deployment import alone, deployment_of
+from dsv3_megatron.specs.expert_slots import with_slots
 from dsv3_megatron.specs.moe_layer import moe_layer_of
 from dsv3_megatron.specs.router import DSV3Router
 from dsv3_megatron.specs.select import select_backend
@@ -77,22 +80,36 @@ def attention_spec(config: MLATransformerConfig, backend: Backend) -> ModuleSpec
     )
 
 
-def dense_mlp(backend: Backend) -> MlpBuilder:
+def dense_mlp(config: MLATransformerConfig, backend: Backend) -> MlpBuilder:
     """SwiGLU MLP of the first layers; where the backend fuses, its first linear layer holds the norm."""
     fc1 = backend.norm_column or backend.column
     submodules = MLPSubmodules(linear_fc1=fc1, linear_fc2=backend.down_projection)
-    return partial(backend.mlp.as_mlp_submodule, submodules=submodules)
+    builder = partial(backend.mlp.as_mlp_submodule, submodules=submodules)
+    return _whole(builder) if deployment_of(config).whole_mlps else builder
+
+
+def _whole(builder: Any) -> Any:
+    """The builder of a module that is to be whole on every tensor-parallel rank."""
+
+    def build(*, config: Any, pg_collection: Any, **options: Any) -> Any:
+        own_config, own_groups = alone(config, pg_collection)
+        return builder(config=own_config, pg_collection=own_groups, **options)
+
+    return build
 
 
 def moe_mlp(config: MLATransformerConfig, backend: Backend) -> MlpBuilder:
     """DeepSeekMoE (report §2.1.2): router, dispatcher, routed experts, shared experts."""
     shared = MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.down_projection)
+    shared_experts = partial(backend.shared_expert, submodules=shared)
+    deployment = deployment_of(config)
+    layer = moe_layer_of(config, backend)
     return partial(
-        moe_layer_of(config, backend),
+        with_slots(layer) if deployment.has_slots else layer,
         submodules=MoESubmodules(
             router=DSV3Router,
             experts=backend.routed_experts,
-            shared_experts=partial(backend.shared_expert, submodules=shared),
+            shared_experts=_whole(shared_experts) if deployment.whole_mlps else shared_experts,
         ),
     )
 
@@ -107,7 +124,7 @@ def layer_spec(config: MLATransformerConfig, backend: Backend, moe: bool) -> Mod
             self_attention=attention_spec(config, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if norm_in_mlp else backend.norm,
-            mlp=moe_mlp(config, backend) if moe else dense_mlp(backend),
+            mlp=moe_mlp(config, backend) if moe else dense_mlp(config, backend),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=dict(backend.moe_keys if moe else backend.dense_keys),
         ),

@@ -13,6 +13,8 @@ import torch
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
+from dsv3_megatron.specs.deployment import deployment_of
+
 __all__ = ["GlobalName", "Shard", "global_names", "named_weights", "unwrap"]
 
 
@@ -126,8 +128,12 @@ def _global_name(model: torch.nn.Module, local: str) -> GlobalName:
     is_expert = _SEQUENTIAL_EXPERT.search(name)
     if is_expert:
         moe = model.get_submodule(local[: local.index(".experts.")])
-        name = _SEQUENTIAL_EXPERT.sub(f".experts.{moe.local_expert_indices[int(is_expert[1])]}.", name)
-    group = model.pg_collection.expt_tp if is_expert else model.pg_collection.tp
+        expert = moe.local_expert_indices[int(is_expert[1])]
+        # Where the shared expert is routed (specs/deployment.py) it comes after all others.
+        place = f".experts.{expert}." if expert < model.config.num_moe_experts else ".shared_experts."
+        name = _SEQUENTIAL_EXPERT.sub(place, name)
+    whole = is_expert or (".mlp." in name and deployment_of(model.config).whole_mlps)
+    group = model.pg_collection.expt_tp if whole else model.pg_collection.tp
     return GlobalName(name, _shard(name, get_pg_rank(group), get_pg_size(group)))
 
 

@@ -83,8 +83,11 @@ class PhysicalExperts(Protocol):
 
     num_experts: int  # of which there are weights; at least as many as the router names
 
-    def __call__(self, indices: Tensor) -> Tensor:
-        """Logical experts int64 [T, K] → physical ones [T, K], distinct per token, any copy of each."""
+    def __call__(self, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and logical experts int64 [T, K] → weights and physical ones, distinct per token.
+
+        Any copy of each expert serves. There may be more columns than came: experts that every token gets.
+        """
 
 
 class DSV3Router(TopKRouter):
@@ -174,8 +177,8 @@ class DSV3Router(TopKRouter):
                 counts = routing.count_tokens(routing_map, None if valid is None else valid.flatten())
                 self.local_tokens_per_expert += counts
         elif self.physical_experts is not None:
-            there = self.physical_experts
-            return routing.to_dense(weights, there(indices), there.num_experts)
+            weights, slots = self.physical_experts(weights, indices)
+            return routing.to_dense(weights, slots, self.physical_experts.num_experts)
         return probs, routing_map
 
     def _own_part(self, padding_mask: Tensor, seq_length: int) -> Tensor:

@@ -161,6 +161,14 @@ LAYOUTS = {
     "PP2 EP2": (4, ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2")),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "TP2"]
+# Deployments as in the report's §3.4 in small: 8 routed experts, and slots for copies.
+EP4 = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "4", "--mlp-tensor-parallel-size", "1")
+DEPLOYMENTS = {
+    "prefill": (
+        *EP4, "--redundant-experts", "4", "--rebalance-interval", "3", "--microbatches", "2", "--max-batch", "2",
+    ),
+    "decode": (*EP4, "--redundant-experts", "8", "--shared-expert-as-routed", "--rebalance-interval", "2"),
+}
 
 
 @pytest.mark.parametrize("drafts", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -174,6 +182,20 @@ def test_every_layout_gives_the_tokens_of_one_process(
     more = ("--ignore-eos", *options, *(("--speculative", "mtp") if drafts else ()))
     argv = words(checkpoint, questions, output, *more, kind="--load")
     assert run_distributed(generate_on_rank, size, init=False, argv=argv) == [0] * size
+    assert [answer["tokens"] for answer in read(output)] == wanted
+
+
+@pytest.mark.parametrize("kind", ["--hf", pytest.param("--load", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafts", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("deployment", ["prefill", pytest.param("decode", marks=pytest.mark.slow)])
+def test_a_deployment_gives_the_tokens_of_one_process(
+    hf, checkpoint, questions, wanted, deployment, drafts, kind, tmp_path
+):
+    """TP2 with sequence parallelism, DP2, EP4, whole MLPs, copies of experts that move while answers are written."""
+    output = tmp_path / "out.jsonl"
+    more = ("--ignore-eos", *DEPLOYMENTS[deployment], *(("--speculative", "mtp") if drafts else ()))
+    argv = words(hf if kind == "--hf" else checkpoint, questions, output, *more, kind=kind)
+    assert run_distributed(generate_on_rank, 4, init=False, argv=argv) == [0] * 4
     assert [answer["tokens"] for answer in read(output)] == wanted
 
 

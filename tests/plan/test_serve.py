@@ -1,0 +1,158 @@
+"""`dsv3 plan serve`: arithmetic by hand, memory that adds up, its words and their refusals."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dsv3_megatron.conf import ConfigError, compose
+from dsv3_megatron.plan.deepseek import SIZES
+from dsv3_megatron.plan.hardware import GPUS, without_communication
+from dsv3_megatron.plan.job import PlanError
+from dsv3_megatron.plan.serve import time
+from dsv3_megatron.plan.serve.__main__ import main
+from dsv3_megatron.plan.serve.job import ServingJob
+from dsv3_megatron.plan.serve.memory import max_batch, memory_parts
+from dsv3_megatron.plan.serve.options import job_of, parse
+from dsv3_megatron.plan.serve.published import MEASURED, error_rows
+from dsv3_megatron.plan.serve.result import full, serve, variants, without_copies
+from dsv3_megatron.specs.deployment import Deployment
+
+DECODE = ServingJob(
+    sizes=SIZES,
+    gpu=GPUS["h800"],
+    num_gpus=320,
+    tp=4,
+    phase="decode",
+    deployment=Deployment(64, True, True, 1),
+    context=4096,
+    batch=32,
+    weights="fp8",
+)
+PREFILL = replace(DECODE, num_gpus=32, phase="prefill", deployment=Deployment(32, False, True, 2), batch=1)
+WORDS = ["model=v3_671b", "layout=decode_tp4_dp80_ep320"]
+
+
+def test_the_cache_of_a_token_is_the_published_one():
+    assert DECODE.cache_bytes_per_token == 61 * (512 + 64) * 2 == 70_272
+    assert replace(DECODE, acceptance=0.85).cache_bytes_per_token == 62 * 576 * 2  # the drafting layer's too
+
+
+def test_decoding_reads_the_cache_and_one_expert():
+    """A layer by hand: 32 requests per GPU of a replica of four, whose cache each of the four reads."""
+    moe = time.step_time(DECODE).moe
+    hbm = 3.35e12 * 0.80
+    cache = 128 * 4096 * 576 * 2 / hbm
+    flops = 2 * 128 * 4096 * (576 + 512) * 32 / (989.5e12 * 0.584)
+    assert moe.core == pytest.approx(max(cache, flops))
+    expert = 3 * 7168 * 2048
+    assert moe.mlp == pytest.approx(max(expert / hbm, 2 * expert * 32 * 9 / (1979e12 * 0.504)))
+    copies = 32 * 9 * 39 / 40
+    assert moe.combine == pytest.approx(copies * 7168 * 2 / (50e9 * time.LOW_LATENCY_IB))
+    assert moe.dispatch == pytest.approx(copies * 7168 * (1 + 1 / 32) / (50e9 * time.LOW_LATENCY_IB))
+
+
+def test_without_links_time_is_the_products():
+    free = replace(DECODE, gpu=without_communication(DECODE.gpu), tp=1)
+    step = time.step_time(free)
+    assert step.moe.messages == 0
+    parts = 58 * (step.moe.compute + 4 * time.LAUNCH) + 3 * (step.dense.compute + 2 * time.LAUNCH) + step.head
+    assert step.total == pytest.approx(parts)
+
+
+def test_prefilling_multiplies_what_flops_say():
+    """Expanded attention of whole prompts: within a tenth of 2 × active parameters + causal attention, at the peak share."""
+    job = replace(
+        PREFILL, tp=1, num_gpus=1, gpu=replace(without_communication(PREFILL.gpu), memory=1e13),
+        deployment=Deployment(0, False, True, 1), absorbed_prefill=False, batch=4, weights="bf16",
+    )  # fmt: skip
+    tokens = 4 * 4096
+    active = 37.55e9 - 2 * 129_280 * 7168  # without embedding and head
+    attention = 61 * 2 * 4096 / 2 * 128 * (192 + 128)
+    expected = tokens * (2 * active / (989.5e12 * 0.70) + attention / (989.5e12 * 0.584))
+    assert time.step_time(job).total == pytest.approx(expected, rel=0.1)
+
+
+def test_overlapped_halves_hide_the_shorter_of_the_two():
+    one = replace(PREFILL, deployment=Deployment(32, False, True, 1))
+    two = time.step_time(PREFILL)
+    assert two.total < time.step_time(one).total
+    assert two.total >= 58 * 2 * max(two.moe.compute, two.moe.messages)
+
+
+@pytest.mark.parametrize("job", [DECODE, PREFILL, replace(DECODE, acceptance=0.85, weights="fp8")])
+def test_memory_is_full_with_the_most_requests(job):
+    most = full(job)
+    assert sum(memory_parts(most).values()) == pytest.approx(job.gpu.memory)
+    with pytest.raises(PlanError, match=r"batch=.*do not fit; the most is batch="):
+        serve(replace(job, batch=most.batch * 1.01))
+
+
+def test_weights_that_do_not_fit_are_refused():
+    small = replace(DECODE, num_gpus=8, deployment=Deployment(0, False, True, 1), weights="bf16")
+    assert max_batch(small) < 0
+    with pytest.raises(PlanError, match="weights=fp8"):
+        serve(small)
+
+
+def test_drafts_and_copies_on_and_off():
+    found = {name: serve(job) for name, job in variants(DECODE).items()}
+    assert list(found) == [f"redundancy {r}, MTP {m}" for r in ("on", "off") for m in ("off", "on")]
+    plain, drafting = found["redundancy on, MTP off"], found["redundancy on, MTP on"]
+    assert plain.latency_per_token_s > drafting.latency_per_token_s
+    assert 1 < drafting.tokens_per_s_per_gpu / plain.tokens_per_s_per_gpu < 1.85
+    off = without_copies(DECODE)
+    assert (off.num_gpus, off.num_slots, off.topk) == (256, 256, 8)
+
+
+def test_every_published_row_is_a_judge_and_the_errors_are_what_the_page_says():
+    rows = error_rows()
+    assert len(rows) == len(MEASURED) and {row["half"] for row in rows} == {"judge"}
+    assert {row["published_tokens_per_s_per_node"] for row in rows[:2]} == {73_700, 14_800}
+    assert [round(float(row["error_percent"])) for row in rows] == [149, 40, 43, 43, 78, 39]
+
+
+def test_json_has_one_line(capsys):
+    main([*WORDS, "batch=16", "mtp=0.9", "output=json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert told["phase"] == "decode" and told["gpus"] == 320 and told["mtp_acceptance"] == 0.9
+    assert told["latency_per_token_s"] == pytest.approx(told["step_s"] / 1.9)
+    assert told["tokens_per_s_per_gpu"] == pytest.approx(16 * 1.9 / told["step_s"])
+    assert told["cache_bytes_per_request"] == 4096 * told["cache_bytes_per_token"]
+    assert len(told["variants"]) == 4 and len(told["errors"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["layout=pp16_ep64"], "layout=pp16_ep64: is a layout for training"),
+        ([], "layout: is a layout for training"),
+        (["context=0"], "context=0: use a whole number from 1"),
+        (["context=1.5"], "context=1.5: use a whole number"),
+        (["batch=-1"], "batch=-1: use a number above 0"),
+        (["batch=many"], "batch=many: use a number"),
+        (["mtp=2"], "mtp=2: use mtp=on, mtp=off or a number from 0 to 1"),
+        (["weights=fp4"], "weights=fp4: use weights=bf16 or weights=fp8"),
+        (["redundancy=maybe"], "use redundancy=on or redundancy=off"),
+        (["output=xml"], "use output=table or output=json"),
+        (["imbalance=0.5"], "imbalance=0.5: use a number from 1"),
+        (["cached=1"], "cached=1: use a number from 0 to below 1"),
+        (["nonsense"], "write NAME=VALUE"),
+        (["layout=prefill_tp4_dp8_ep32", "mtp=on"], "drafts are of decoding"),
+        (["layout=decode_tp4_dp80_ep320", "cached=0.5"], "cached=0.5: is of prefilling"),
+        (["layout=decode_tp4_dp80_ep320", "attention=expanded"], "attention=expanded: is of prefilling"),
+        (["layout=decode_tp4_dp80_ep320", "serving.redundant_experts=63"], "do not lie evenly on 320"),
+        (["layout=decode_tp4_dp80_ep320", "serving.phase=both"], "serving.phase=both: use prefill or decode"),
+        (["layout=decode_tp4_dp80_ep320", "serving.nothing=1"], "serving.nothing=1: no such entry"),
+        (["layout=pp16_ep64", "serving.microbatches=2"], "would do nothing: the layout is for training"),
+    ],
+)
+def test_wrong_words_are_named(words, named):
+    with pytest.raises((PlanError, ConfigError), match="^.*" + named.replace("(", r"\(")):
+        job_of(parse(["model=v3_671b", *words]))
+
+
+def test_training_takes_no_layout_for_serving():
+    with pytest.raises(ConfigError, match="layout=decode_tp4_dp80_ep320: is a layout for serving"):
+        compose(WORDS)
