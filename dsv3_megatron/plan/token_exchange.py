@@ -6,13 +6,14 @@ memory before and after (`permutations`). `two_hop` sends a token once to each d
 second one.
 """
 
+from math import log2
 from typing import NamedTuple
 
 from dsv3_megatron.plan.destinations import destinations
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
 
-# GPUs that share NVLink in one machine, for which DeepEP and NCCL's all-to-all were written.
+# GPUs that share NVLink in one machine, for which DeepEP was written.
 _NARROW = 8
 
 
@@ -70,11 +71,19 @@ def _shares(job: Job, gpu: Gpu, beside: bool, back: bool) -> tuple[float, float]
     a = gpu.achieved
     wide = min(nvlink_domain(job, gpu), job.layout.ep) > _NARROW
     if job.dispatcher in ("alltoall", "two_hop"):
-        return a.nccl_ib, a.nccl_wide if wide else a.nccl_nvlink
+        return a.nccl_ib if job.dispatcher == "two_hop" else _all_to_all_of(job, gpu), a.nccl_nvlink
     ib = a.beside_ib if beside else a.ib
     if job.dispatcher == "flex" and job.flex_backend == "hybridep":
         return ib, a.hybridep_nvlink
     return ib, a.deepep_wide[back] if wide and job.dispatcher == "flex" else a.nvlink
+
+
+def _all_to_all_of(job: Job, gpu: Gpu) -> float:
+    """Share of InfiniBand that one all-to-all reaches between so many domains: with every doubling the same step, from
+    two of them to eight; `two_hop` talks to ranks of its own index only, each on its own rail."""
+    a, domains = gpu.achieved, destinations(job, nvlink_domain(job, gpu)).num_domains
+    steps = min(2.0, max(0.0, log2(domains) - 1))
+    return a.nccl_ib * (a.nccl_many / a.nccl_ib) ** (steps / 2)
 
 
 def permutations(job: Job) -> float:
