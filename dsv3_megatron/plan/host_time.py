@@ -48,7 +48,6 @@ class Host:
         time = launches.kernels * self.kernel + launches.modules * self.module
         return time if bound else time * self.unbound
 
-
     def at(self, clock: float) -> "Host":
         """The same with cores of another clock."""
         slower = self.clock / clock
@@ -155,6 +154,8 @@ def _moving(job: Job) -> tuple[Launches, Launches]:
     """Permutations, all-to-alls and what belongs to them; tokens per expert are read by the host unless all shapes are
     known."""
     fused = 1 if job.software.permute_fusion else 3
+    if job.layout.etp > 1 and job.dispatcher == "alltoall":  # gathers, and sums of the parts of the outputs
+        return Launches(8 + 4 * fused, 2), Launches(8 + 4 * fused, 2)
     if job.dispatcher == "alltoall":
         return Launches(4 + 4 * fused, 2), Launches(4 + 4 * fused, 2)
     return Launches(3 + 2 * fused, 2), Launches(3 + 2 * fused, 2)
@@ -164,7 +165,7 @@ def waits(job: Job) -> bool:
     """Whether the host waits for the GPU within the forward of a MoE layer: for the number of tokens of each expert,
     from which it makes its tensors. With tokens padded to a capacity all shapes are known; the backward has them from
     the forward (Megatron's `token_dispatcher.py`: `cuda_sync_point`, and `drop_and_pad`)."""
-    return job.layout.ep > 1 and job.capacity_factor is None
+    return job.layout.expert_ranks > 1 and job.capacity_factor is None
 
 
 def parts(job: Job, moe: bool) -> Parts:

@@ -118,7 +118,7 @@ class Operators:
     def moe_layer(self, beside: bool = False) -> LayerTimes:
         """A MoE layer; `beside`: its all-to-alls as slow as they are beside computation."""
         job, s, tp = self.job, self.job.sizes, self.job.layout.tp
-        routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, "moe", job.local_experts)
+        routed = self._mlp(job.expert_width, job.routed_tokens, "moe", job.local_experts)
         shared = self._mlp(s.moe_shared_expert_intermediate_size / tp, job.tokens, "shared_experts")
         mlp = [r + t for r, t in zip(routed, shared, strict=True)]
         order = self.memory(token_exchange.permutations(job))
@@ -230,7 +230,8 @@ class Operators:
         gemm = 2 * rows * s.hidden_size * s.padded_vocab_size / tp
         in_bf16 = self.gpu.bf16 * self.gpu.achieved.bf16_gemm * self.gpu.sustained
         gemm /= self._rate_of_linear if job.precision.fp8_head else in_bf16
-        traffic = CROSS_ENTROPY["te" if job.software.own_kernels else job.software.cross_entropy]
+        # DeepSeek's loss is unpublished, and Transformer Engine's is younger than its run (TE 2.0).
+        traffic = CROSS_ENTROPY["native" if job.software.own_kernels else job.software.cross_entropy]
         loss_f, loss_b = (self.memory(rows * s.padded_vocab_size / tp * bytes_) for bytes_ in traffic)
         return gemm + loss_f, 2 * gemm + loss_b, gemm
 

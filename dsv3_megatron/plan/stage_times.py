@@ -141,7 +141,7 @@ def _layers(
     )
     f, b = _seconds(forward, number), _seconds(backward, number)
     fb = f + b
-    if beside is not None and job.layout.overlap_pairs and job.layout.ep > 1:
+    if beside is not None and job.layout.overlap_pairs and job.layout.expert_ranks > 1:
         one = max(pair(alone, beside, job, gpu).length, sum(host_f) + sum(host_b))
         fb = min(fb, number * one)
     return StageTimes(f, b, min(number * alone.w, b), fb)

@@ -102,7 +102,7 @@ def schedule_of(job: Job) -> Schedule:
 def plan(job: Job, gpu: Gpu, counts: ParameterCounts) -> Plan:
     """Memory, time and bubble of `job` on `gpu`."""
     schedule = schedule_of(job)
-    memory = plan_memory(job, counts, schedule, gpu.overhead)
+    memory = plan_memory(job, counts, schedule, gpu)
     return timed(job, gpu, counts, schedule, memory)
 
 
@@ -135,7 +135,7 @@ def _update_of_rank(job: Job, gpu: Gpu, counts: ParameterCounts, stages: tuple[i
     held = held_by(job, counts, stages)
     groups = (
         (held.rest, layout.dense_shards, layout.dense_shards * layout.tp),
-        (held.experts, layout.expert_shards, layout.expert_shards * layout.ep),
+        (held.experts, layout.expert_shards, layout.expert_shards * layout.expert_ranks),
     )
 
     def communicate(bytes_per_element: float) -> float:
