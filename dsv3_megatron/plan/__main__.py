@@ -1,7 +1,10 @@
 """`dsv3 plan model=v3_671b layout=pp16_ep64 cluster=h800_2048`, `dsv3 plan --launch 'torchrun …'`."""
 
 import json
+import shlex
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_megatron.conf import compose
@@ -12,6 +15,7 @@ from dsv3_megatron.plan.options import Options, parse
 
 if TYPE_CHECKING:
     from dsv3_megatron.plan.from_config import Planned
+    from dsv3_megatron.plan.hardware import Gpu
 
 USAGE = """usage: dsv3 plan [output=table|json] [NAME=VALUE ...]
        dsv3 plan --launch 'torchrun … LINE' [gpu=NAME nodes=N gpus_per_node=M]
@@ -47,6 +51,25 @@ def main(argv: list[str] | None = None) -> None:
 
 def planned_of(options: Options) -> "Planned":
     """The job that the command line means, through all refusals; starts Megatron."""
+    planned = _launched(options)
+    if not options.software:
+        return planned
+    if planned.job.software.own_kernels:
+        name, value = next(iter(options.software.items()))
+        raise PlanError(
+            f"software.{name}={value}: schedule={planned.job.layout.schedule} is planned with DeepSeek's kernels, "
+            "whose software is not known; use schedule=1f1b"
+        )
+    job, said = planned.job, dict(options.software)
+    # Of layout and precision, for what Megatron's arguments refuse now or do not have.
+    if (overlap := said.pop("overlap_pairs", None)) is not None:
+        job = replace(job, layout=replace(job.layout, overlap_pairs=overlap))
+    if (attention := said.pop("fp8_attention", None)) is not None:
+        job = replace(job, precision=replace(job.precision, fp8_attention=attention))
+    return replace(planned, job=replace(job, software=replace(job.software, **said)))
+
+
+def _launched(options: Options) -> "Planned":
     cfg = compose(options.overrides) if options.launch is None and options.script is None else None
     start_megatron()
     from dsv3_megatron.plan.from_config import from_config, from_launch
@@ -62,30 +85,18 @@ def planned_of(options: Options) -> "Planned":
 def run(options: Options) -> None:
     """Plan and print."""
     planned = planned_of(options)
-    from dsv3_megatron.plan import anchor, report, whatif
+    from dsv3_megatron.plan import report, whatif
     from dsv3_megatron.plan.cost import cost_table
     from dsv3_megatron.plan.step import plan
 
     report.refuse_host_memory(planned.host, planned.host_available, planned.memory_efficient)
     changes = whatif.names_of(options.whatif) if options.whatif is not None else ()
     if options.proxy:
-        words, why = anchor.proxy(planned.job, planned.gpu)
-        print(f"measure: {why}\n  {' '.join(words)}")
-        print(
-            "then: dsv3 plan … anchor=FILE with "
-            + '{"plan": [the words of the proxy], "step_s": its seconds}'
-        )
+        print(_recipe(options, planned))
         return
-    gpu, anchored = planned.gpu, {}
+    gpu, anchored = planned.gpu, dict[str, float]()
     if options.anchor is not None:
-        measured = anchor.read(options.anchor)
-        small = planned_of(parse(measured.words))
-        if small.gpu != gpu:
-            raise PlanError(
-                f"anchor={options.anchor}: measured on {small.gpu.name}, planned on {gpu.name}; use one GPU"
-            )
-        speed = anchor.speed_of(small.job, gpu, small.counts, measured.step_s)
-        gpu, anchored = anchor.scaled(gpu, speed), {"anchored_speed": speed}
+        gpu, anchored = _anchored(options.anchor, planned)
     result = plan(planned.job, gpu, planned.counts)
     changed = whatif.what_if(changes, planned.job, gpu, planned.counts)
     if options.pictures is not None:
@@ -101,9 +112,8 @@ def run(options: Options) -> None:
     for note in planned.notes:
         print(f"note: {note}")
     for name, speed in anchored.items():
-        print(
-            f"{name.replace('_', ' ')}: everything is {speed:.3f} times as fast as the planner's table has it"
-        )
+        what = "everything" if name == "anchored_speed" else name.removeprefix("anchored_")
+        print(f"anchored: {what} is {speed:.3f} times as fast as the planner's table has it")
     print(report.summary(result))
     print(f"\n{report.memory_table(result)}")
     if planned.host is not None:
@@ -117,6 +127,39 @@ def run(options: Options) -> None:
         print(f"\n{whatif.table(changed, result.step_s)}")
     if options.tokens is not None:
         print(f"\n{cost_table(result, options.tokens, options.price)}")
+
+
+def _anchored(path: Path, planned: "Planned") -> tuple["Gpu", dict[str, float]]:
+    """The job's hardware with what was measured, and how much faster that is than the table."""
+    from dsv3_megatron.plan import anchor
+
+    gpu, measured = planned.gpu, anchor.read(path)
+    if isinstance(measured, anchor.Speeds):
+        gpu, ratios = anchor.with_speeds(path, measured, gpu)
+        return gpu, {f"anchored_{name}": ratio for name, ratio in ratios.items()}
+    small = planned if measured.words is None else planned_of(parse(measured.words))
+    if small.gpu != gpu:
+        raise PlanError(f"anchor={path}: measured on {small.gpu.name}, planned on {gpu.name}; use one GPU")
+    if measured.step_s is None:
+        speed = anchor.speed_of_timeline(path, small.job, gpu, small.counts, measured.timeline)
+    else:
+        speed = anchor.speed_of(small.job, gpu, small.counts, measured.step_s)
+    return anchor.scaled(gpu, speed), {"anchored_speed": speed}
+
+
+def _recipe(options: Options, planned: "Planned") -> str:
+    """What to measure, as words of this command and of the trainer."""
+    from dsv3_megatron.plan import proxy
+
+    recipe = proxy.proxy(planned.job, planned.gpu)
+    if options.launch is not None or options.script is not None:
+        how = f"  the line, without {', '.join(proxy.LEFT_OUT)}, on one node and with\n  {proxy.options(recipe)}"
+        file = '{"launch": that line, "gpu": "' + planned.gpu.name + '", "step_s": its seconds}'
+    else:
+        words = proxy.overrides(recipe, options.overrides)
+        how = "  " + " ".join(map(shlex.quote, words))
+        file = json.dumps({"plan": words, "step_s": "its seconds"})
+    return f"measure: {recipe.why}\n{how}\nthen: dsv3 plan … anchor=FILE, with FILE\n  {file}"
 
 
 if __name__ == "__main__":

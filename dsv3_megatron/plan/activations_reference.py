@@ -152,7 +152,7 @@ def _dense_mlp(job: Job) -> Block:
 def _moe(job: Job) -> Block:
     s, e = job.sizes, job.precision.compute
     h, experts, topk = s.hidden_size, s.num_moe_experts, s.moe_router_topk
-    width, shared = s.moe_ffn_hidden_size, s.moe_shared_expert_intermediate_size
+    width, shared = job.expert_width, s.moe_shared_expert_intermediate_size
     routed = job.routed_tokens / job.tokens  # copies per token
     again = _recomputes(job, "layernorm")
 

@@ -167,11 +167,11 @@ def _moe(job: Job) -> Block:
         yield "router", "scores, map, indices", _router(job) / tp
         yield "routed_experts", "weights of the rows", FP32 * routed
         yield "routed_experts", "dispatched inputs", cached * h * routed
-        yield "routed_experts", "SwiGLU", _swiglu(job, s.moe_ffn_hidden_size, act_again) * routed
+        yield "routed_experts", "SwiGLU", _swiglu(job, job.expert_width, act_again) * routed
         yield "shared_experts", "SwiGLU", 0 if shared_again else _swiglu(job, shared, again=False)
 
-    deferred = cached * ((2 * h + 3 * s.moe_ffn_hidden_size) * routed + 2 * h + 3 * shared)
-    workspace = e * (2 * h + 3 * s.moe_ffn_hidden_size) * routed
+    deferred = cached * ((2 * h + 3 * job.expert_width) * routed + 2 * h + 3 * shared)
+    workspace = e * (2 * h + 3 * job.expert_width) * routed
     return _block(job, kept(), deferred, workspace, 1.2 * workspace)
 
 

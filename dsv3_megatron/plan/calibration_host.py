@@ -1,7 +1,8 @@
 """The host's constants from the fitted half of `published.py`: `python -m dsv3_megatron.plan.calibration_host`.
 
 Grace from the odd steps of Megatron's guide (what changes there is the host's work); x86 from all fitted runs on such
-machines. The run without fused attention is left out: what it lacks is no host's time. Nothing of the judges is read.
+machines, each at its clock. The run without fused attention is left out: what it lacks is no host's time. Nothing of
+the judges is read.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ _STEPS = {"kernel": (4.0, 2.0), "module": (80.0, 30.0), "unbound": (0.3, 1.0)}
 
 def rows(host: Host) -> list[Run]:
     """Fitted runs on machines with this host, with fused attention."""
-    found = [run for run in RUNS if run.half == "fitted" and GPUS[run.gpu].host == host]
+    found = [run for run in RUNS if run.half == "fitted" and (host == GRACE) == (GPUS[run.gpu].host == GRACE)]
     return [run for run in found if run.job.software.fused_attention]
 
 
@@ -31,7 +32,8 @@ def fit_host(host: Host, names: tuple[str, ...]) -> Host:
     def error(candidate: Host) -> float:
         total = 0.0
         for run, table in zip(runs, tables, strict=True):
-            gpu = replace(GPUS[run.gpu], host=candidate)
+            gpu = GPUS[run.gpu]
+            gpu = replace(gpu, host=candidate.at(gpu.host.clock))
             seconds = (
                 simulate(table, costs(run.job, gpu)).makespan
                 + update(run.job, gpu, run.counts, table).seconds

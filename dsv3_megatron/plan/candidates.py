@@ -17,6 +17,7 @@ from dsv3_megatron.pipeline import Schedule, build_schedule
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.pipeline.placement import paid_extra
 from dsv3_megatron.plan.activations import footprint
+from dsv3_megatron.plan.buffers import outside
 from dsv3_megatron.plan.compare import group_size, place
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, Layout, PlanError
@@ -141,7 +142,7 @@ def whole_plan(job: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts]) -> Pla
     """The plan of a job whose table may have been built for another already."""
     schedule = _table(*_table_key(job))
     own = counts[job.layout.tp]
-    return timed(job, gpu, own, schedule, plan_memory(job, own, schedule, gpu.overhead))
+    return timed(job, gpu, own, schedule, plan_memory(job, own, schedule, gpu))
 
 
 def candidates(
@@ -287,8 +288,9 @@ def peak_memory(job: Job, gpu: Gpu, counts: ParameterCounts) -> float:
             continue
         seen.add(alike)
         fixed = sum(resident(job, held_by(job, counts, rank.stages)).values())
+        fixed += sum(outside(job, gpu, alike[0]).values())
         peak = max(peak, fixed + rank.memory(footprints) + RECEIVES_AHEAD * rank.channels * message)
-    return peak + gpu.overhead
+    return peak
 
 
 def busiest_rank(job: Job, gpu: Gpu) -> float:

@@ -108,6 +108,8 @@ def _unlike(job: Job) -> tuple[str, ...]:
         found.append("NVFP4")
     if job.layout.cp > 1:
         found.append("context parallelism")
+    if job.layout.etp > 1:
+        found.append("experts that ranks share")
     if not job.software.fused_attention:
         found.append("attention that is not fused")
     if job.transformer_impl == "local":

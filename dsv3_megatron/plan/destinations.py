@@ -32,8 +32,8 @@ class Destinations(NamedTuple):
 
 
 def destinations(job: Job, domain: int) -> Destinations:
-    """Of a job on NVLink domains of `domain` GPUs."""
-    s = job.sizes
+    """Of a job on NVLink domains of `domain` GPUs; neighbours that share an expert count as one rank."""
+    s, domain = job.sizes, max(1, domain // job.layout.etp)
     return _expected(
         s.num_moe_experts,
         job.layout.ep,

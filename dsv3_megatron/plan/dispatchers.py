@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dsv3_megatron.plan.from_config import from_config
 
     planned = from_config(cfg, options.load_imbalance)
-    if planned.job.layout.ep == 1:
+    if planned.job.layout.expert_ranks == 1:
         raise PlanError(
             "expert_model_parallel_size=1: nothing is dispatched; use a layout with expert parallelism"
         )

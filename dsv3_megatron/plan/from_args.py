@@ -91,12 +91,6 @@ def _refuse(args: Namespace, load_imbalance: float) -> None:
         raise PlanError(
             f"offload_modules=fused_group_mlp: the planner knows {', '.join(OFFLOADED)}; use some of those"
         )
-    etp = args.expert_tensor_parallel_size or 1
-    if args.num_experts and etp != 1:
-        raise PlanError(
-            f"expert_tensor_parallel_size={etp}: the planner knows whole experts; use expert_tensor_parallel_size=1 "
-            "(Megatron's default is tensor_model_parallel_size)"
-        )
     most = _most_imbalance(args)
     if load_imbalance > max(most, LOAD_IMBALANCE):
         raise PlanError(
@@ -176,6 +170,7 @@ def _layout(found: Launched, num_stages: int) -> Layout:
         pp=pp,
         cp=args.context_parallel_size,
         ep=args.expert_model_parallel_size,
+        etp=(args.expert_tensor_parallel_size or 1) if args.num_experts else 1,
         schedule=schedule,
         num_model_chunks=chunks,
         microbatch_group_size=args.microbatch_group_size_per_vp_stage if chunks > 1 else None,

@@ -7,7 +7,7 @@ fit; `calibration.py` repeats the fits. Peaks of NVIDIA's GPUs as in its dgxc-be
 
 from dataclasses import dataclass, replace
 
-from dsv3_megatron.plan.host_time import GRACE, X86, Host
+from dsv3_megatron.plan.host_time import GRACE, X86, XEON_6776P, XEON_8480C, Host
 from dsv3_megatron.plan.job import PlanError
 
 
@@ -22,12 +22,16 @@ class Achieved:
         hbm, nvlink, ib: bandwidths; NVLink of collectives and of DeepEP.
         hybridep_nvlink: of HybridEP's kernels.
         deepep_wide: DeepEP's dispatch and combine in an NVLink domain of more than 8, which it was not written for.
-        nccl_nvlink, nccl_wide, nccl_ib: of NCCL's all-to-all, in a domain of 8, in a wider one, over InfiniBand.
+        nccl_nvlink: of NCCL's all-to-all; in a rack's domain, one tier of switches, as in one of 8.
+        nccl_ib: of NCCL's all-to-all over InfiniBand, between two nodes or on one rail: 46 to 48 GB/s a NIC are what
+            NVIDIA expects of NDR (nccl-tests #267, #290).
+        nccl_many: the same between eight nodes, across rails, where it falls (NCCL #1531); fitted.
         latency: seconds of an all-to-all or message besides its bytes.
         beside_token, beside_ib: of an all-to-all between domains that runs beside computation on
             `communication_sms`: seconds per token whatever its bytes, and the fraction of InfiniBand.
         pair_gap: seconds per layer of an overlapped pair in which neither stream works (launches, events).
         communication_sms: taken from computation while a pair runs.
+        flops_per_clock: of BF16, of one SM: with it the share of exponentials in attention follows.
         full_watts: power at which the tensor cores would keep the clocks of a short trace; with less they slow down.
     """
 
@@ -41,13 +45,14 @@ class Achieved:
     hybridep_nvlink: float = 0.69
     deepep_wide: tuple[float, float] = (400 / 900, 190 / 900)
     nccl_nvlink: float = 0.597
-    nccl_wide: float = 0.35
-    nccl_ib: float = 0.65
+    nccl_ib: float = 0.94
+    nccl_many: float = 0.65
     latency: float = 0.2e-3
     beside_token: float = 0.617e-6
     beside_ib: float = 0.737
     pair_gap: float = 0.77e-3
     communication_sms: int = 20
+    flops_per_clock: int
     full_watts: float
 
     @property
@@ -61,6 +66,7 @@ HOPPER = Achieved(
     attention_forward=0.584,
     attention_backward=0.4885,
     hbm=0.80,
+    flops_per_clock=4096,
     full_watts=806,
 )
 BLACKWELL = Achieved(
@@ -71,6 +77,7 @@ BLACKWELL = Achieved(
     hbm=0.666,
     beside_token=0,
     beside_ib=0.95,
+    flops_per_clock=8192,
     full_watts=1333,
 )
 
@@ -86,6 +93,7 @@ class Gpu:
         node: GPUs of one machine.
         nvlink_domain: GPUs that reach each other over NVLink, of one machine or of many.
         sms: streaming multiprocessors.
+        exponentials: of one SM in a clock.
         watts: power limit.
         host: the machine's processor, which launches kernels.
         overhead: bytes that are not tensors: CUDA context, NCCL buffers, fragmentation.
@@ -103,6 +111,7 @@ class Gpu:
     node: int = 8
     nvlink_domain: int = 8
     sms: int = 132
+    exponentials: int = 16
     watts: float = 700
     host: Host = X86
     overhead: float = 5 * 2**30
@@ -114,7 +123,7 @@ class Gpu:
 
 
 _MIB = 2**20
-_HOPPER = {"bf16": 989.5e12, "fp8": 1979e12, "achieved": HOPPER}
+_HOPPER = {"bf16": 989.5e12, "fp8": 1979e12, "achieved": HOPPER, "host": XEON_8480C}
 _BLACKWELL = {"sms": 148, "achieved": BLACKWELL, "hbm": 8e12, "nvlink": 900e9}
 _RACK = {"node": 4, "nvlink_domain": 72, "host": GRACE}
 _80_GB = 81_559 * _MIB  # as the driver reports it
@@ -135,8 +144,9 @@ _GB200 = {
     **_BLACKWELL,
     **_RACK,
 }
-# Blackwell Ultra: more memory, faster FP4, twice the InfiniBand.
-_ULTRA = {"memory": 275_040 * _MIB, "ib": 100e9}
+# Blackwell Ultra: more memory, faster FP4, twice the InfiniBand, and twice the exponentials (NVIDIA, "Making Softmax
+# More Efficient with NVIDIA Blackwell Ultra").
+_ULTRA = {"memory": 275_040 * _MIB, "ib": 100e9, "exponentials": 32}
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -155,9 +165,10 @@ GPUS = {
             sms=78,
             watts=500,
             achieved=HOPPER,
+            host=XEON_8480C,
         ),
         Gpu(name="b200", **_B200),  # type: ignore[arg-type]
-        Gpu(name="b300", **(_B200 | _ULTRA | {"fp4": 13_500e12, "watts": 1100})),  # type: ignore[arg-type]
+        Gpu(name="b300", **(_B200 | _ULTRA | {"fp4": 13_500e12, "watts": 1100, "host": XEON_6776P})),  # type: ignore[arg-type]
         Gpu(name="gb200", **_GB200),  # type: ignore[arg-type]
         Gpu(name="gb300", **(_GB200 | _ULTRA | {"fp4": 14_700e12, "watts": 1400})),  # type: ignore[arg-type]
     )

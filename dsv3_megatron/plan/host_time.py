@@ -2,11 +2,11 @@
 
 A layer's launches are counted by reading Megatron and Transformer Engine: kernels one by one, and calls of Transformer
 Engine's modules, whose Python costs far more than a launch. What a CUDA graph holds is launched at once. Where the host
-takes longer than the GPU, the GPU waits: of each part of a layer the longer of the two counts, since a device-to-host
-copy in each MoE layer (tokens per expert) keeps the host from running ahead.
+takes longer than the GPU, the GPU waits (`stage_times.py`); in the forward of a MoE layer the host waits too, for the
+number of tokens of each expert.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dsv3_megatron.plan.job import Job
@@ -30,6 +30,7 @@ class Host:
         kernel: one kernel, with the few operations of PyTorch around it.
         module: one call of a module of Transformer Engine, besides its kernels.
         graph: a CUDA graph.
+        clock: highest of a core, GHz: one core launches a GPU's kernels.
         unbound: how much longer everything takes where the scheduler moves processes about.
         link, memory: bytes/s of a GPU to host memory, one way, and of AdamW in it, a GPU's share; stated, not measured.
     """
@@ -37,6 +38,7 @@ class Host:
     kernel: float
     module: float
     graph: float = 30e-6
+    clock: float = 4.0
     unbound: float = 1.5
     link: float = 50e9
     memory: float = 40e9
@@ -46,10 +48,18 @@ class Host:
         time = launches.kernels * self.kernel + launches.modules * self.module
         return time if bound else time * self.unbound
 
+    def at(self, clock: float) -> "Host":
+        """The same with cores of another clock."""
+        slower = self.clock / clock
+        times = {name: getattr(self, name) * slower for name in ("kernel", "module", "graph")}
+        return replace(self, clock=clock, **times)
 
-# Fitted in `calibration.py` on Megatron's guide (Grace) and on a B200 run (x86).
-GRACE = Host(kernel=15e-6, module=300e-6, link=200e9, memory=120e9)
-X86 = Host(kernel=15.5e-6, module=380e-6)
+
+# Fitted in `calibration_host.py` on Megatron's guide (Grace) and on runs on x86 (at the clock of DGX B200's Xeon 8570).
+GRACE = Host(kernel=16.5e-6, module=300e-6, clock=3.1, link=200e9, memory=120e9)
+X86 = Host(kernel=19.5e-6, module=370e-6, clock=4.0)
+# Of DGX H100, and of DGX B300, whose priority cores are made for this (Intel's data sheets).
+XEON_8480C, XEON_6776P = X86.at(3.8), X86.at(4.6)
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,8 @@ class Parts:
     """Launches of a layer's forward and backward: before the tokens are sent, and from then on.
 
     Attributes:
-        first: attention, norms, router and what prepares the dispatch; of a dense layer the attention.
-        second: dispatch, experts, shared expert, combine; of a dense layer the MLP.
+        first: attention, norms, shared expert, router and what prepares the dispatch; of a dense layer the attention.
+        second: dispatch, experts, combine; of a dense layer the MLP.
     """
 
     first: tuple[Launches, Launches]
@@ -144,9 +154,18 @@ def _moving(job: Job) -> tuple[Launches, Launches]:
     """Permutations, all-to-alls and what belongs to them; tokens per expert are read by the host unless all shapes are
     known."""
     fused = 1 if job.software.permute_fusion else 3
+    if job.layout.etp > 1 and job.dispatcher == "alltoall":  # gathers, and sums of the parts of the outputs
+        return Launches(8 + 4 * fused, 2), Launches(8 + 4 * fused, 2)
     if job.dispatcher == "alltoall":
         return Launches(4 + 4 * fused, 2), Launches(4 + 4 * fused, 2)
     return Launches(3 + 2 * fused, 2), Launches(3 + 2 * fused, 2)
+
+
+def waits(job: Job) -> bool:
+    """Whether the host waits for the GPU within the forward of a MoE layer: for the number of tokens of each expert,
+    from which it makes its tensors. With tokens padded to a capacity all shapes are known; the backward has them from
+    the forward (Megatron's `token_dispatcher.py`: `cuda_sync_point`, and `drop_and_pad`)."""
+    return job.layout.expert_ranks > 1 and job.capacity_factor is None
 
 
 def parts(job: Job, moe: bool) -> Parts:
@@ -157,11 +176,11 @@ def parts(job: Job, moe: bool) -> Parts:
         if "mlp" in job.recompute:
             mlp = (mlp[0], mlp[0] + mlp[1])
         return Parts(attention, _graphed(job, "mlp", mlp))
-    first = _plus(attention, (Launches(2, 1), Launches(2, 1)), _router(job), _preprocess(job))
     shared = _graphed(job, "shared_experts", _plus(_linear(job, 2), (Launches(2, 1), Launches(3, 1))))
     if "shared_experts" in job.recompute:
         shared = (shared[0], shared[0] + shared[1])
-    second = _plus(_moving(job), _grouped(job), shared)
+    first = _plus(attention, (Launches(2, 1), Launches(2, 1)), shared, _router(job), _preprocess(job))
+    second = _plus(_moving(job), _grouped(job))
     if "moe_act" in job.recompute:
         second = (second[0], second[1] + Launches(3, 1))
     if "moe" in job.recompute:

@@ -12,6 +12,13 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
 # Megatron's `--recompute-modules`, and what is recomputed as a whole.
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
 
+# Of `Software`: what can be said of it beside the arguments.
+CROSS_ENTROPIES = ("te", "native")
+GRAPHED = ("attn", "mlp", "moe", "router", "preprocess", "shared_experts")
+SOFTWARE_FLAGS = (
+    "router_fusion", "permute_fusion", "fused_attention", "norm_quantises", "bound", "overlap_pairs", "fp8_attention",
+)  # fmt: skip
+
 
 class PlanError(RefusedArgument):
     """A job that cannot be planned; the text names the option, its value and what to use."""
@@ -112,6 +119,7 @@ class Layout:
     Attributes:
         num_gpus: of the job.
         pp: pipeline ranks of the job (with DualPipe of both directions together).
+        etp: ranks that share each expert, split by width (`--expert-tensor-parallel-size`).
         num_model_chunks: stages per rank of Megatron's interleaved schedule, else 1.
         microbatch_group_size: of that schedule; None for `pp`.
         overlap_pairs: the all-to-all of a pair's forward runs beside the backward's computation, and vice versa.
@@ -122,6 +130,7 @@ class Layout:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int = 1
     schedule: str = "1f1b"
     num_model_chunks: int = 1
     microbatch_group_size: int | None = None
@@ -150,9 +159,14 @@ class Layout:
         return self.dp * self.cp * self.copies
 
     @property
+    def expert_ranks(self) -> int:
+        """Ranks over which one layer's experts are spread: neighbours share an expert, if any do."""
+        return self.ep * self.etp
+
+    @property
     def expert_shards(self) -> int:
         """Ranks that hold the same expert."""
-        return max(1, self.num_gpus // (self.pp * self.ep)) * self.copies
+        return max(1, self.num_gpus // (self.pp * self.expert_ranks)) * self.copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,10 +264,16 @@ class Job:
     def routed_tokens(self) -> float:
         """Token copies that the fullest expert-parallel rank receives for one layer and microbatch.
 
-        A rank sends `topk` copies of its part of the tokens, and receives as many when the load is even.
+        A rank sends `topk` copies of its part of the tokens, and receives as many when the load is even; ranks that
+        share an expert all receive what is for it.
         """
         factor = self.load_imbalance if self.capacity_factor is None else self.capacity_factor
-        return self.tokens / self.layout.tp * self.sizes.moe_router_topk * factor
+        return self.tokens / self.layout.tp * self.sizes.moe_router_topk * factor * self.layout.etp
+
+    @property
+    def expert_width(self) -> float:
+        """Of an expert, on one of the ranks that share it."""
+        return self.sizes.moe_ffn_hidden_size / self.layout.etp
 
     @property
     def local_experts(self) -> int:

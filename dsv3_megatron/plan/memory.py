@@ -6,6 +6,8 @@ from typing import NamedTuple
 from dsv3_megatron.pipeline import Kind, Schedule
 from dsv3_megatron.pipeline.comms import receives
 from dsv3_megatron.plan.activations import Footprint, footprint
+from dsv3_megatron.plan.buffers import outside
+from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
 from dsv3_megatron.plan.parameters import Held, ParameterCounts, held_by
 
@@ -43,18 +45,16 @@ class RankMemory:
 
 
 def plan_memory(
-    job: Job, counts: ParameterCounts, schedule: Schedule, overhead: float = 0
+    job: Job, counts: ParameterCounts, schedule: Schedule, gpu: Gpu | None = None
 ) -> tuple[RankMemory, ...]:
     """Every pipeline rank.
 
     Args:
         schedule: the table of `job`.
-        overhead: bytes of the CUDA context, communicators and dispatch buffers, a constant of the hardware table.
+        gpu: with what is no tensor there (`buffers.py`); None: without.
     """
     footprints = [footprint(job, stage) for stage in job.stages]
-    return tuple(
-        _rank(job, counts, schedule, footprints, rank, overhead) for rank in range(schedule.num_ranks)
-    )
+    return tuple(_rank(job, counts, schedule, footprints, rank, gpu) for rank in range(schedule.num_ranks))
 
 
 def resident(job: Job, held: Held) -> dict[str, float]:
@@ -83,7 +83,7 @@ def _rank(
     schedule: Schedule,
     footprints: list[Footprint],
     rank: int,
-    overhead: float,
+    gpu: Gpu | None,
 ) -> RankMemory:
     stages = tuple(sorted({stage for stage, _ in schedule.stages_of(rank)}))
     parts = resident(job, held_by(job, counts, stages))
@@ -92,7 +92,8 @@ def _rank(
     channels = {message.channel for action in schedule.ranks[rank] for message in receives(schedule, action)}
     message = job.precision.compute * job.tokens / job.layout.tp * job.sizes.hidden_size
     parts["messages"] = RECEIVES_AHEAD * len(channels) * message
-    parts["overhead"] = overhead
+    if gpu is not None:
+        parts |= outside(job, gpu, [job.stages[stage] for stage in stages])
     return RankMemory(parts, tuple(moments))
 
 

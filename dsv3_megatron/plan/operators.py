@@ -118,7 +118,7 @@ class Operators:
     def moe_layer(self, beside: bool = False) -> LayerTimes:
         """A MoE layer; `beside`: its all-to-alls as slow as they are beside computation."""
         job, s, tp = self.job, self.job.sizes, self.job.layout.tp
-        routed = self._mlp(s.moe_ffn_hidden_size, job.routed_tokens, "moe", job.local_experts)
+        routed = self._mlp(job.expert_width, job.routed_tokens, "moe", job.local_experts)
         shared = self._mlp(s.moe_shared_expert_intermediate_size / tp, job.tokens, "shared_experts")
         mlp = [r + t for r, t in zip(routed, shared, strict=True)]
         order = self.memory(token_exchange.permutations(job))
@@ -152,9 +152,8 @@ class Operators:
         # The down projections are whole on every tensor-parallel rank, which has a part of the sequence.
         gemm = self.linear(down, tokens / tp) + self.linear(up + out, tokens)
         core_flops = heads * (qk + s.v_head_dim) * s.seq_length * tokens  # causal: half of 2·2
-        peak = self.gpu.fp8 if job.precision.fp8_attention else self.gpu.bf16
-        core_f = core_flops / (peak * a.attention_forward * self.gpu.sustained)
-        core_b = 2.5 * core_flops / (peak * a.attention_backward * self.gpu.sustained)
+        core_f = self._attending(core_flops, a.attention_forward, qk + s.v_head_dim)
+        core_b = self._attending(2.5 * core_flops, a.attention_backward, 3 * qk + 2 * s.v_head_dim)
         if not job.software.fused_attention:
             core_f, core_b = self._unfused_attention(heads, core_flops)
         traffic_f = 2 * (
@@ -175,6 +174,22 @@ class Operators:
         if "layernorm" in recompute:
             b += self.memory(tokens * 2 * 2 * 2 * s.hidden_size / tp)
         return f, b, gemm.w + self._transposing(traffic_w)
+
+    def _attending(self, flops: float, reached: float, products: int) -> float:
+        """Fused attention: its products, and besides them an exponential per score.
+
+        Neither FP8 operands nor faster tensor cores change the exponentials: of Blackwell's forward they are what its
+        products do not take (FlashAttention-4: 16 a clock and SM against 8192 FLOPs; two products of 192 and 128).
+
+        Args:
+            reached: of the BF16 peak, measured where an SM has 16 exponentials a clock.
+            products: FLOPs of a score, halved.
+        """
+        job, gpu = self.job, self.gpu
+        exponentials = gpu.achieved.flops_per_clock / (2 * products) / 16
+        others = (1 / reached - exponentials) * (gpu.bf16 / gpu.fp8 if job.precision.fp8_attention else 1)
+        share = others + exponentials * 16 / gpu.exponentials
+        return flops / (gpu.bf16 * gpu.sustained) * share
 
     def _unfused_attention(self, heads: float, causal_flops: float) -> tuple[float, float]:
         """Forward and backward over whole matrices of scores: four passes over them, and seven back."""
@@ -215,7 +230,8 @@ class Operators:
         gemm = 2 * rows * s.hidden_size * s.padded_vocab_size / tp
         in_bf16 = self.gpu.bf16 * self.gpu.achieved.bf16_gemm * self.gpu.sustained
         gemm /= self._rate_of_linear if job.precision.fp8_head else in_bf16
-        traffic = CROSS_ENTROPY["te" if job.software.own_kernels else job.software.cross_entropy]
+        # DeepSeek's loss is unpublished, and Transformer Engine's is younger than its run (TE 2.0).
+        traffic = CROSS_ENTROPY["native" if job.software.own_kernels else job.software.cross_entropy]
         loss_f, loss_b = (self.memory(rows * s.padded_vocab_size / tp * bytes_) for bytes_ in traffic)
         return gemm + loss_f, 2 * gemm + loss_b, gemm
 

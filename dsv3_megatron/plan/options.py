@@ -1,15 +1,17 @@
 """The planner's own NAME=VALUE options, apart from the trainer's overrides."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.deepseek import DOLLARS_PER_GPU_HOUR
-from dsv3_megatron.plan.job import PlanError
+from dsv3_megatron.plan.job import CROSS_ENTROPIES, GRAPHED, SOFTWARE_FLAGS, PlanError
 
 # Of a launch line's machines, where it does not say.
 SIZES = ("gpu", "nodes", "gpus_per_node")
+SOFTWARE = "software."
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Options:
         whatif: changes of the hardware to plan with (`whatif.py`).
         anchor: a file with one measured run (`anchor.py`).
         proxy: print the proxy to measure.
+        software: of the run, what no argument says (`job.Software`).
         overrides: everything else, for `dsv3_megatron.conf.compose`.
     """
 
@@ -42,6 +45,7 @@ class Options:
     whatif: tuple[str, ...] | None = None
     anchor: Path | None = None
     proxy: bool = False
+    software: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
 
 
@@ -75,12 +79,49 @@ def parse(argv: Sequence[str]) -> Options:
             options.load_imbalance = number(name, value, at_least=1.0)
         elif name == "whatif":
             options.whatif = tuple(part for part in value.strip("[]").split(",") if part)
+        elif name.startswith(SOFTWARE):
+            options.software[name.removeprefix(SOFTWARE)] = software_of(name, value)
         elif name in ("pictures", "measured", "anchor"):
             setattr(options, name, Path(value))
         else:
             options.overrides.append(text)
     _check(options)
     return options
+
+
+def software_of(name: str, value: str) -> Any:
+    """One field of `job.Software`, from `software.NAME=VALUE`."""
+    known: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "te": ("a version, such as software.te=2.9", _version),
+        "cross_entropy": (f"{', '.join(CROSS_ENTROPIES)} or none", _loss),
+        "graphs": (f"some of {', '.join(GRAPHED)}", _graphs),
+        **{flag: ("true or false", {"true": True, "false": False}.__getitem__) for flag in SOFTWARE_FLAGS},
+    }
+    said = name.removeprefix(SOFTWARE)
+    if said not in known:
+        names = ", ".join(SOFTWARE + known_name for known_name in known)
+        raise PlanError(f"{name}={value}: no such property of a run's software; use {names}")
+    wanted, read = known[said]
+    try:
+        return read(value)
+    except (KeyError, ValueError):
+        raise PlanError(f"{name}={value}: use {wanted}") from None
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _loss(text: str) -> str:
+    return {**{name: name for name in CROSS_ENTROPIES}, "none": ""}[text]
+
+
+def _graphs(text: str) -> frozenset[str]:
+    parts = frozenset(part for part in text.strip("[]").split(",") if part)
+    if not parts <= set(GRAPHED):
+        raise ValueError(text)
+    return parts
 
 
 def _check(options: Options) -> None:

@@ -37,9 +37,10 @@ class ParameterCounts:
     tp: int = 1
     padded_vocab_size: int = 0
 
-    def of_stage(self, stage: Stage, ep: int, *, embedding_for_mtp: bool) -> "Held":
+    def of_stage(self, stage: Stage, expert_ranks: int, *, embedding_for_mtp: bool) -> "Held":
         """What a rank holds of one stage.
 
+        expert_ranks: over which a layer's experts are spread.
         embedding_for_mtp: the stage has an embedding of its own for MTP; not where one rank holds both ends.
         """
         parts: dict[str, float] = {}
@@ -53,7 +54,9 @@ class ParameterCounts:
         ):
             for kind, size in kinds.items():
                 if number:
-                    parts[kind] = parts.get(kind, 0) + number * size / (ep if kind == EXPERTS else 1)
+                    parts[kind] = parts.get(kind, 0) + number * size / (
+                        expert_ranks if kind == EXPERTS else 1
+                    )
         return Held(parts)
 
     def total(self, num_dense: int, num_moe: int, num_mtp: int) -> int:
@@ -89,7 +92,9 @@ def held_by(job: Job, counts: ParameterCounts, stages: tuple[int, ...]) -> Held:
     both_ends = any(job.stages[index].embedding for index in stages)
     parts: dict[str, float] = {}
     for index in stages:
-        of_stage = counts.of_stage(job.stages[index], job.layout.ep, embedding_for_mtp=not both_ends)
+        of_stage = counts.of_stage(
+            job.stages[index], job.layout.expert_ranks, embedding_for_mtp=not both_ends
+        )
         for kind, size in of_stage.parts.items():
             parts[kind] = parts.get(kind, 0) + size
     return Held(parts)

@@ -9,7 +9,7 @@ Routing is forced to be even, or tokens are dropped and padded to a capacity, un
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan import deepseek
@@ -139,6 +139,7 @@ def megatron(
         recompute=frozenset(recompute),
         recompute_layers=recompute_layers,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_grad_reduce,  # Megatron's goes with it
         dispatcher="alltoall" if dispatcher == "alltoall" else "flex",
         flex_backend=dispatcher if dispatcher != "alltoall" else "deepep",
         capacity_factor=1.0 if drop else None,
@@ -217,12 +218,14 @@ _HOPPER = (
 
 # --- B200, B300: eight GPUs a node, x86
 
+# Of a job that had another dispatcher.
+_ALL_TO_ALL: dict[str, Any] = {"dispatcher": "alltoall", "flex_backend": "deepep", "communication_sms": 20}
 _B200 = megatron(
     num_gpus=256, pp=16, ep=8, batch=4096, layers=_16_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
     dispatcher="hybridep", communication_sms=32,
 )  # fmt: skip
 _B200_PLAIN = replace(
-    _B200, dispatcher="alltoall", global_batch_size=2048, software=Software(te=(2, 9), cross_entropy="te")
+    _B200, **_ALL_TO_ALL, global_batch_size=2048, software=Software(te=(2, 9), cross_entropy="te")
 )
 _B300_TWO = megatron(
     num_gpus=256, pp=8, ep=8, micro=2, batch=4096, layers=_8_STAGES, precision=MXFP8_BRIDGE, recompute={"mla_up_proj"},
@@ -315,7 +318,7 @@ def _ladder() -> tuple[Run, ...]:
     """The thirteen steps of the guide, each with what it changed."""
     up, plain = frozenset({"mlp", "mla_up_proj"}), frozenset({"mlp", "moe_act"})
     first = replace(
-        _GB200_PP8, recompute=up, dispatcher="alltoall",
+        _GB200_PP8, recompute=up, **_ALL_TO_ALL,
         software=Software(te=(2, 6), router_fusion=False, bound=False, cross_entropy="te"),
     )  # fmt: skip
     steps: list[tuple[str, float, dict[str, object], dict[str, object]]] = [
@@ -330,7 +333,7 @@ def _ladder() -> tuple[Run, ...]:
         ("processes bound", 762.12, {}, {"bound": True}),
         ("scales swizzled at once", 797.67, {}, {"te": (2, 9)}),
         ("shared expert in a graph", 829.93, {}, {"graphs": ATTN_ROUTER}),
-        ("HybridEP", 943.56, {"flex_backend": "hybridep"}, {}),
+        ("HybridEP", 943.56, {"flex_backend": "hybridep", "communication_sms": 32}, {}),
         ("host code", 956.21, {}, {}),
         ("norms quantise", 970.01, {}, {"norm_quantises": True}),
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dsv3_megatron.plan.confidence import confidence, verdict
 from dsv3_megatron.plan.dispatchers import dispatch_line
-from dsv3_megatron.plan.job import Job, PlanError
+from dsv3_megatron.plan.job import Job, Layout, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts
 from dsv3_megatron.plan.step import Plan, schedule_of
@@ -26,17 +26,22 @@ def as_dict(plan: Plan) -> dict[str, object]:
     }
 
 
+def _sizes(layout: Layout) -> str:
+    shared = f" ETP{layout.etp}" if layout.etp > 1 else ""
+    return f"TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep}{shared}"
+
+
 def summary(plan: Plan) -> str:
     """One line per figure."""
     job, layout, update = plan.job, plan.job.layout, plan.update
     costs = plan.costs
     middle = len(job.stages) // 2
     rows = [
-        ("job", f"{layout.num_gpus} × {plan.gpu.name}, TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep}"),
+        ("job", f"{layout.num_gpus} × {plan.gpu.name}, {_sizes(layout)}"),
         ("", f"{layout.schedule}, {job.num_microbatches} microbatches of {job.micro_batch_size}"),
         ("", f"{job.precision.name}, recompute "
              f"{', '.join(sorted(job.recompute)) or 'nothing'}, load imbalance {job.load_imbalance:g}"),
-        *([("dispatch", dispatch_line(job, plan.gpu))] if layout.ep > 1 else []),
+        *([("dispatch", dispatch_line(job, plan.gpu))] if layout.expert_ranks > 1 else []),
         ("step", f"{plan.step_s:.3f} s"),
         ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
         ("  gradients, optimizer, parameters",
@@ -108,7 +113,7 @@ def what_would_fit(plan: Plan, counts: ParameterCounts) -> list[str]:
     found = []
     for change, job in _changes(plan.job):
         try:
-            memory = plan_memory(job, counts, schedule_of(job), plan.gpu.overhead)
+            memory = plan_memory(job, counts, schedule_of(job), plan.gpu)
         except PlanError:
             continue
         peak = max(rank.peak for rank in memory)

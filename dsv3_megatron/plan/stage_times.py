@@ -1,6 +1,8 @@
 """From operators to the costs of the pipeline's actions, stage by stage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dsv3_megatron.pipeline import Costs
 from dsv3_megatron.plan import host_time
@@ -78,14 +80,10 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     """Sum over the stage's layers and ends."""
     ops = operators or Operators(job, gpu)
     num_moe = stage.moe + stage.mtp
-    layers = [
-        (stage.dense, _layer(job, gpu, ops.dense_layer(), None, moe=False)),
-        (num_moe, _layer(job, gpu, ops.moe_layer(), ops.moe_layer(beside=True), moe=True)),
-    ]
-    total = StageTimes(0, 0, 0, 0)
+    total = _layers(job, gpu, ops.dense_layer(), None, stage.dense, moe=False)
+    total = total.plus(_layers(job, gpu, ops.moe_layer(), ops.moe_layer(beside=True), num_moe, moe=True), 1)
     again = job.recomputed_layers(stage.dense + stage.moe) / max(1, stage.dense + stage.moe)
-    for number, times in layers:
-        total = total.plus(times.recomputed(again), number)
+    total = total.recomputed(again)
     ends = []
     if stage.head:
         ends.append(ops.head(1 + stage.mtp))
@@ -101,20 +99,52 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     )
 
 
-def _layer(job: Job, gpu: Gpu, alone: LayerTimes, beside: LayerTimes | None, *, moe: bool) -> StageTimes:
-    """A layer's passes: of each part the longer of what the GPU and what the host takes."""
+class _Segment(NamedTuple):
+    """Of a pass: what the GPU computes, what the host takes to launch it, and whether the host first waits."""
+
+    gpu: float
+    host: float = 0
+    waits: bool = False
+
+
+def _seconds(segments: Sequence[_Segment], times: int) -> float:
+    """Of so many repetitions: the host runs ahead as far as it may, and the GPU ends nothing before it is launched.
+
+    So what is long on the GPU and one launch (a combine) hides the host's work on what follows, not on what came
+    before it.
+    """
+    gpu = host = 0.0
+    for segment in (*segments,) * times:
+        if segment.waits:
+            host = max(host, gpu)
+        host += segment.host
+        gpu = max(gpu + segment.gpu, host)
+    return gpu
+
+
+def _layers(
+    job: Job, gpu: Gpu, alone: LayerTimes, beside: LayerTimes | None, number: int, *, moe: bool
+) -> StageTimes:
+    """The passes of so many layers of one kind."""
     host_f, host_b = _host(job, gpu, moe)
-    first_f = alone.attention_f
-    second_f = alone.dispatch + alone.mlp_f + alone.combine
-    second_b = alone.combine_b + alone.mlp_b + alone.mlp_w + alone.dispatch_b + alone.again
-    first_b = alone.attention_b + alone.attention_w
-    f = max(first_f, host_f[0]) + max(second_f, host_f[1])
-    b = max(first_b, host_b[0]) + max(second_b, host_b[1])
-    w = alone.w
+    forward = (
+        _Segment(alone.attention_f, host_f[0]),
+        _Segment(alone.dispatch, waits=moe and host_time.waits(job)),
+        _Segment(alone.mlp_f, host_f[1]),
+        _Segment(alone.combine),
+    )
+    backward = (
+        _Segment(alone.combine_b),
+        _Segment(alone.mlp_b + alone.mlp_w + alone.again, host_b[1]),
+        _Segment(alone.dispatch_b),
+        _Segment(alone.attention_b + alone.attention_w, host_b[0]),
+    )
+    f, b = _seconds(forward, number), _seconds(backward, number)
     fb = f + b
-    if beside is not None and job.layout.overlap_pairs and job.layout.ep > 1:
-        fb = min(fb, max(pair(alone, beside, job, gpu).length, sum(host_f) + sum(host_b)))
-    return StageTimes(f, b, min(w, b), fb)
+    if beside is not None and job.layout.overlap_pairs and job.layout.expert_ranks > 1:
+        one = max(pair(alone, beside, job, gpu).length, sum(host_f) + sum(host_b))
+        fb = min(fb, number * one)
+    return StageTimes(f, b, min(number * alone.w, b), fb)
 
 
 def _host(job: Job, gpu: Gpu, moe: bool) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -102,7 +102,7 @@ def schedule_of(job: Job) -> Schedule:
 def plan(job: Job, gpu: Gpu, counts: ParameterCounts) -> Plan:
     """Memory, time and bubble of `job` on `gpu`."""
     schedule = schedule_of(job)
-    memory = plan_memory(job, counts, schedule, gpu.overhead)
+    memory = plan_memory(job, counts, schedule, gpu)
     return timed(job, gpu, counts, schedule, memory)
 
 
@@ -135,7 +135,7 @@ def _update_of_rank(job: Job, gpu: Gpu, counts: ParameterCounts, stages: tuple[i
     held = held_by(job, counts, stages)
     groups = (
         (held.rest, layout.dense_shards, layout.dense_shards * layout.tp),
-        (held.experts, layout.expert_shards, layout.expert_shards * layout.ep),
+        (held.experts, layout.expert_shards, layout.expert_shards * layout.expert_ranks),
     )
 
     def communicate(bytes_per_element: float) -> float:
@@ -143,13 +143,16 @@ def _update_of_rank(job: Job, gpu: Gpu, counts: ParameterCounts, stages: tuple[i
 
     reduce, gather = communicate(p.main_gradient), communicate(p.compute)
     states = p.main_gradient + 2 * (p.master + 2 * p.moment) + p.compute  # read, read and written, written
+    states += 3 * p.main_gradient  # the gradients' norm reads them, and clipping reads and writes them
     elements = sum(n / (ranks if job.distributed_optimizer else 1) for n, ranks, _ in groups)
+    # Whole gradients are zeroed before the step, and divided by the number of ranks before they are reduced.
+    whole = 0 if job.software.own_kernels else 3 * p.main_gradient * sum(n for n, _, _ in groups)
     if not job.distributed_optimizer:
         reduce, gather = 2 * reduce, 0
     away = elements * job.offload_optimizer  # AdamW in host memory, gradients there and parameters back
     on_host = away * (states / gpu.host.memory + (p.main_gradient + p.compute) / gpu.host.link)
     return Update(
         reduce / len(stages) if job.overlap_grad_reduce else reduce,
-        ops.memory((elements - away) * states) + on_host,
+        ops.memory((elements - away) * states + whole) + on_host,
         gather / len(stages) if job.overlap_param_gather else gather,
     )

@@ -49,7 +49,7 @@ def test_dispatch_as_launched(capsys: pytest.CaptureFixture) -> None:
     ]
     assert steps == sorted(steps) and len(set(steps)) == 3
     two_hop = _json(capsys, PUBLISHED)["step_s"]  # the layout's
-    assert steps[0] < two_hop < 1.05 * steps[0]  # over NCCL, whose share of InfiniBand is smaller
+    assert steps[0] < two_hop < 1.02 * steps[0]
     command.main([*flex, "fp8_dispatch=bf16", "moe_flex_dispatcher_backend=hybridep"])
     assert "flex, BF16, one copy per node: " in capsys.readouterr().out
     command.main(PUBLISHED)

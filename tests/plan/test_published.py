@@ -26,7 +26,7 @@ def test_deepseeks_own_training() -> None:
     # Not fitted: the unit times of rank 0 other than W, its bubble, the optimizer.
     for what in (("mean F of rank 0", "ms"), ("mean I of rank 0", "ms"), ("mean F&B of rank 0", "ms")):
         assert abs(rows[what].error) < 0.15, rows[what]
-    assert abs(rows["bubble of rank 0", "s"].error) < 0.35
+    assert abs(rows["bubble of rank 0", "s"].error) < 0.10
 
 
 def test_the_table_holds_what_the_fits_give() -> None:
@@ -62,8 +62,9 @@ def test_other_published_runs(judged: list[bench.Judged]) -> None:
     judges = [row for row in judged if row.run.half == "judge"]
     assert len(judges) > len(fitted) > 8
     assert {row.run.gpu for row in judges} == {"h100", "b200", "b300", "gb200", "gb300"}
-    assert sum(abs(row.time.error) < 0.10 for row in fitted) >= len(fitted) - 2
-    assert sum(abs(row.time.error) < 0.15 for row in judges) >= len(judges) - 6
+    assert sum(abs(row.time.error) < 0.10 for row in fitted) >= len(fitted) - 1
+    assert sum(abs(row.time.error) < 0.15 for row in judges) >= len(judges) - 3
+    assert all(abs(row.time.error) < 0.175 for row in judged if row.run.job.software.fused_attention)
     text = bench.halves(judged)
     assert "Fitted half:" in text.split("Judges: not fitted:")[0]
     assert all(row.run.name in text for row in judged)
@@ -114,9 +115,8 @@ def test_tight_is_where_the_error_decides() -> None:
 
 def test_all_to_all_alone_grows_with_expert_parallelism_as_published() -> None:
     for row in bench.all_to_all_rows():
-        assert abs(row.error) < 0.45, row  # small groups are predicted too long: docs/plan.md
-    hopper = {row.what: row for row in bench.all_to_all_rows() if row.what.startswith("h100")}
-    assert all(abs(row.error) < 0.15 for row in list(hopper.values())[1:])
+        limit = 0.25 if row.what.startswith("h100 EP16") else 0.12  # two nodes are predicted too short
+        assert abs(row.error) < limit, row
 
 
 def test_the_parts_of_the_step_are_named_and_add_up() -> None:

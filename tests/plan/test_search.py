@@ -22,7 +22,7 @@ COUNTS = {1: deepseek.COUNTS}
 def test_sums_are_the_walk_and_the_bound_holds(schedule: str, chunks: int) -> None:
     layout = replace(JOB.layout, pp=8, schedule=schedule, num_model_chunks=chunks)
     job = with_layout(JOB, layout)
-    walked = max(rank.peak for rank in plan_memory(job, deepseek.COUNTS, schedule_of(job), H800.overhead))
+    walked = max(rank.peak for rank in plan_memory(job, deepseek.COUNTS, schedule_of(job), H800))
     assert peak_memory(job, H800, deepseek.COUNTS) == pytest.approx(walked)
     assert busiest_rank(job, H800) <= plan(job, H800, deepseek.COUNTS).simulation.makespan
 
