@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from .actions import Schedule
-from .build import SCHEDULES, build_schedule
+from .build import SCHEDULES, ZIGZAG, build_schedule, zigzag_budget, zigzag_lower_bound
+from .fit import read_costs
 from .nccl import TAIL, simulate_one_stream
 from .picture import draw, text
-from .simulate import Costs, simulate
+from .simulate import Costs, Simulation, simulate
 from .trace import read_trace, write_trace
 from .validate import validate
 
@@ -31,6 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--microbatches", type=int, default=20, help="microbatches, all directions (default 20)"
     )
     parser.add_argument("--model-chunks", type=int, help="chunks per rank, interleaved only (default 2)")
+    zigzag = parser.add_argument_group("zigzag only")
+    zigzag.add_argument("--chunks", type=int, help="stages per rank: 2 (default), 4, ...")
+    zigzag.add_argument(
+        "--memory-cap", type=float, help="the most a rank holds, in chunks (default chunks·ranks + 2)"
+    )
+    zigzag.add_argument(
+        "--deferred", type=float, help="what waiting weight gradients hold, in chunks (default 1; DeepSeek-V3: 1.8)"
+    )
+    zigzag.add_argument("--alpha", type=float, help="how many pairs are split at the end (default: the best)")
+    parser.add_argument(
+        "--costs", type=Path, help="a file that --profile-pipeline wrote, instead of --f, --b, --w, --fb and --p2p"
+    )
     for name, meaning in (
         ("f", "forward"),
         ("b", "full backward"),
@@ -66,11 +79,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _show_schedule(args: argparse.Namespace) -> None:
+    costs = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p)
+    if args.costs:
+        costs = read_costs(args.costs)
     schedule = build_schedule(
-        args.schedule, args.ranks, args.microbatches, num_model_chunks=args.model_chunks
+        args.schedule,
+        args.ranks,
+        args.microbatches,
+        num_model_chunks=args.model_chunks,
+        chunks=args.chunks,
+        memory_cap=args.memory_cap,
+        deferred=args.deferred,
+        alpha=args.alpha,
+        costs=costs if args.schedule == ZIGZAG else None,
     )
     validate(schedule)
-    simulation = simulate(schedule, Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p))
+    simulation = simulate(schedule, costs)
     print(text(simulation.events, colour=_use_colour()))
     title = f"{schedule.name}: {args.ranks} ranks, {schedule.num_stages} stages, "
     title += f"{args.microbatches} microbatches"
@@ -79,10 +103,28 @@ def _show_schedule(args: argparse.Namespace) -> None:
         f"{title}; makespan {simulation.makespan:g}, bubble {min(simulation.bubble):g} to {worst:g} "
         f"({worst / simulation.makespan:.1%}), peak in flight {max(simulation.peak_in_flight)}"
     )
-    print(_on_one_stream(schedule, args))
+    if schedule.name == ZIGZAG:
+        print(_against_bound(simulation, costs, args))
+    if not args.costs:
+        print(_on_one_stream(schedule, args))
     if not args.text_only:
         name = f"{schedule.name}_{args.ranks}x{args.microbatches}"
-        _write(args.output_dir, name, {title: simulation.events}, "units of one forward", 1000)
+        unit = "as in the file of costs" if args.costs else "units of one forward"
+        _write(args.output_dir, name, {title: simulation.events}, unit, 1000)
+
+
+def _against_bound(simulation: Simulation, costs: Costs, args: argparse.Namespace) -> str:
+    """How far a zigzag is from what no table can beat, and what it holds of its cap."""
+    schedule = simulation.schedule
+    chunks = schedule.num_stages // schedule.num_ranks
+    memory = {"memory_cap": args.memory_cap, "deferred": args.deferred}
+    bound = zigzag_lower_bound(args.ranks, args.microbatches, chunks, costs, **memory)
+    budget = zigzag_budget(args.ranks, chunks, **memory)
+    peak = max(budget.peaks(schedule.ranks, schedule.num_stages))
+    return (
+        f"lower bound {bound:g}, ratio {simulation.makespan / bound:.4f}; peak memory {peak:g} of {budget.cap:g} chunks, "
+        f"waiting weight gradients counted ({budget.deferred:g} each)"
+    )
 
 
 def _on_one_stream(schedule: Schedule, args: argparse.Namespace) -> str:
