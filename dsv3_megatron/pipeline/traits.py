@@ -25,7 +25,8 @@ class Traits:
 
     def num_stages(self, num_ranks: int, chunks: int | None = None) -> int:
         """Of the whole model; a rank's stages of two directions are also those of its mirror."""
-        return num_ranks * (chunks or self.chunks) // self.directions
+        held = chunks if chunks and self.chunks_choice else self.chunks
+        return num_ranks * held // self.directions
 
 
 # Of the names that `--pipeline-schedule` takes.
