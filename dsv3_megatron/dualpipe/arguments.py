@@ -5,6 +5,7 @@ from typing import Any
 
 from dsv3_megatron.dualpipe.active import activate
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.nominal import nominal_options
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 from dsv3_megatron.pipeline.traits import TRAITS
 
@@ -39,19 +40,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--pipeline-zigzag-memory-cap",
         type=float,
         help="zigzag: the most that a rank holds, in activations of a microbatch in one stage, waiting weight gradients "
-        "counted (default: stages of a rank x pipeline ranks + 2)",
+        "counted (default: stages of a rank x pipeline ranks + 1 for each V, which is DualPipe's memory)",
     )
     group.add_argument(
         "--pipeline-zigzag-deferred",
         type=float,
-        help="zigzag: what weight gradients that wait hold, against the activations of their stage (default 1; 1.8 for "
+        help="zigzag: what weight gradients that wait hold, against the activations of their stage (default 1.8, "
         "DeepSeek-V3 on Transformer Engine)",
     )
     group.add_argument(
         "--pipeline-costs",
         metavar="FILE",
         help="zigzag: deal weight gradients by these measured times: pipeline_stepN_costs.json, which --profile-pipeline "
-        "N wrote (default: F 1, B 2, W 1, F&B 3)",
+        "N wrote (default: DeepSeek-V3's F 49, B 107, W 32, F&B 144)",
     )
     group.add_argument(
         "--pipeline-timeout-s",
@@ -94,10 +95,18 @@ def placement_of(args: Any) -> Placement | None:
     return Placement(args.pipeline_schedule, args.pipeline_model_parallel_size, chunks or traits.chunks)
 
 
-def table_options(args: Any) -> dict[str, Any]:
+def given_options(args: Any) -> dict[str, Any]:
     """Further arguments of `build_schedule` that these arguments give."""
     given = {option: getattr(args, name, None) for name, option in ZIGZAG_OPTIONS.items()}
     return {option: value for option, value in given.items() if value is not None}
+
+
+def table_options(args: Any) -> dict[str, Any]:
+    """Further arguments of `build_schedule`: what is given, and what is nominal without."""
+    if not TRAITS[args.pipeline_schedule].chunks_choice:
+        return {}
+    given = given_options(args)
+    return nominal_options(args.pipeline_model_parallel_size, given.get("chunks")) | given
 
 
 def num_stages(args: Any) -> int:

@@ -9,14 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .build import ZIGZAG, build_schedule, zigzag_budget, zigzag_lower_bound
+from .nominal import V3_COSTS, V3_DEFERRED
 from .simulate import Costs, simulate
 
-# Milliseconds of one of 16 stages of DeepSeek-V3 on H800 (B is full): Table 4 of arXiv 2505.09343, read as
-# rank 0 of DualPipe's loop.
-V3_COSTS = {"f": 49.0, "b": 107.0, "w": 32.0, "fb": 144.0}
-# What waiting weight gradients of DeepSeek-V3 hold, against the activations of the same stage: 4.46 and 2.47 GiB of
-# four layers (`dsv3_megatron.plan.activations`).
-V3_DEFERRED = 1.8
 
 
 class Row(NamedTuple):

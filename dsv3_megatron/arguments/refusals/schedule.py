@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dsv3_megatron.arguments.refusals.layout import _dense_model_size, _layout_stages
 from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
 from dsv3_megatron.arguments.surroundings import Surroundings
-from dsv3_megatron.dualpipe.arguments import num_stages, placement_of, table_options
+from dsv3_megatron.dualpipe.arguments import given_options, num_stages, placement_of, table_options
 from dsv3_megatron.pipeline.build import ZIGZAG, build_schedule
 from dsv3_megatron.pipeline.traits import TRAITS
 
@@ -64,9 +64,13 @@ def _microbatches_of_step(a: Namespace, s: Surroundings) -> int:
 
 def _wrong_table(a: Namespace, s: Surroundings) -> str:
     """What is wrong with the options that a zigzag is dealt by; building it here is no loss: the run needs it."""
-    options = table_options(a)
-    if a.pipeline_schedule != ZIGZAG or not set(options) - {"chunks"} or a.pipeline_model_parallel_size < 2:
+    if (
+        a.pipeline_schedule != ZIGZAG
+        or not set(given_options(a)) - {"chunks"}
+        or a.pipeline_model_parallel_size < 2
+    ):
         return ""
+    options = table_options(a)
     try:
         build_schedule(ZIGZAG, a.pipeline_model_parallel_size, _microbatches_of_step(a, s), **options)
     except ValueError as error:
@@ -201,7 +205,7 @@ ROWS = (
         FEATURE,
         "--pipeline-zigzag-chunks / --pipeline-zigzag-memory-cap / --pipeline-zigzag-deferred / --pipeline-costs",
         "{pipeline_zigzag_chunks} / {pipeline_zigzag_memory_cap} / {pipeline_zigzag_deferred} / {pipeline_costs}",
-        lambda a, s: a.pipeline_schedule != ZIGZAG and bool(table_options(a)),
+        lambda a, s: a.pipeline_schedule != ZIGZAG and bool(given_options(a)),
         f"{SCHEDULE} {{pipeline_schedule}} deals no weight gradients, so they would be ignored",
         "them with --pipeline-schedule zigzag, or none of them",
         DUALPIPEV + " --global-batch-size 32 --pipeline-zigzag-chunks 4",
