@@ -7,6 +7,7 @@ import torch
 
 from dsv3_megatron import dualpipe
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.nominal import nominal_options
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 from tests.harness import run_distributed
 from tests.parallel import common
@@ -27,7 +28,9 @@ class ScheduledLayout(common.Layout):
 
     @property
     def table_options(self) -> dict[str, Any]:
-        return dict(self.table) | ({"chunks": self.chunks} if self.schedule == "zigzag" else {})
+        if self.schedule != "zigzag":
+            return {}
+        return nominal_options(self.pp, self.chunks) | dict(self.table)
 
     def initialize(self) -> None:
         dualpipe.install()
