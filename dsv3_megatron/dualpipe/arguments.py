@@ -39,8 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--pipeline-zigzag-memory-cap",
         type=float,
-        help="zigzag: the most that a rank holds, in activations of a microbatch in one stage, waiting weight gradients "
-        "counted (default: stages of a rank x pipeline ranks + 1 for each V, which is DualPipe's memory)",
+        help="zigzag: the most that a rank holds, in activations of a microbatch in one stage, waiting weight "
+        "gradients counted (default: stages of a rank x pipeline ranks + 1 for each V, which is DualPipe's memory)",
     )
     group.add_argument(
         "--pipeline-zigzag-deferred",
@@ -51,8 +51,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--pipeline-costs",
         metavar="FILE",
-        help="zigzag: deal weight gradients by these measured times: pipeline_stepN_costs.json, which --profile-pipeline "
-        "N wrote (default: DeepSeek-V3's F 49, B 107, W 32, F&B 144)",
+        help="zigzag: deal weight gradients by these measured times: pipeline_stepN_costs.json, which "
+        "--profile-pipeline N wrote (default: DeepSeek-V3's F 49, B 107, W 32, F&B 144)",
     )
     group.add_argument(
         "--pipeline-timeout-s",

@@ -1,8 +1,9 @@
 """Microbatches for a V: which chunk of which rank sees which data.
 
 A direction's microbatches enter at the first stage of one replica and leave at the last stage of its mirror (of itself
-where nothing is mirrored), so under DualPipe a rank's first chunk works on its own replica's data and its second chunk on the mirror's. Megatron
-gives every replica its own part of the global batch; mirrors swap theirs once at the start of a step.
+where nothing is mirrored). Under DualPipe a rank's first chunk works on its own replica's data and its second chunk on
+the mirror's. Megatron gives every replica its own part of the global batch; mirrors swap theirs once at the start of a
+step.
 
 Nothing is read before it is needed, except what a mirror is waiting for.
 """

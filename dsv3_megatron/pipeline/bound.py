@@ -24,7 +24,9 @@ def lower_bound(num_ranks: int, num_microbatches: int, chunks: int, costs: Costs
     kept, deferred = (budget.per_stage(name, num_stages) for name in ("kept", "deferred"))
     inputs = [b - w for b, w in zip(clock.b, clock.w, strict=True)]
     return max(
-        _of_rank(_stages(num_ranks, chunks, rank), num_microbatches, clock, inputs, budget.cap, kept, deferred)
+        _of_rank(
+            _stages(num_ranks, chunks, rank), num_microbatches, clock, inputs, budget.cap, kept, deferred
+        )
         for rank in range(num_ranks)
     )
 

@@ -80,7 +80,9 @@ def build_schedule(
         return _zigzag(num_ranks, num_microbatches, **dealing)  # type: ignore[arg-type]
     for option, value in dealing.items():
         if value is not None:
-            raise ValueError(f"{option}={value}: only {ZIGZAG} deals its weight gradients; leave {option} out")
+            raise ValueError(
+                f"{option}={value}: only {ZIGZAG} deals its weight gradients; leave {option} out"
+            )
 
     down, up = tuple(range(num_ranks)), tuple(reversed(range(num_ranks)))
     placement: tuple[tuple[int, ...], ...] = (down,)

@@ -13,7 +13,6 @@ from .nominal import V3_COSTS, V3_DEFERRED
 from .simulate import Costs, simulate
 
 
-
 class Row(NamedTuple):
     """One schedule on one number of ranks.
 
@@ -112,7 +111,8 @@ def same_stages(num_stages: int = 16, num_microbatches: int = 128) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """As Markdown."""
     lines = [
-        "| schedule | ranks | stages | parameters/16 | activations/16 | with waiting W | step, s | bubble | over bound |",
+        "| schedule | ranks | stages | parameters/16 | activations/16 | with waiting W | step, s | bubble | "
+        "over bound |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

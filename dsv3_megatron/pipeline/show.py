@@ -38,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--memory-cap", type=float, help="the most a rank holds, in chunks (default chunks·ranks + 2)"
     )
     zigzag.add_argument(
-        "--deferred", type=float, help="what waiting weight gradients hold, in chunks (default 1; DeepSeek-V3: 1.8)"
+        "--deferred",
+        type=float,
+        help="what waiting weight gradients hold, in chunks (default 1; DeepSeek-V3: 1.8)",
     )
     zigzag.add_argument("--alpha", type=float, help="how many pairs are split at the end (default: the best)")
     parser.add_argument(
-        "--costs", type=Path, help="a file that --profile-pipeline wrote, instead of --f, --b, --w, --fb and --p2p"
+        "--costs",
+        type=Path,
+        help="a file that --profile-pipeline wrote, instead of --f, --b, --w, --fb and --p2p",
     )
     for name, meaning in (
         ("f", "forward"),
@@ -122,8 +126,8 @@ def _against_bound(simulation: Simulation, costs: Costs, args: argparse.Namespac
     budget = zigzag_budget(args.ranks, chunks, **memory)
     peak = max(budget.peaks(schedule.ranks, schedule.num_stages))
     return (
-        f"lower bound {bound:g}, ratio {simulation.makespan / bound:.4f}; peak memory {peak:g} of {budget.cap:g} chunks, "
-        f"waiting weight gradients counted ({budget.deferred:g} each)"
+        f"lower bound {bound:g}, ratio {simulation.makespan / bound:.4f}; peak memory {peak:g} of {budget.cap:g} "
+        f"chunks, waiting weight gradients counted ({budget.deferred:g} each)"
     )
 
 

@@ -17,7 +17,13 @@ from .bound import lower_bound
 from .dealing import Budget, Deal, deal
 from .simulate import Costs
 
-ALPHAS = (0.8, 0.6, 1.0, 0.5, 0.4)  # how many pairs a rank splits at the end of a step, of the ranks behind it
+ALPHAS = (
+    0.8,
+    0.6,
+    1.0,
+    0.5,
+    0.4,
+)  # how many pairs a rank splits at the end of a step, of the ranks behind it
 EXTRAS = (-1, 0, 1)  # how many more it splits at the beginning
 PATIENCE = (0.0, 0.5, 1.0)  # for how much of a W's time a rank waits for a message
 

@@ -2,8 +2,8 @@
 
 Stages that sleep, none as long as another, each pass up to 10% shorter or longer than its stage's own time. One step is
 run with the table dealt by nominal times; its timeline becomes a file of costs, as `--profile-pipeline` writes it; the
-table is dealt by that file (`costs=FILE`), and the same passes are run again. The last line on stdout is JSON: seconds of
-both steps, what the simulator says of both tables with the measured costs, and the ratio of the two steps.
+table is dealt by that file (`costs=FILE`), and the same passes are run again. The last line on stdout is JSON: seconds
+of both steps, what the simulator says of both tables with the measured costs, and the ratio of the two steps.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--ranks", type=int, default=8, help="processes, one pipeline rank each (default 8)")
     add("--microbatches", type=int, default=20, help="default 20")
     add("--chunks", type=int, default=2, help="stages of a rank (default 2)")
-    add("--unit-ms", type=float, default=50, help="a middling stage's forward; its backward is 2 (default 50)")
+    add(
+        "--unit-ms", type=float, default=50, help="a middling stage's forward; its backward is 2 (default 50)"
+    )
     add("--spread", type=float, default=0.4, help="stages are up to so much shorter or longer (default 0.4)")
     add("--jitter", type=float, default=0.1, help="and each pass of them (default 0.1)")
     add("--seed", type=int, default=0)
@@ -101,9 +103,7 @@ def _run(
     schedule: Schedule, rank: int, p2p: PipelineP2P, args: argparse.Namespace
 ) -> tuple[list[Event], float]:
     """One step; the events of all ranks, and seconds from the common start to the last of them."""
-    stages = {
-        number: _stage(number, schedule.num_stages, args) for number, _ in schedule.stages_of(rank)
-    }
+    stages = {number: _stage(number, schedule.num_stages, args) for number, _ in schedule.stages_of(rank)}
     runner = PipelineRunner(schedule, rank, stages, p2p, overlap=as_one_block)
     moment = torch.tensor([time.perf_counter() + 0.2], dtype=torch.float64)
     dist.barrier()
@@ -132,7 +132,8 @@ class _UnevenStage(AutogradStage):
 
     def _jitter(self, which: Pass) -> None:
         f, i, w = (
-            self.length * (1 + self.args.jitter * _number(self.args.seed, self.number, which.microbatch, kind))
+            self.length
+            * (1 + self.args.jitter * _number(self.args.seed, self.number, which.microbatch, kind))
             for kind in range(3)
         )
         self.sleeping.durations = Durations(f, i, w)

@@ -195,7 +195,9 @@ def test_a_schedule_is_one_option() -> None:
     assert compose(["schedule=dualpipev"]).pipeline_model_parallel_layout == "Et|(t|)*2tmL"
     assert compose(["schedule=zigzag"]).pipeline_model_parallel_layout == "Et|(t|)*2tmL"
     twice = compose(["schedule=zigzag", "pipeline_zigzag_chunks=4", "num_layers=8"])
-    assert twice.pipeline_model_parallel_layout.count("t") == 3 and "--pipeline-zigzag-chunks" in to_argv(twice)
+    assert twice.pipeline_model_parallel_layout.count("t") == 3 and "--pipeline-zigzag-chunks" in to_argv(
+        twice
+    )
 
 
 def test_a_given_layer_layout_stays() -> None:

@@ -20,7 +20,6 @@ from dsv3_megatron.pipeline import (
 from dsv3_megatron.pipeline.comms import Batch, blocking_program, channel_orders, receives, sends
 from dsv3_megatron.pipeline.validate import check_blocking
 
-
 # Zigzag's tables come out of a search; its grid is in test_zigzag.py.
 GRID = [name for name in SCHEDULES if name != "zigzag"]
 

@@ -134,5 +134,7 @@ def test_other_schedules_take_none_of_it(option) -> None:
 def test_show_prints_the_ratio(capsys, tmp_path) -> None:
     show(["zigzag", "--ranks", "8", "--microbatches", "20", "--output-dir", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "makespan 127" in printed and "lower bound 127, ratio 1.0000; peak memory 18 of 18 chunks" in printed
+    assert (
+        "makespan 127" in printed and "lower bound 127, ratio 1.0000; peak memory 18 of 18 chunks" in printed
+    )
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".svg"]

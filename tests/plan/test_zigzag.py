@@ -42,11 +42,15 @@ def test_the_search_chooses_chunks_and_cap() -> None:
     roomy = replace(H800, memory=400 * 2**30)
     found = search(JOB, roomy, {1: deepseek.COUNTS}, space, num_best=4)
     assert len(found.best) == 4
-    caps = {(c.job.layout.num_model_chunks, dict(c.job.layout.zigzag).get("memory_cap")) for _, c in found.best}
+    caps = {
+        (c.job.layout.num_model_chunks, dict(c.job.layout.zigzag).get("memory_cap")) for _, c in found.best
+    }
     assert len(caps) == 4
     best = found.best[0][1]
     words = best.overrides()
-    assert "schedule=zigzag" in words and f"pipeline_zigzag_chunks={best.job.layout.num_model_chunks}" in words
+    assert (
+        "schedule=zigzag" in words and f"pipeline_zigzag_chunks={best.job.layout.num_model_chunks}" in words
+    )
     capped = next(c for _, c in found.best if c.job.layout.zigzag)
     assert any(word.startswith("pipeline_zigzag_memory_cap=") for word in capped.overrides())
     # What is found is what a plan of it says.

@@ -1,4 +1,4 @@
-"""The memory of weight gradients that wait: live tensors of real steps against the cap that the table was dealt under."""
+"""The memory of weight gradients that wait: live tensors of real steps against the cap of their table."""
 
 import dataclasses
 
@@ -40,9 +40,7 @@ def test_live_tensors_keep_to_the_cap(pp: int, chunks: int) -> None:
     kept, deferred = tuple(s.kept for s in sizes), tuple(s.deferred for s in sizes)
     free = schedule_of(job)
     cap = 1.05 * max(Budget(0, 0.0, kept).peaks(free.ranks, free.num_stages))
-    capped = dataclasses.replace(
-        layout, table=(("kept", kept), ("deferred", deferred), ("memory_cap", cap))
-    )
+    capped = dataclasses.replace(layout, table=(("kept", kept), ("deferred", deferred), ("memory_cap", cap)))
     passed = {}
     for one in (capped, layout):
         measured = measure.run(one, _problem(recompute=False), timeout=400)
@@ -50,7 +48,9 @@ def test_live_tensors_keep_to_the_cap(pp: int, chunks: int) -> None:
         errors = [rank.peak / peak - 1 for rank, peak in zip(plans, measured, strict=True)]
         # What is not of microbatches is known; the rest of what was measured is.
         held = [peak - rank.peak + microbatches(rank) for rank, peak in zip(plans, measured, strict=True)]
-        print(one.table[-1], [f"{error:+.2%}" for error in errors], [f"{h / cap:.3f} of the cap" for h in held])
+        print(
+            one.table[-1], [f"{error:+.2%}" for error in errors], [f"{h / cap:.3f} of the cap" for h in held]
+        )
         assert max(map(abs, errors)) <= BOUND
         passed[one] = max(held) / cap
     assert passed[capped] <= 1 + BOUND
