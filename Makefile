@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help bench-inference setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
+.PHONY: help bench-inference setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-zigzag bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -68,6 +68,9 @@ gpu-bundle: setup  ## gpu_bundle/: the GPU tests for a machine without a network
 
 bench-pipeline: setup  ## executed against simulated time of every pipeline schedule, in eight sleeping processes
 	$(PY) -m dsv3_megatron.studies.pipeline_speed
+
+bench-zigzag: setup  ## a zigzag dealt by nominal and by measured times, on uneven sleeping stages
+	$(PY) -m dsv3_megatron.studies.zigzag_costs
 
 bench-dispatch: setup  ## the two hops of dispatch beside each other, over links that sleep
 	$(PY) -m dsv3_megatron.studies.two_hop_speed

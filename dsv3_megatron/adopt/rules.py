@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from dsv3_megatron.arguments.command_line import pattern
 from dsv3_megatron.pipeline.placement import layer_layout
+from dsv3_megatron.pipeline.traits import TRAITS
 
 __all__ = ["RULES", "Blocked", "Options", "integer", "stages_without"]
 
@@ -97,12 +98,12 @@ def layer_list(values: list[str], options: Options) -> Result:
 
 
 def schedule(values: list[str], options: Options) -> Result:
-    if values and values[0].lower() in ("dualpipev", "dualpipe"):
+    if values and values[0].lower() in TRAITS and TRAITS[values[0].lower()].folded:
         return [
             "--pipeline-schedule",
             values[0].lower(),
         ], "the same schedule; its stages are placed by themselves"
-    raise Blocked(f"{' '.join(values)}: the schedules here are 1f1b, zb1p, dualpipe and dualpipev")
+    raise Blocked(f"{' '.join(values)}: the schedules here are {', '.join(TRAITS)}")
 
 
 def overlap(values: list[str], options: Options) -> Result:

@@ -15,6 +15,7 @@ from dsv3_megatron.conf.check import check, model_parallel_size, parallelism, po
 from dsv3_megatron.conf.errors import ConfigError, nearest
 from dsv3_megatron.conf.serving import ENTRIES, is_for_serving
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage, paid_extra
+from dsv3_megatron.pipeline.traits import TRAITS
 
 CONF_DIR = Path(__file__).resolve().parent
 # Keys that describe machine, placement and files; everything else at the top level is an argument.
@@ -174,8 +175,9 @@ def _resolve_layout(cfg: DictConfig, given: set[str]) -> None:
         return
     virtual = cfg.get("num_virtual_stages_per_pipeline_rank") or 1
     stages = size(cfg, "pipeline") * virtual
-    if cfg.get("pipeline_schedule") == "dualpipev":
-        stages *= 2
+    schedule = cfg.get("pipeline_schedule")
+    if schedule in TRAITS:
+        stages = TRAITS[schedule].num_stages(stages, cfg.get("pipeline_zigzag_chunks"))
     if stages == 1:
         _refuse_unused_placement(cfg, given, "the pipeline has one stage")
         cfg.pipeline_model_parallel_layout = None

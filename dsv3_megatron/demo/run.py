@@ -16,6 +16,7 @@ from dsv3_megatron.demo.launch import run_ranks
 from dsv3_megatron.demo.picture import draw
 from dsv3_megatron.demo.results import read_curves, summarise
 from dsv3_megatron.demo.unigram import unigram_loss
+from dsv3_megatron.pipeline.traits import TRAITS
 
 PROFILED_STEP = 10  # of a run: the first ones take longer
 SETTINGS_FILE = "settings.json"
@@ -119,9 +120,10 @@ def trainer_overrides(run_dir: Path, settings: DemoSettings, iterations: int) ->
 def _check_windows(cfg: DictConfig, num_windows: int) -> None:
     """The held-out windows are evaluated with the schedule of the training, which needs enough of them."""
     schedule = cfg.pipeline_schedule or "1f1b"
-    replicas = data_parallel_size(cfg) * (2 if schedule == "dualpipe" else 1)
+    traits = TRAITS[schedule]
+    replicas = data_parallel_size(cfg) * traits.directions
     windows = replicas * cfg.micro_batch_size  # one microbatch on each replica
-    least = {"dualpipe": 1, "dualpipev": 2, "zb1p": 0, "1f1b": 0}[schedule] * cfg.pipeline_model_parallel_size
+    least = traits.least_microbatches // traits.directions * cfg.pipeline_model_parallel_size
     if num_windows % windows or num_windows < max(1, least) * windows:
         raise ValueError(
             f"--num-windows {num_windows}: {schedule} on this layout evaluates a multiple of {windows} windows, and at "

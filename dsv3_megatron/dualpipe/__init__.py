@@ -64,6 +64,7 @@ def forward_backward_func() -> Any:
             now.pair_order,
             plans=not (is_packed(args) and args.mtp_num_layers),
             max_ctas=now.max_ctas,
+            table=now.table,
         )
         now.function.profile = StepProfile.from_args(args)
     return now.function

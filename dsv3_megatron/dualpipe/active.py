@@ -1,20 +1,25 @@
 """The schedule that is in force in this process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.traits import TRAITS
 
 
 @dataclass
 class Active:
-    """What `--pipeline-schedule` and its relatives have chosen; `function` is built when it is first asked for."""
+    """What `--pipeline-schedule` and its relatives have chosen; `function` is built when it is first asked for.
+
+    `table` are further arguments of `build_schedule`.
+    """
 
     schedule: str = "1f1b"
     placement: Placement | None = None
     timeout_s: float = 600.0
     pair_order: str = "megatron"
     max_ctas: int = 2
+    table: dict[str, Any] = field(default_factory=dict)
     function: Any = None
 
 
@@ -32,10 +37,14 @@ def activate(
     timeout_s: float = 600.0,
     pair_order: str = "megatron",
     max_ctas: int = 2,
+    table: dict[str, Any] | None = None,
 ) -> None:
-    """Use a schedule (names: `arguments.SCHEDULES`, `arguments.PAIR_ORDERS`) for the rest of this process."""
+    """Use a schedule (names: `pipeline.traits.TRAITS`, `arguments.PAIR_ORDERS`) for the rest of this process.
+
+    table: further arguments of `build_schedule`.
+    """
     global _active
-    _active = Active(schedule, placement, timeout_s, pair_order, max_ctas)
+    _active = Active(schedule, placement, timeout_s, pair_order, max_ctas, table or {})
 
 
 def placement() -> Placement | None:
@@ -45,4 +54,4 @@ def placement() -> Placement | None:
 
 def delays_weight_gradients() -> bool:
     """Whether the schedule in force runs weight gradients apart from the backward pass."""
-    return _active.schedule != "1f1b"
+    return TRAITS[_active.schedule].delays_weight_gradients

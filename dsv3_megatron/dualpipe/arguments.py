@@ -5,9 +5,17 @@ from typing import Any
 
 from dsv3_megatron.dualpipe.active import activate
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.nominal import nominal_options
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
+from dsv3_megatron.pipeline.traits import TRAITS
 
-SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")
+SCHEDULES = tuple(TRAITS)
+ZIGZAG_OPTIONS = {  # of the table, by argument
+    "pipeline_zigzag_chunks": "chunks",
+    "pipeline_zigzag_memory_cap": "memory_cap",
+    "pipeline_zigzag_deferred": "deferred",
+    "pipeline_costs": "costs",
+}
 PAIR_ORDERS = ("megatron", "report")  # the keys of overlap.ORDERS
 
 
@@ -19,7 +27,32 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=SCHEDULES,
         default="1f1b",
         help="1f1b: Megatron's own (interleaved with its virtual stages); zb1p: 1F1B with weight gradients in the "
-        "bubble; dualpipe: bidirectional, each stage on two ranks; dualpipev: the same on half the ranks",
+        "bubble; dualpipe: bidirectional, each stage on two ranks; dualpipev: the same on half the ranks; zigzag: V's "
+        "like dualpipev's, with weight gradients dealt under a memory cap",
+    )
+    group.add_argument(
+        "--pipeline-zigzag-chunks",
+        type=int,
+        choices=TRAITS["zigzag"].chunks_choice,
+        help="stages of a rank under zigzag, a V for each two (default 2)",
+    )
+    group.add_argument(
+        "--pipeline-zigzag-memory-cap",
+        type=float,
+        help="zigzag: the most that a rank holds, in activations of a microbatch in one stage, waiting weight "
+        "gradients counted (default: stages of a rank x pipeline ranks + 1 for each V, which is DualPipe's memory)",
+    )
+    group.add_argument(
+        "--pipeline-zigzag-deferred",
+        type=float,
+        help="zigzag: what weight gradients that wait hold, against the activations of their stage (default 1.8, "
+        "DeepSeek-V3 on Transformer Engine)",
+    )
+    group.add_argument(
+        "--pipeline-costs",
+        metavar="FILE",
+        help="zigzag: deal weight gradients by these measured times: pipeline_stepN_costs.json, which "
+        "--profile-pipeline N wrote (default: DeepSeek-V3's F 49, B 107, W 32, F&B 144)",
     )
     group.add_argument(
         "--pipeline-timeout-s",
@@ -55,9 +88,25 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def placement_of(args: Any) -> Placement | None:
     """The V-shaped placement of these arguments, None where stages lie as Megatron places them."""
-    if args.pipeline_schedule not in ("dualpipe", "dualpipev"):
+    traits = TRAITS[args.pipeline_schedule]
+    if not traits.folded:
         return None
-    return Placement(args.pipeline_schedule, args.pipeline_model_parallel_size)
+    chunks = getattr(args, "pipeline_zigzag_chunks", None) if traits.chunks_choice else None
+    return Placement(args.pipeline_schedule, args.pipeline_model_parallel_size, chunks or traits.chunks)
+
+
+def given_options(args: Any) -> dict[str, Any]:
+    """Further arguments of `build_schedule` that these arguments give."""
+    given = {option: getattr(args, name, None) for name, option in ZIGZAG_OPTIONS.items()}
+    return {option: value for option, value in given.items() if value is not None}
+
+
+def table_options(args: Any) -> dict[str, Any]:
+    """Further arguments of `build_schedule`: what is given, and what is nominal without."""
+    if not TRAITS[args.pipeline_schedule].chunks_choice:
+        return {}
+    given = given_options(args)
+    return nominal_options(args.pipeline_model_parallel_size, given.get("chunks")) | given
 
 
 def num_stages(args: Any) -> int:
@@ -98,12 +147,13 @@ def place(args: Any) -> None:
         args.pipeline_timeout_s,
         args.pipeline_pair_order,
         args.pipeline_max_ctas,
+        table_options(args),
     )
     if placement is not None:
         from dsv3_megatron.dualpipe.layout import VLayout
 
         args.pipeline_model_parallel_layout = VLayout(args.pipeline_model_parallel_layout, placement)
-        args.virtual_pipeline_model_parallel_size = 2
+        args.virtual_pipeline_model_parallel_size = placement.chunks
         if placement.mirrored:
             args.data_parallel_size *= 2
         if args.rank == 0:

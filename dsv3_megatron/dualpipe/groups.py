@@ -17,7 +17,7 @@ from dsv3_megatron.dualpipe.ranks import Placement
 def initialize_model_parallel(original: Callable, placement: Placement, *args: Any, **kwargs: Any) -> None:
     """`parallel_state.initialize_model_parallel` for a placement; same arguments as the original.
 
-    Megatron gets the V's number of pipeline ranks (and so twice the data-parallel size under DualPipe), and two virtual
+    Megatron gets the V's number of pipeline ranks (and so twice the data-parallel size under DualPipe), and the virtual
     stages are declared afterwards, because Megatron refuses them on a single pipeline rank, which DualPipe on two ranks
     is to it.
     """
@@ -42,7 +42,7 @@ def initialize_model_parallel(original: Callable, placement: Placement, *args: A
     # First stage, last stage and MTP share one embedding on one rank: there is no copy to keep equal.
     arguments["get_embedding_ranks"] = lambda ranks, *_: [ranks[0]]
     original(*bound.args, **bound.kwargs)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(placement.chunks)
 
 
 def _columns(placement: Placement, arguments: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from dsv3_megatron.dualpipe.ranks import Placement
 
 
 class VLayout(PipelineParallelLayerLayout):
-    """Megatron's layer layout for two chunks per rank in V order: chunk 0 is stage v, chunk 1 stage 2V−1−v.
+    """Megatron's layer layout for chunks in V order: chunk 0 is stage v, chunk 1 stage 2V−1−v, chunk 2 stage 2V+v, …
 
     Megatron's own class numbers the second chunks down the ranks again (0…V−1, then V…2V−1 on the same ranks); in a V
     they run back up. Only what depends on that order is overridden.
@@ -26,7 +26,9 @@ class VLayout(PipelineParallelLayerLayout):
                 f"{placement.num_stages}: give that many, separated by |"
             )
         v = placement.v_size
-        super().__init__(stages[:v] + stages[v:][::-1], v)
+        order = [placement.stage(chunk, rank) for chunk in range(placement.chunks) for rank in range(v)]
+        super().__init__([stages[stage] for stage in order], v)
+        self.placement = placement
         self.input_data = notation
         self.stages = stages
         self.flatten_layout = [layer for stage in stages for layer in stage]
@@ -68,7 +70,7 @@ class VLayout(PipelineParallelLayerLayout):
         from megatron.core import parallel_state
 
         v = parallel_state.get_pipeline_model_parallel_rank() if pp_rank is None else pp_rank
-        return v if vp_stage in (None, 0) else len(self.stages) - 1 - v
+        return self.placement.stage(vp_stage or 0, v)
 
     def get_num_layers_to_build(
         self,

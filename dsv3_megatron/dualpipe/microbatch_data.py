@@ -1,8 +1,9 @@
 """Microbatches for a V: which chunk of which rank sees which data.
 
 A direction's microbatches enter at the first stage of one replica and leave at the last stage of its mirror (of itself
-under DualPipeV), so a rank's first chunk works on its own replica's data and its second chunk on the mirror's. Megatron
-gives every replica its own part of the global batch; mirrors swap theirs once at the start of a step.
+where nothing is mirrored). Under DualPipe a rank's first chunk works on its own replica's data and its second chunk on
+the mirror's. Megatron gives every replica its own part of the global batch; mirrors swap theirs once at the start of a
+step.
 
 Nothing is read before it is needed, except what a mirror is waiting for.
 """
@@ -16,23 +17,26 @@ import torch
 import torch.distributed as dist
 
 
-def chunk_iterators(iterator: Iterator | None, num_microbatches: int, mirror: int | None, group: Any) -> list:
-    """Data iterators of the two chunks for one step.
+def chunk_iterators(
+    iterator: Iterator | None, num_microbatches: int, mirror: int | None, group: Any, num_chunks: int = 2
+) -> list:
+    """Data iterators of a rank's chunks for one step.
 
     Args:
         iterator: this rank's own data, None on ranks that read none (as Megatron gives it).
         num_microbatches: microbatches of one direction; so many are taken from `iterator`.
-        mirror: global rank of the mirror, None under DualPipeV.
+        mirror: global rank of the mirror, None where there is none.
         group: process group that holds this rank and its mirror.
+        num_chunks: 2 where there is a mirror.
 
     Returns:
-        [chunk 0's, chunk 1's]: iterators over batches (dicts of tensors), or None twice.
+        Of each chunk an iterator over batches (dicts of tensors), or None.
     """
     if iterator is None:
-        return [None, None]
+        return [None] * num_chunks
     if mirror is None:
         shared = _Shared(iterator, num_microbatches)
-        return [shared.reader(), shared.reader()]
+        return [shared.reader() for _ in range(num_chunks)]
     own = [next(iterator) for _ in range(num_microbatches)]
     others = _pinned(swap(own, mirror, group))
     # Megatron's get_batch writes into the dict it is given: each chunk gets dicts of its own.
@@ -40,8 +44,8 @@ def chunk_iterators(iterator: Iterator | None, num_microbatches: int, mirror: in
 
 
 class _Shared:
-    """One iterator read by the two chunks of a rank, each in its own time: a microbatch is read when the first of them
-    asks for it and kept until the second has had it.
+    """One iterator read by the chunks of a rank, each in its own time: a microbatch is read when the first of them
+    asks for it and kept until the last has had it (for the step, where a chunk between them reads nothing).
     """
 
     def __init__(self, iterator: Iterator, num_microbatches: int) -> None:

@@ -1,4 +1,4 @@
-"""Building the two chunks of a rank under a V-shaped placement."""
+"""Building the chunks of a rank under a V-shaped placement."""
 
 from typing import Any
 
@@ -10,18 +10,23 @@ from dsv3_megatron.dualpipe.embedding import share_embedding
 
 
 def build_chunks(
-    builder: Any, pg_collection: Any, model_type: ModelType = ModelType.encoder_or_decoder, **options: Any
+    builder: Any,
+    pg_collection: Any,
+    num_chunks: int = 2,
+    model_type: ModelType = ModelType.encoder_or_decoder,
+    **options: Any,
 ) -> list[Any]:
-    """What `unimodal_build_distributed_models` does, for two chunks whatever the size of the pipeline group.
+    """What `unimodal_build_distributed_models` does, for several chunks whatever the size of the pipeline group.
 
     Megatron builds a single chunk when the pipeline group has one rank, which DualPipe on two ranks is to it.
 
     Args:
         builder: a `DSV3ModelBuilder`.
+        num_chunks: stages of a rank.
         options: keywords of `prepare_existing_model_chunks_for_distributed_training`.
     """
     config = builder._model_config
-    chunks = [builder.build_model(pg_collection, vp_stage=vp_stage) for vp_stage in (0, 1)]
+    chunks = [builder.build_model(pg_collection, vp_stage=vp_stage) for vp_stage in range(num_chunks)]
     share_embedding(chunks)
     for chunk in chunks:
         chunk.model_type = model_type

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dsv3_megatron.dualpipe.pair_orders import NodeEvent
 from dsv3_megatron.dualpipe.pair_picture import draw_pairs
 from dsv3_megatron.pipeline.actions import Schedule
-from dsv3_megatron.pipeline.fit import fit_costs
+from dsv3_megatron.pipeline.fit import fit_costs, fit_stage_costs, write_costs
 from dsv3_megatron.pipeline.picture import draw
 from dsv3_megatron.pipeline.simulate import Event, Simulation, simulate
 from dsv3_megatron.pipeline.trace import Span, write_trace
@@ -50,6 +50,7 @@ class StepProfile:
     (the same table with the median duration of each kind of action), and `pipeline_step<N>.png` and `.svg`, the picture
     of the measured one. Where pairs overlap on CPU, their nodes are in the JSON too, and `pipeline_step<N>_pairs.png`
     shows those of the first pairs. (On a GPU the nodes are only issued here: a profiler shows when they ran.)
+    `pipeline_step<N>_costs.json` holds the times of each stage, in seconds: what `--pipeline-costs` reads.
 
     Attributes:
         iteration: training step, counted from 1.
@@ -120,6 +121,8 @@ class StepProfile:
         trace = stem.with_suffix(".json")
         timelines = {"measured": measured.events, "simulated": simulated.events}
         write_trace(trace, timelines, microseconds_per_unit=1e6, spans=spans)
+        costs = stem.with_name(f"{stem.name}_costs.json")
+        write_costs(costs, fit_stage_costs(measured.events, schedule.num_stages))
         title = f"{schedule.name}, {schedule.num_ranks} pipeline ranks, step {self.iteration}: measured"
         pictures = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
         most = max(len(actions) for actions in schedule.ranks)
@@ -131,6 +134,6 @@ class StepProfile:
         print(
             f"> pipeline step {self.iteration}: {measured.makespan:.3f} s measured, {simulated.makespan:.3f} s "
             f"simulated with the median times of its actions; a rank waits at most {idle:.0%} of the step; "
-            f"wrote {trace} and {', '.join(picture.name for picture in pictures)}",
+            f"wrote {trace}, {costs.name} and {', '.join(picture.name for picture in pictures)}",
             flush=True,
         )

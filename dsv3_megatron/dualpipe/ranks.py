@@ -7,10 +7,13 @@ the data-parallel size, and every group, sampler, optimizer shard and checkpoint
 Megatron's numbering a rank and its mirror then lie in neighbouring blocks of Q ranks: pipeline ranks 0, P−1, 1, P−2, …
 So every group holds ascending ranks, the only order that `torch.distributed.new_group` of torch 2.11 knows.
 
-DualPipeV is the V alone: P ranks, 2P stages, no replica.
+DualPipeV is the V alone: P ranks, 2P stages, no replica. A zigzag is one V after the other: with k of them P ranks hold
+2kP stages, and a rank 2k of them.
 """
 
 from dataclasses import dataclass
+
+from dsv3_megatron.pipeline.traits import TRAITS
 
 
 @dataclass(frozen=True)
@@ -18,35 +21,40 @@ class Placement:
     """A V-shaped placement of stages on pipeline ranks.
 
     Attributes:
-        schedule: "dualpipe" or "dualpipev".
+        schedule: one whose stages are folded (`pipeline.traits`).
         num_ranks: pipeline ranks of the job, P.
+        chunks: stages of a rank.
     """
 
     schedule: str
     num_ranks: int
+    chunks: int = 2
 
     @property
     def mirrored(self) -> bool:
         """Whether each stage is held by two pipeline ranks."""
-        return self.schedule == "dualpipe"
+        return TRAITS[self.schedule].directions == 2
 
     @property
     def num_stages(self) -> int:
-        return self.num_ranks if self.mirrored else 2 * self.num_ranks
+        return TRAITS[self.schedule].num_stages(self.num_ranks, self.chunks)
 
     @property
     def v_size(self) -> int:
         """Pipeline ranks of one V, which is what Megatron's pipeline group holds."""
-        return self.num_stages // 2
+        return self.num_ranks // 2 if self.mirrored else self.num_ranks
 
     def v_rank(self, pipeline_rank: int) -> int:
         """Rank in its V: 0 holds the first and the last stage."""
-        return min(pipeline_rank, self.num_stages - 1 - pipeline_rank)
+        return min(pipeline_rank, 2 * self.v_size - 1 - pipeline_rank)
 
-    def stages(self, pipeline_rank: int) -> tuple[int, int]:
-        """The two stages of a pipeline rank, lower first: the order of Megatron's model chunks on every rank."""
-        v = self.v_rank(pipeline_rank)
-        return v, self.num_stages - 1 - v
+    def stages(self, pipeline_rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank, lowest first: the order of Megatron's model chunks on every rank."""
+        return tuple(self.stage(chunk, self.v_rank(pipeline_rank)) for chunk in range(self.chunks))
+
+    def stage(self, chunk: int, v_rank: int) -> int:
+        """The stage of a rank's chunk: even chunks run down the ranks of a V, odd ones back up."""
+        return chunk * self.v_size + (v_rank if chunk % 2 == 0 else self.v_size - 1 - v_rank)
 
     def mirror(self, pipeline_rank: int) -> int:
         """The pipeline rank that holds the same stages (itself when nothing is mirrored)."""

@@ -47,6 +47,7 @@ class PipelineSchedule:
         plans: whether chunks with expert parallelism run through Megatron's schedule plans, so that pairs overlap; not
             with document boundaries and MTP, since the plans' MTP node takes none.
         max_ctas: on NCCL, the most thread blocks of a pipeline message's kernel.
+        table: further arguments of `build_schedule`.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class PipelineSchedule:
         pair_order: str = "megatron",
         plans: bool = True,
         max_ctas: int = MAX_CTAS,
+        table: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
+        self.table = table or {}
         self.plans = plans
         self.num_ranks = num_ranks
         self.placement = placement
@@ -207,7 +210,9 @@ class PipelineSchedule:
     def _runner(self, num_microbatches: int, forward_only: bool) -> PipelineRunner:
         key = (num_microbatches, forward_only)
         if key not in self._runners:
-            table = build_schedule(self.name, self.num_ranks, num_microbatches * self.num_directions)
+            table = build_schedule(
+                self.name, self.num_ranks, num_microbatches * self.num_directions, **self.table
+            )
             if forward_only:
                 table = table.forward_only()
             self._runners[key] = PipelineRunner(
@@ -246,9 +251,13 @@ class PipelineSchedule:
         if self.placement.mirrored:
             ranks = self._pipeline_ranks()
             mirror = ranks[self.placement.mirror(self.pipeline_rank)]
-        # In the middle of a V both chunks read nothing, or both do (packed sequences).
+        # In the middle of a V no chunk reads anything, or all do (packed sequences).
         return chunk_iterators(
-            iterators[0], num_microbatches, mirror, parallel_state.get_data_parallel_group()
+            iterators[0],
+            num_microbatches,
+            mirror,
+            parallel_state.get_data_parallel_group(),
+            self.placement.chunks,
         )
 
 

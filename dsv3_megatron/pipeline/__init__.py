@@ -11,8 +11,9 @@ torch.
 """
 
 from .actions import Action, Kind, Schedule
-from .build import SCHEDULES, build_schedule
+from .build import SCHEDULES, build_schedule, zigzag_lower_bound
 from .comms import Message
+from .dealing import Budget
 from .operations import Operation, host_operations
 from .simulate import Costs, Event, Simulation, simulate
 from .validate import ScheduleError, Validation, validate
@@ -20,6 +21,7 @@ from .validate import ScheduleError, Validation, validate
 __all__ = [
     "SCHEDULES",
     "Action",
+    "Budget",
     "Costs",
     "Event",
     "Kind",
@@ -33,4 +35,5 @@ __all__ = [
     "host_operations",
     "simulate",
     "validate",
+    "zigzag_lower_bound",
 ]

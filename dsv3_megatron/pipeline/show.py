@@ -17,10 +17,11 @@ from pathlib import Path
 from dsv3_megatron.errors import Parser
 
 from .actions import Schedule
-from .build import SCHEDULES, build_schedule
+from .build import SCHEDULES, ZIGZAG, build_schedule, zigzag_budget, zigzag_lower_bound
+from .fit import read_costs
 from .nccl import TAIL, simulate_one_stream
 from .picture import draw, text
-from .simulate import Costs, simulate
+from .simulate import Costs, Simulation, simulate
 from .trace import read_trace, write_trace
 from .validate import validate
 
@@ -33,6 +34,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--microbatches", type=int, default=20, help="microbatches, all directions (default 20)"
     )
     parser.add_argument("--model-chunks", type=int, help="chunks per rank, interleaved only (default 2)")
+    zigzag = parser.add_argument_group("zigzag only")
+    zigzag.add_argument("--chunks", type=int, help="stages per rank: 2 (default), 4, ...")
+    zigzag.add_argument(
+        "--memory-cap", type=float, help="the most a rank holds, in chunks (default chunks·ranks + 2)"
+    )
+    zigzag.add_argument(
+        "--deferred",
+        type=float,
+        help="what waiting weight gradients hold, in chunks (default 1; DeepSeek-V3: 1.8)",
+    )
+    zigzag.add_argument("--alpha", type=float, help="how many pairs are split at the end (default: the best)")
+    parser.add_argument(
+        "--costs",
+        type=Path,
+        help="a file that --profile-pipeline wrote, instead of --f, --b, --w, --fb and --p2p",
+    )
     for name, meaning in (
         ("f", "forward"),
         ("b", "full backward"),
@@ -87,13 +104,23 @@ def _in_options(text: str) -> str:
 
 
 def _show_schedule(args: argparse.Namespace) -> None:
-    schedule = build_schedule(
-        args.schedule, args.ranks, args.microbatches, num_model_chunks=args.model_chunks
-    )
-    costs = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p)
     if not any((args.f, args.b, args.fb)):
         raise ValueError("f=0, b=0 and fb=0: nothing takes time; give one of them a duration")
-    on_one_stream = _on_one_stream(schedule, args)
+    costs = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p)
+    if args.costs:
+        costs = read_costs(args.costs)
+    schedule = build_schedule(
+        args.schedule,
+        args.ranks,
+        args.microbatches,
+        num_model_chunks=args.model_chunks,
+        chunks=args.chunks,
+        memory_cap=args.memory_cap,
+        deferred=args.deferred,
+        alpha=args.alpha,
+        costs=costs if args.schedule == ZIGZAG else None,
+    )
+    on_one_stream = None if args.costs else _on_one_stream(schedule, args)
     validate(schedule)
     simulation = simulate(schedule, costs)
     print(text(simulation.events, colour=_use_colour()))
@@ -104,10 +131,28 @@ def _show_schedule(args: argparse.Namespace) -> None:
         f"{title}; makespan {simulation.makespan:g}, bubble {min(simulation.bubble):g} to {worst:g} "
         f"({worst / simulation.makespan:.1%}), peak in flight {max(simulation.peak_in_flight)}"
     )
-    print(on_one_stream)
+    if schedule.name == ZIGZAG:
+        print(_against_bound(simulation, costs, args))
+    if on_one_stream is not None:
+        print(on_one_stream)
     if not args.text_only:
         name = f"{schedule.name}_{args.ranks}x{args.microbatches}"
-        _write(args.output_dir, name, {title: simulation.events}, "units of one forward", 1000)
+        unit = "as in the file of costs" if args.costs else "units of one forward"
+        _write(args.output_dir, name, {title: simulation.events}, unit, 1000)
+
+
+def _against_bound(simulation: Simulation, costs: Costs, args: argparse.Namespace) -> str:
+    """How far a zigzag is from what no table can beat, and what it holds of its cap."""
+    schedule = simulation.schedule
+    chunks = schedule.num_stages // schedule.num_ranks
+    memory = {"memory_cap": args.memory_cap, "deferred": args.deferred}
+    bound = zigzag_lower_bound(args.ranks, args.microbatches, chunks, costs, **memory)
+    budget = zigzag_budget(args.ranks, chunks, **memory)
+    peak = max(budget.peaks(schedule.ranks, schedule.num_stages))
+    return (
+        f"lower bound {bound:g}, ratio {simulation.makespan / bound:.4f}; peak memory {peak:g} of {budget.cap:g} "
+        f"chunks, waiting weight gradients counted ({budget.deferred:g} each)"
+    )
 
 
 def _on_one_stream(schedule: Schedule, args: argparse.Namespace) -> str:

@@ -195,14 +195,15 @@ class Durations:
     def duration(self, action: Action) -> float:
         stage = action.stage
         if action.backward is not None:
-            return self._pair(stage, action.backward.stage)
+            return self.pair(stage, action.backward.stage)
         if action.kind is Kind.F:
             return self.f[stage]
         if action.kind is Kind.W:
             return self.w[stage]
         return self.b[stage] - (self.w[stage] if action.kind is Kind.B_INPUT else 0)
 
-    def _pair(self, i: int, j: int) -> float:
+    def pair(self, i: int, j: int) -> float:
+        """The pair of a forward of stage i and a backward of stage j."""
         if self.fb[i] == self.fb[j]:
             return self.fb[i]
         saved = sum(self.f[s] + self.b[s] - self.fb[s] for s in (i, j)) / 2

@@ -11,10 +11,12 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.pipeline import Schedule, build_schedule
-from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.pipeline.build import INTERLEAVED, ZIGZAG, zigzag_lower_bound
+from dsv3_megatron.pipeline.nominal import nominal_options
 from dsv3_megatron.pipeline.placement import paid_extra
 from dsv3_megatron.plan.activations import footprint
 from dsv3_megatron.plan.buffers import outside
@@ -33,7 +35,12 @@ RECOMPUTE = (
     ("layernorm", "mla_up_proj", "moe_act"),
 )
 # (schedule, chunks per rank)
-SCHEDULES = (("1f1b", 1), ("zb1p", 1), ("dualpipe", 1), ("dualpipev", 1), (INTERLEAVED, 2), (INTERLEAVED, 4))
+SCHEDULES = (
+    *(("1f1b", 1), ("zb1p", 1), ("dualpipe", 1), ("dualpipev", 1)),
+    *((INTERLEAVED, 2), (INTERLEAVED, 4), (ZIGZAG, 2), (ZIGZAG, 4)),
+)
+# Caps of a zigzag, over the nominal one. Of its other choices the table's own search takes the best.
+CAPS = (1.0, 1.25)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Space:
     context_parallel_size: tuple[int, ...] = (1, 2)
     micro_batch_size: tuple[int, ...] = (1, 2)
     schedule: tuple[tuple[str, int], ...] = SCHEDULES
+    zigzag_caps: tuple[float, ...] = CAPS
     recompute_modules: tuple[tuple[str, ...], ...] = RECOMPUTE
     last_stage_extra: tuple[int, ...] = (0, 2, 3)
 
@@ -83,6 +91,9 @@ class Candidate:
                 words.append("overlap_moe_expert_parallel_comm=true")
         else:
             words.append(f"schedule={layout.schedule}")
+            if layout.schedule == ZIGZAG:
+                words.append(f"pipeline_zigzag_chunks={layout.num_model_chunks}")
+            words += [f"pipeline_zigzag_{name}={value:g}" for name, value in layout.zigzag]
         modules = sorted(job.recompute)
         if job.precision.fp8_caches:
             modules = [module for module in modules if module != "moe_act"]  # part of the FP8 recipe
@@ -132,7 +143,11 @@ def search(
         if len(found.best) >= num_best and bound_s >= found.best[num_best - 1][0].step_s:
             break
         found.num_simulated += 1
-        found.best.append((whole_plan(candidate.job, gpu, counts), candidate))
+        result = whole_plan(candidate.job, gpu, counts)
+        if not result.fits:  # of a zigzag's memory only a bound was known before
+            found.refuse("memory", f"{max(result.memory_gib):.0f} GiB of {gpu.memory / 2**30:.0f}")
+            continue
+        found.best.append((result, candidate))
         found.best.sort(key=lambda entry: entry[0].step_s)
     found.best = found.best[:num_best]
     return found
@@ -155,21 +170,25 @@ def candidates(
         space.context_parallel_size,
         space.pipeline_model_parallel_size,
         space.expert_model_parallel_size,
-        space.schedule,
+        [
+            (name, chunks, cap)
+            for name, chunks in space.schedule
+            for cap in (space.zigzag_caps if name == ZIGZAG else (1.0,))
+        ],
         space.micro_batch_size,
         space.last_stage_extra,
         space.recompute_modules,
     )
     refused_shapes: dict[tuple, tuple[str, str]] = {}
-    for tp, cp, pp, ep, (schedule, chunks), micro, extra, modules in points:
+    for tp, cp, pp, ep, (schedule, chunks, cap), micro, extra, modules in points:
         found.num_candidates += 1
-        shape = (tp, cp, pp, ep, schedule, chunks, micro, extra)
+        shape = (tp, cp, pp, ep, schedule, chunks, cap, micro, extra)
         if shape in refused_shapes:
             found.refuse(*refused_shapes[shape])
             continue
         words = f"TP{tp} CP{cp} PP{pp} EP{ep} {schedule} micro {micro}"
         try:
-            job = _job(base, tp, cp, pp, ep, schedule, chunks, micro, extra, modules)
+            job = _job(base, tp, cp, pp, ep, schedule, chunks, cap, micro, extra, modules)
         except _Impossible as error:
             refused_shapes[shape] = (error.reason, f"{words}: {error}")
             found.refuse(*refused_shapes[shape])
@@ -178,7 +197,8 @@ def candidates(
             found.refuse("the same as another (placement makes no difference)", words)
             continue
         seen.add(job)
-        peak = peak_memory(job, gpu, counts[tp])
+        least = least_memory if schedule == ZIGZAG else peak_memory
+        peak = least(job, gpu, counts[tp])
         if peak > gpu.memory:
             recompute = ",".join(modules) or "nothing"
             found.refuse(
@@ -205,6 +225,7 @@ def _job(
     ep: int,
     schedule: str,
     chunks: int,
+    cap: float,
     micro: int,
     extra: int,
     modules: tuple[str, ...],
@@ -222,6 +243,9 @@ def _job(
     if pp == 1 and schedule != "1f1b":
         raise _Impossible("one pipeline rank has no schedule", "")
     layout = Layout(num_gpus=num_gpus, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, num_model_chunks=chunks)
+    if schedule == ZIGZAG and cap != 1.0:
+        nominal = nominal_options(pp, chunks)["memory_cap"]
+        layout = replace(layout, zigzag=(("memory_cap", round(nominal * cap, 1)),))
     if base.global_batch_size % (micro * layout.dp):
         raise _Impossible("does not divide the batch", f"{base.global_batch_size} sequences, DP{layout.dp}")
     if schedule == INTERLEAVED:
@@ -239,6 +263,8 @@ def _job(
         micro_batch_size=micro,
         recompute=frozenset(always.union(modules)),
     )
+    if schedule == ZIGZAG:
+        return job  # there is always one, and it is dealt only for those that may be among the best
     try:
         _profile(*_table_key(job))
     except PlanError as error:
@@ -246,34 +272,27 @@ def _job(
     return job
 
 
-def _table_key(job: Job) -> tuple[str, int, int, int, int | None]:
+_Key = tuple[str, int, int, tuple[tuple[str, Any], ...]]
+
+
+def _table_key(job: Job) -> _Key:
     layout = job.layout
-    return (
-        layout.schedule,
-        layout.pp,
-        job.num_microbatches,
-        layout.num_model_chunks,
-        layout.microbatch_group_size,
-    )
+    return layout.schedule, layout.pp, job.num_microbatches, tuple(layout.table_options.items())
 
 
 @lru_cache(maxsize=256)
-def _table(schedule: str, pp: int, num_microbatches: int, chunks: int, group: int | None) -> Schedule:
+def _table(schedule: str, pp: int, num_microbatches: int, options: tuple[tuple[str, Any], ...]) -> Schedule:
     try:
-        if schedule == INTERLEAVED:
-            return build_schedule(
-                schedule, pp, num_microbatches, num_model_chunks=chunks, microbatch_group_size=group
-            )
-        return build_schedule(schedule, pp, num_microbatches)
+        return build_schedule(schedule, pp, num_microbatches, **dict(options))
     except ValueError as error:
         raise PlanError(str(error)) from error
 
 
 @lru_cache(maxsize=1024)
 def _profile(
-    schedule: str, pp: int, num_microbatches: int, chunks: int, group: int | None
+    schedule: str, pp: int, num_microbatches: int, options: tuple[tuple[str, Any], ...]
 ) -> tuple[RankProfile, ...]:
-    return profile(_table(schedule, pp, num_microbatches, chunks, group))
+    return profile(_table(schedule, pp, num_microbatches, options))
 
 
 def peak_memory(job: Job, gpu: Gpu, counts: ParameterCounts) -> float:
@@ -293,7 +312,28 @@ def peak_memory(job: Job, gpu: Gpu, counts: ParameterCounts) -> float:
     return peak
 
 
+def least_memory(job: Job, gpu: Gpu, counts: ParameterCounts) -> float:
+    """Bytes that the fullest rank of a zigzag holds at least, before its table is dealt: in the steady state a stage's
+    activations stay for 2(S − s) − 1 slots, and num_ranks microbatches enter in S of them."""
+    known = {stage: footprint(job, stage) for stage in set(job.stages)}
+    pp, stages = job.layout.pp, job.layout.num_stages
+    peak = 0.0
+    for rank in range(pp):
+        own = [c * pp + (rank if c % 2 == 0 else pp - 1 - rank) for c in range(job.layout.num_model_chunks)]
+        fixed = sum(resident(job, held_by(job, counts, tuple(own))).values())
+        in_flight = {s: min(job.num_microbatches, pp * (2 * (stages - s) - 1) // stages) for s in own}
+        peak = max(peak, fixed + sum(n * known[job.stages[s]].kept for s, n in in_flight.items()))
+    return peak + gpu.overhead
+
+
 def busiest_rank(job: Job, gpu: Gpu) -> float:
-    """Seconds of work of the rank that has most: a step cannot be shorter."""
+    """Seconds of work of the rank that has most, of a zigzag its lower bound: a step cannot be shorter."""
     stage_costs = costs(job, gpu)
+    layout = job.layout
+    if layout.schedule == ZIGZAG:
+        chunks, options = layout.num_model_chunks, layout.table_options
+        cap = options["memory_cap"]
+        return zigzag_lower_bound(
+            layout.pp, job.num_microbatches, chunks, stage_costs, cap, options["deferred"]
+        )
     return max(rank.busy(stage_costs, len(job.stages)) for rank in _profile(*_table_key(job)))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.pipeline.build import INTERLEAVED, ZIGZAG
 from dsv3_megatron.pipeline.placement import layers_per_stage
 from dsv3_megatron.plan.confidence import verdict
 from dsv3_megatron.plan.hardware import Gpu
@@ -50,13 +50,15 @@ def variants(job: Job) -> list[tuple[str, Layout]]:
     layout = replace(job.layout, num_model_chunks=1)
     pp = layout.pp
     same = [(name, replace(layout, schedule=name)) for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")] + [
-        (f"{INTERLEAVED}, {n} chunks", replace(layout, schedule=INTERLEAVED, num_model_chunks=n))
+        (f"{name}, {n} chunks", replace(layout, schedule=name, num_model_chunks=n))
+        for name in (INTERLEAVED, ZIGZAG)
         for n in (2, 4)
     ]
     half = replace(layout, pp=pp // 2)
     stages = [
         (f"dualpipev on PP{pp // 2}", replace(half, schedule="dualpipev")),
         (f"{INTERLEAVED}, 2 chunks on PP{pp // 2}", replace(half, schedule=INTERLEAVED, num_model_chunks=2)),
+        (f"{ZIGZAG}, 2 chunks on PP{pp // 2}", replace(half, schedule=ZIGZAG, num_model_chunks=2)),
     ]
     return same + (stages if pp > 2 else [])
 

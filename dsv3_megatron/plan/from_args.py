@@ -3,9 +3,11 @@
 from argparse import Namespace
 from typing import Any
 
+from dsv3_megatron.dualpipe.arguments import given_options
 from dsv3_megatron.fp8.precision import recipe_of
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.pipeline.traits import TRAITS
 from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
@@ -164,6 +166,9 @@ def _layout(found: Launched, num_stages: int) -> Layout:
         chunks = num_stages // pp
         overlap = bool(args.overlap_moe_expert_parallel_comm)
         schedule = INTERLEAVED if chunks > 1 else schedule
+    dealt: dict[str, Any] = {}
+    if TRAITS[args.pipeline_schedule].chunks_choice:
+        chunks, dealt = num_stages // pp, given_options(args)
     return Layout(
         num_gpus=found.world,
         tp=args.tensor_model_parallel_size,
@@ -173,7 +178,8 @@ def _layout(found: Launched, num_stages: int) -> Layout:
         etp=(args.expert_tensor_parallel_size or 1) if args.num_experts else 1,
         schedule=schedule,
         num_model_chunks=chunks,
-        microbatch_group_size=args.microbatch_group_size_per_vp_stage if chunks > 1 else None,
+        microbatch_group_size=args.microbatch_group_size_per_vp_stage if schedule == INTERLEAVED else None,
+        zigzag=tuple(sorted(dealt.items())),
         overlap_pairs=overlap,
     )
 

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.metrics.flops import ModelSizes
-from dsv3_megatron.pipeline.build import INTERLEAVED
+from dsv3_megatron.pipeline.build import INTERLEAVED, ZIGZAG
+from dsv3_megatron.pipeline.nominal import nominal_options
+from dsv3_megatron.pipeline.traits import TRAITS
 
 # Megatron's `--fp8-recipe` and `--fp4-recipe`.
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4")
@@ -120,8 +123,10 @@ class Layout:
         num_gpus: of the job.
         pp: pipeline ranks of the job (with DualPipe of both directions together).
         etp: ranks that share each expert, split by width (`--expert-tensor-parallel-size`).
-        num_model_chunks: stages per rank of Megatron's interleaved schedule, else 1.
+        num_model_chunks: stages per rank of Megatron's interleaved schedule or of a zigzag, else 1.
         microbatch_group_size: of that schedule; None for `pp`.
+        zigzag: what its table is dealt by, as further arguments of `build_schedule`; else, and for what is not in it,
+            `pipeline.nominal`.
         overlap_pairs: the all-to-all of a pair's forward runs beside the backward's computation, and vice versa.
     """
 
@@ -135,13 +140,26 @@ class Layout:
     num_model_chunks: int = 1
     microbatch_group_size: int | None = None
     overlap_pairs: bool = True
+    zigzag: tuple[tuple[str, Any], ...] = ()
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages of the model."""
         if self.schedule == INTERLEAVED:
             return self.pp * self.num_model_chunks
-        return 2 * self.pp if self.schedule == "dualpipev" else self.pp
+        return TRAITS[self.schedule].num_stages(self.pp, self.num_model_chunks)
+
+    @property
+    def table_options(self) -> dict[str, Any]:
+        """Further arguments of `build_schedule`."""
+        if self.schedule == INTERLEAVED:
+            return {
+                "num_model_chunks": self.num_model_chunks,
+                "microbatch_group_size": self.microbatch_group_size,
+            }
+        if self.schedule == ZIGZAG:
+            return nominal_options(self.pp, self.num_model_chunks) | dict(self.zigzag)
+        return {}
 
     @property
     def dp(self) -> int:
@@ -151,7 +169,7 @@ class Layout:
     @property
     def copies(self) -> int:
         """Ranks of one pipeline that hold the same stage: 2 under DualPipe."""
-        return 2 if self.schedule == "dualpipe" else 1
+        return 1 if self.schedule == INTERLEAVED else TRAITS[self.schedule].directions
 
     @property
     def dense_shards(self) -> int:
@@ -244,7 +262,8 @@ class Job:
     @property
     def delays_weight_gradients(self) -> bool:
         """Whether the schedule runs weight gradients apart from the backward pass."""
-        return self.layout.schedule not in ("1f1b", INTERLEAVED)
+        name = self.layout.schedule
+        return name != INTERLEAVED and TRAITS[name].delays_weight_gradients
 
     @property
     def num_microbatches(self) -> int:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dsv3_megatron.pipeline import Costs, Schedule, Simulation, build_schedule, simulate
-from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.memory import GIB, RankMemory, plan_memory
@@ -81,17 +80,8 @@ class Plan:
 def schedule_of(job: Job) -> Schedule:
     """The table of the job; PlanError with the schedule's own words where it has none for these sizes."""
     layout = job.layout
-    chunks = group = None
-    if layout.schedule == INTERLEAVED:
-        chunks, group = layout.num_model_chunks, layout.microbatch_group_size
     try:
-        return build_schedule(
-            layout.schedule,
-            layout.pp,
-            job.num_microbatches,
-            num_model_chunks=chunks,
-            microbatch_group_size=group,
-        )
+        return build_schedule(layout.schedule, layout.pp, job.num_microbatches, **layout.table_options)
     except ValueError as error:
         raise PlanError(
             f"schedule={layout.schedule}, pipeline_model_parallel_size={layout.pp}, global_batch_size="

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from dsv3_megatron.pipeline.traits import TRAITS
 from dsv3_megatron.recipe.ramp import BatchRamp
-
-# Fewest microbatches for each pipeline rank, over both directions together.
-MICROBATCHES_PER_RANK = {"1f1b": 0, "zb1p": 0, "dualpipe": 2, "dualpipev": 2}
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Replicas:
     @property
     def directions(self) -> int:
         """Microbatches that begin at the same time on one data-parallel rank: two under DualPipe."""
-        return 2 if self.schedule == "dualpipe" else 1
+        return TRAITS[self.schedule].directions
 
     def microbatches(self, batch_size: int) -> tuple[int, int]:
         """Microbatches of one data-parallel rank, and the samples left over."""
@@ -40,7 +38,8 @@ class Replicas:
     def fits(self, batch_size: int) -> bool:
         """Whole microbatches in both directions, and enough of them for the schedule."""
         count, rest = self.microbatches(batch_size)
-        return rest == 0 and count >= max(1, MICROBATCHES_PER_RANK[self.schedule] * self.pipeline_ranks)
+        least = TRAITS[self.schedule].least_microbatches * self.pipeline_ranks
+        return rest == 0 and count >= max(1, least)
 
     def most(self, batch_size: int) -> "Replicas | None":
         """The most data-parallel ranks, at most these, that can run a batch size; None where no number can."""

@@ -9,7 +9,7 @@ on stderr:
 - ratio_to_simulated: of the two; ratio_to_megatron_1f1b: executed against Megatron's 1F1B in the same case.
 
 All schedules train the same model on the same ranks: where a rank holds two stages of one direction
-(dualpipev, interleaved_1f1b_overlap), a stage is half as long. The last lines are the
+(dualpipev, interleaved_1f1b_overlap, zigzag), a stage is half as long. The last lines are the
 runner's own cost per action, with stages that do nothing.
 """
 
@@ -31,7 +31,7 @@ from dsv3_megatron import cpu
 from dsv3_megatron.dualpipe.p2p import PipelineP2P
 from dsv3_megatron.pipeline.actions import Schedule
 from dsv3_megatron.pipeline.autograd_stage import AutogradStage, WeightGradients
-from dsv3_megatron.pipeline.build import INTERLEAVED, SCHEDULES, build_schedule
+from dsv3_megatron.pipeline.build import INTERLEAVED, SCHEDULES, ZIGZAG, build_schedule
 from dsv3_megatron.pipeline.runner import PipelineRunner
 from dsv3_megatron.pipeline.simulate import Costs, simulate
 from dsv3_megatron.pipeline.stage import Pass
@@ -109,7 +109,7 @@ class _Bench:
     def _case(
         self, label: str, name: str, num_microbatches: int, latency: float, baseline: float | None
     ) -> float:
-        schedule = _build(name, self.args.ranks, num_microbatches)
+        schedule = _build(name, self.args.ranks, num_microbatches, latency)
         share = _share(schedule)
         costs = Costs(f=share, b=2 * share, w=share, fb=3 * share, p2p=latency)
         simulated = simulate(schedule, costs).makespan * self.unit
@@ -281,8 +281,13 @@ class _EmptyStage:
         pass
 
 
-def _build(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
-    """The schedule; the interleaved one with the smallest group of microbatches that Megatron accepts."""
+def _build(name: str, num_ranks: int, num_microbatches: int, latency: float = 0) -> Schedule:
+    """The schedule; the interleaved one with the smallest group of microbatches that Megatron accepts.
+
+    latency: in units of F, what a zigzag is dealt by beside the times of its stages, which are half of those.
+    """
+    if name == ZIGZAG:
+        return build_schedule(name, num_ranks, num_microbatches, costs=Costs(p2p=2 * latency))
     if name != INTERLEAVED:
         return build_schedule(name, num_ranks, num_microbatches)
     for group in range(num_ranks, num_microbatches + 1):

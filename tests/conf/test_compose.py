@@ -187,12 +187,17 @@ def test_virtual_stages_become_a_layer_layout() -> None:
 
 def test_a_schedule_is_one_option() -> None:
     assert "--pipeline-schedule" not in to_argv(compose([]))
-    for schedule in ("zb1p", "dualpipe", "dualpipev"):
+    for schedule in ("zb1p", "dualpipe", "dualpipev", "zigzag"):
         argv = to_argv(compose([f"schedule={schedule}"]))
         assert argv[argv.index("--pipeline-schedule") + 1] == schedule
     # DualPipeV places two stages on each of the two ranks.
     assert compose(["schedule=dualpipe"]).pipeline_model_parallel_layout.count("|") == 1
     assert compose(["schedule=dualpipev"]).pipeline_model_parallel_layout == "Et|(t|)*2tmL"
+    assert compose(["schedule=zigzag"]).pipeline_model_parallel_layout == "Et|(t|)*2tmL"
+    twice = compose(["schedule=zigzag", "pipeline_zigzag_chunks=4", "num_layers=8"])
+    assert twice.pipeline_model_parallel_layout.count("t") == 3 and "--pipeline-zigzag-chunks" in to_argv(
+        twice
+    )
 
 
 def test_a_given_layer_layout_stays() -> None:

@@ -1,11 +1,13 @@
 """A step of `tests.parallel.common` under one of our schedules."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from dsv3_megatron import dualpipe
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.pipeline.nominal import nominal_options
 from dsv3_megatron.pipeline.placement import layer_layout, layers_per_stage
 from tests.harness import run_distributed
 from tests.parallel import common
@@ -17,10 +19,18 @@ class ScheduledLayout(common.Layout):
 
     schedule: str = "dualpipe"
     pair_order: str = "megatron"
+    chunks: int = 2
+    table: tuple[tuple[str, Any], ...] = ()  # further arguments of `build_schedule`
 
     @property
     def placement(self) -> Placement | None:
-        return None if self.schedule == "zb1p" else Placement(self.schedule, self.pp)
+        return None if self.schedule == "zb1p" else Placement(self.schedule, self.pp, self.chunks)
+
+    @property
+    def table_options(self) -> dict[str, Any]:
+        if self.schedule != "zigzag":
+            return {}
+        return nominal_options(self.pp, self.chunks) | dict(self.table)
 
     def initialize(self) -> None:
         dualpipe.install()
@@ -30,16 +40,18 @@ class ScheduledLayout(common.Layout):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledProblem(common.Problem):
+    layers: tuple[int, ...] = ()  # of each stage; default as even as whole layers allow
+
     def config(self, layout):
         stages = layout.pp if layout.placement is None else layout.placement.num_stages
-        notation = layer_layout(layers_per_stage(self.num_layers, stages), 1)
+        notation = layer_layout(list(self.layers) or layers_per_stage(self.num_layers, stages), 1)
         config = super().config(dataclasses.replace(layout, stages=None))
         transformer = config.transformer
         if layout.placement is not None:
             from dsv3_megatron.dualpipe.layout import VLayout
 
             transformer.pipeline_model_parallel_layout = VLayout(notation, layout.placement)
-            transformer.virtual_pipeline_model_parallel_size = 2
+            transformer.virtual_pipeline_model_parallel_size = layout.placement.chunks
         return config
 
 
@@ -49,7 +61,9 @@ def train_rank(
     """As `tests.parallel.common.train_rank`, through the schedule's own forward-backward function."""
     from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
-    function = PipelineSchedule(layout.schedule, layout.pp, layout.placement, 60, layout.pair_order)
+    function = PipelineSchedule(
+        layout.schedule, layout.pp, layout.placement, 60, layout.pair_order, table=layout.table_options
+    )
     return common.train_rank(rank, world_size, layout, problem, forward_backward=function)
 
 

@@ -28,6 +28,7 @@ class Leg:
     pp: int = 2
     ep: int = 1
     world_size: int = 2
+    words: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.schedule}_pp{self.pp}_ep{self.ep}_of_{self.world_size}"
@@ -38,7 +39,8 @@ class Leg:
         given = [*WORDS, "--pipeline-schedule", self.schedule, "--pipeline-model-parallel-size", str(self.pp)]
         given += ["--expert-model-parallel-size", str(self.ep), "--train-iters", str(all_steps)]
         given += ["--exit-interval", str(upto), "--save", str(folder), "--tensorboard-dir", str(curves)]
-        run_distributed(train, world_size=self.world_size, timeout=150, init=False, words=[*given, *words])
+        given += [*self.words, *words]
+        run_distributed(train, world_size=self.world_size, timeout=150, init=False, words=given)
         logged = read_curves(curves)
         return {name: logged[name] for name in LOSSES}
 
@@ -48,6 +50,7 @@ class Leg:
 
 
 ONE_PROCESS = Leg("1f1b", pp=1, world_size=1)
+TWO_VS = ("--pipeline-zigzag-chunks", "4", "--pipeline-model-parallel-layout", "Et||t||t||t|L")
 RELAY = [
     Leg("1f1b"),
     Leg("dualpipe"),
@@ -55,6 +58,18 @@ RELAY = [
     Leg("dualpipe", pp=4, world_size=4),
     Leg("zb1p", ep=2, world_size=4),
     Leg("dualpipe", ep=2, world_size=4),
+    ONE_PROCESS,
+]
+# From and to every other schedule, with one V and with two.
+ZIGZAG_RELAY = [
+    Leg("zigzag"),
+    Leg("dualpipe"),
+    Leg("zigzag", words=TWO_VS),
+    Leg("1f1b"),
+    Leg("zigzag", ep=2, world_size=4),
+    Leg("dualpipev"),
+    Leg("zigzag", words=TWO_VS),
+    Leg("zb1p"),
     ONE_PROCESS,
 ]
 
@@ -76,6 +91,7 @@ def assert_same_checkpoint(got: Path, expected: Path) -> None:
     [
         pytest.param([ONE_PROCESS, Leg("dualpipe"), ONE_PROCESS], id="there_and_back"),
         pytest.param(RELAY, id="all", marks=pytest.mark.slow),
+        pytest.param(ZIGZAG_RELAY, id="zigzag", marks=pytest.mark.slow),
     ],
 )
 def test_relay_equals_one_run(relay: list[Leg], tmp_path: Path) -> None:
@@ -102,7 +118,11 @@ def test_relay_equals_one_run(relay: list[Leg], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "leg",
-    [Leg("dualpipe"), pytest.param(Leg("dualpipe", ep=2, world_size=4), marks=pytest.mark.slow)],
+    [
+        Leg("dualpipe"),
+        pytest.param(Leg("dualpipe", ep=2, world_size=4), marks=pytest.mark.slow),
+        pytest.param(Leg("zigzag"), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_resumed_dualpipe_is_the_uninterrupted_run_bit_for_bit(leg: Leg, tmp_path) -> None:

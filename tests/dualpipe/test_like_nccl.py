@@ -79,7 +79,10 @@ def check(layout: ScheduledLayout, problem: ScheduledProblem, tolerance: float) 
         ("dualpipe", 2, 2),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("dualpipev", 2, 1), ("zb1p", 2, 1), ("dualpipe", 4, 1))
+            for case in (
+                *(("dualpipev", 2, 1), ("zb1p", 2, 1), ("dualpipe", 4, 1)),
+                *(("zigzag", 2, 1), ("zigzag", 4, 1)),
+            )
         ),
     ],
 )
@@ -93,7 +96,9 @@ OVERLAP = (("overlap_grad_reduce", True), ("use_distributed_optimizer", False))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["megatron", "report"])
-@pytest.mark.parametrize("schedule, pp", [("dualpipe", 2), ("dualpipev", 2), ("zb1p", 2), ("dualpipe", 4)])
+@pytest.mark.parametrize(
+    "schedule, pp", [("dualpipe", 2), ("dualpipev", 2), ("zb1p", 2), ("dualpipe", 4), ("zigzag", 2)]
+)
 def test_gradients_with_expert_parallelism_and_overlapped_reduction(
     schedule: str, pp: int, order: str
 ) -> None:

@@ -5,9 +5,10 @@ from collections import defaultdict
 
 import pytest
 
-from dsv3_megatron.pipeline import Costs, build_schedule, simulate
+from dsv3_megatron.pipeline import Costs, build_schedule, simulate, validate
 from dsv3_megatron.pipeline.actions import Kind
-from dsv3_megatron.pipeline.fit import fit_costs
+from dsv3_megatron.pipeline.fit import fit_costs, fit_stage_costs, read_costs, write_costs
+from dsv3_megatron.pipeline.nominal import nominal_options
 from dsv3_megatron.pipeline.trace import read_trace
 from tests.arguments.lines import MICRO
 from tests.harness import run_distributed
@@ -18,7 +19,7 @@ WORDS = ["--spec", "dsv3", "--device", "cpu", *MICRO, "--pipeline-model-parallel
 
 @pytest.mark.parametrize(
     "schedule, ep, world_size, microbatches",
-    [("dualpipe", 2, 4, 4), ("dualpipev", 1, 2, 8), ("zb1p", 1, 2, 8)],
+    [("dualpipe", 2, 4, 4), ("dualpipev", 1, 2, 8), ("zb1p", 1, 2, 8), ("zigzag", 1, 2, 8)],
 )
 def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches: int, tmp_path) -> None:
     words = ["--pipeline-schedule", schedule, "--expert-model-parallel-size", str(ep)]
@@ -32,7 +33,17 @@ def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches
     if ep == 2:
         check_overlap(json.loads((tmp_path / "pipeline_step2.json").read_text())["traceEvents"])
     timelines = read_trace(tmp_path / "pipeline_step2.json")
-    table = build_schedule(schedule, 2, microbatches)
+    options = nominal_options(2) if schedule == "zigzag" else {}
+    table = build_schedule(schedule, 2, microbatches, **options)
+    # What was measured of four stages is what a zigzag of four can be dealt by.
+    measured = tmp_path / "pipeline_step2_costs.json"
+    costs = read_costs(measured)
+    assert len(costs.per_stage("f", table.num_stages)) == table.num_stages
+    if table.num_stages == 4:
+        validate(build_schedule("zigzag", 2, microbatches, costs=measured))
+    else:
+        with pytest.raises(ValueError, match="has 2 entries, but there are 4 stages"):
+            build_schedule("zigzag", 2, microbatches, costs=measured)
     for name in ("measured", "simulated"):
         check_timeline(timelines[name], table)
     # The simulated one is the same table with durations taken from the measured one.
@@ -91,3 +102,27 @@ def test_fitted_costs_of_a_simulated_step_are_its_costs() -> None:
     costs = Costs(f=3, b=7, w=2, fb=8)
     table = build_schedule("dualpipe", 4, 12)
     assert fit_costs(simulate(table, costs).events) == costs
+
+
+def test_fitted_costs_by_stage_are_those_of_the_stages(tmp_path) -> None:
+    """Uneven stages, measured by a simulation, to a file and back: pairs of two stages take what they took."""
+    f, w, saved = (3.0, 2.0, 4.0, 1.0, 2.5, 3.5), (1.0, 1.5, 2.0, 0.5, 1.0, 2.0), 0.75
+    b = tuple(2 * x for x in f)
+    costs = Costs(f=f, b=b, w=w, fb=tuple(x + y - saved for x, y in zip(f, b, strict=True)))
+    table = build_schedule("zigzag", 3, 12, costs=costs)
+    fitted = fit_stage_costs(simulate(table, costs).events, 6)
+    assert fitted.f == f and fitted.w == w and fitted.b == pytest.approx(b)
+    assert fitted.fb == pytest.approx(costs.fb)
+    write_costs(tmp_path / "costs.json", fitted)
+    again = build_schedule("zigzag", 3, 12, costs=tmp_path / "costs.json")
+    assert again.ranks == table.ranks
+    with pytest.raises(ValueError, match="no forward alone"):
+        fit_stage_costs([], 6)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"f": 1, "b": 2, "w": 3, "fb": 3}', '{"f": "x"}'])
+def test_what_is_no_file_of_costs_is_refused(text, tmp_path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"costs\.json: .*; use the pipeline_stepN_costs\.json"):
+        build_schedule("zigzag", 2, 8, costs=path)

@@ -9,6 +9,8 @@ from dsv3_megatron.demo.results import read_curves
 from tests.harness import run_distributed
 
 LOSSES = ("lm loss", "mtp_1 loss", "seq_load_balancing_loss")
+# Two V's: eight stages, of which four hold no decoder layer.
+TWO_VS = "zigzag pipeline_zigzag_chunks=4 pipeline_model_parallel_layout='Et||t||t||t|mL'"
 MODEL = ["model=tiny", "layout=cpu_pp2_ep2", "device=cpu", "lr=1e-3", "eval_iters=0"]
 
 
@@ -22,7 +24,7 @@ class Training:
     global_batch: int
     micro_batch: int = 1
     ep: int = 2
-    schedules: tuple[str, ...] = ("dualpipe", "dualpipev")
+    schedules: tuple[str, ...] = ("dualpipe", "dualpipev", "zigzag", TWO_VS)  # and further overrides
     learned: float = 0.2  # the least that 1F1B's loss falls
 
     def __str__(self) -> str:
@@ -30,7 +32,9 @@ class Training:
 
     def curves(self, folder: Path, schedule: str) -> dict[str, dict[int, float]]:
         """What a run under `schedule` logged, by loss and iteration."""
-        overrides = [*MODEL, f"schedule={schedule}", f"train_iters={self.steps}"]
+        schedule, *further = schedule.split()
+        overrides = [*MODEL, f"schedule={schedule}", *further, f"train_iters={self.steps}"]
+        folder = folder / str(len(further))
         overrides += [f"seq_length={self.sequence}", f"max_position_embeddings={self.sequence}"]
         overrides += [f"global_batch_size={self.global_batch}", f"micro_batch_size={self.micro_batch}"]
         overrides += [f"expert_model_parallel_size={self.ep}", f"tensorboard_dir={folder / schedule}"]

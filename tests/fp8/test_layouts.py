@@ -61,7 +61,9 @@ def test_expert_parallel() -> None:
     assert split.lm_loss == whole(PROBLEM).lm_loss
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
+@pytest.mark.parametrize(
+    "schedule", ["dualpipe", "dualpipev", "zb1p", pytest.param("zigzag", marks=pytest.mark.slow)]
+)
 def test_schedule(schedule: str) -> None:
     layout = ScheduledLayout(world_size=2, pp=2, schedule=schedule)
     one = ScheduledProblem(num_sequences=16, overrides=FP8)

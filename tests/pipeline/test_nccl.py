@@ -20,7 +20,7 @@ from dsv3_megatron.pipeline.device import Deadlock, Device
 from dsv3_megatron.pipeline.nccl import CONDITIONS, TAIL, WORST, Conditions, run_on_nccl, simulate_one_stream
 from dsv3_megatron.pipeline.operations import Operation
 from dsv3_megatron.pipeline.show import main as show
-from tests.pipeline.test_validate import allowed, naive_program
+from tests.pipeline.test_validate import GRID, allowed, naive_program
 
 
 def posted_ahead(schedule: Schedule, receives_ahead: int = 2) -> list[list[Operation]]:
@@ -41,7 +41,7 @@ def test_no_condition_stops_a_step(name, conditions):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, num_ranks",
-    [(name, ranks) for name in SCHEDULES for ranks in range(2, 33) if name != "dualpipe" or ranks % 2 == 0],
+    [(name, ranks) for name in GRID for ranks in range(2, 33) if name != "dualpipe" or ranks % 2 == 0],
 )
 def test_no_condition_stops_a_step_full_grid(name, num_ranks):
     """All even numbers of microbatches to 4·P under the worst, and under each condition alone at three of them."""

@@ -20,6 +20,9 @@ from dsv3_megatron.pipeline import (
 from dsv3_megatron.pipeline.comms import Batch, blocking_program, channel_orders, receives, sends
 from dsv3_megatron.pipeline.validate import check_blocking
 
+# Zigzag's tables come out of a search; its grid is in test_zigzag.py.
+GRID = [name for name in SCHEDULES if name != "zigzag"]
+
 
 def allowed(name: str, num_ranks: int, num_microbatches: int) -> bool:
     if name == "interleaved_1f1b_overlap":
@@ -37,6 +40,8 @@ def sizes(draw):
     if name == "interleaved_1f1b_overlap":
         return name, num_ranks, num_ranks * draw(st.integers(1, 8))
     fewest = 2 * num_ranks if name.startswith("dualpipe") else 1
+    if name == "zigzag":  # built by a search: small ones here, a grid of its own in test_zigzag.py
+        return name, min(num_ranks, 6), draw(st.integers(fewest, 3 * min(num_ranks, 6)))
     num_microbatches = draw(st.integers(fewest, 8 * num_ranks))
     return name, num_ranks, num_microbatches + (name == "dualpipe" and num_microbatches % 2)
 
@@ -64,7 +69,7 @@ def test_every_built_schedule_is_valid(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", range(2, 33, 2))
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", GRID)
 def test_every_built_schedule_is_valid_full_grid(name, num_ranks):
     for num_microbatches in range(1, 8 * num_ranks + 1):
         if allowed(name, num_ranks, num_microbatches):

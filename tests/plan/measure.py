@@ -35,7 +35,9 @@ def _forward_backward(layout: common.Layout) -> Any:
         return None
     from dsv3_megatron.dualpipe.schedule import PipelineSchedule
 
-    function = PipelineSchedule(layout.schedule, layout.pp, layout.placement, 120, layout.pair_order)
+    function = PipelineSchedule(
+        layout.schedule, layout.pp, layout.placement, 120, layout.pair_order, table=layout.table_options
+    )
     function.pairs.thread = None
     return function
 

@@ -65,6 +65,8 @@ def _job(layout: ScheduledLayout | common.Layout, problem: ScheduledProblem) -> 
     _, sizes = _model()
     schedule = getattr(layout, "schedule", "1f1b")
     shape = Layout(num_gpus=layout.world_size, pp=layout.pp, schedule=schedule)
+    if schedule == "zigzag":
+        shape = dataclasses.replace(shape, num_model_chunks=layout.chunks, zigzag=layout.table)  # type: ignore[union-attr]
     counts = layers_per_stage(problem.num_layers, shape.num_stages)
     last = shape.num_stages - 1
     stages = tuple(
@@ -103,7 +105,9 @@ def _layout(schedule: str, pp: int) -> common.Layout:
 def _predicted(layout: common.Layout, problem: ScheduledProblem) -> list[float]:
     job = _job(layout, problem)
     counts, _ = _model()
-    schedule = build_schedule(job.layout.schedule, layout.pp, job.num_microbatches)
+    schedule = build_schedule(
+        job.layout.schedule, layout.pp, job.num_microbatches, **job.layout.table_options
+    )
     return [rank.peak for rank in plan_memory(job, counts, schedule)]
 
 

@@ -182,6 +182,13 @@ def test_dropped_boundaries_are_seen(with_mtp: Setup) -> None:
         ("dualpipe", 2, 1, ""),
         pytest.param("dualpipev", 2, 1, "", marks=pytest.mark.slow),
         pytest.param("dualpipe", 4, 2, "", marks=pytest.mark.slow),
+        pytest.param("zigzag", 2, 1, "", marks=pytest.mark.slow),
+        # Chunks in the middle of the model read the boundaries too.
+        pytest.param(
+            *("zigzag", 2, 1),
+            "--pipeline-zigzag-chunks 4 --pipeline-model-parallel-layout Et||t||t||t|mL",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_with_mtp(schedule: str, world_size: int, ep: int, words: str, with_mtp: Setup) -> None:
@@ -197,6 +204,7 @@ def test_with_mtp(schedule: str, world_size: int, ep: int, words: str, with_mtp:
         ("dualpipe", "megatron"),
         pytest.param("dualpipe", "report", marks=pytest.mark.slow),
         pytest.param("dualpipev", "megatron", marks=pytest.mark.slow),
+        pytest.param("zigzag", "megatron", marks=pytest.mark.slow),
         pytest.param("zb1p", "megatron", marks=pytest.mark.slow),
     ],
 )

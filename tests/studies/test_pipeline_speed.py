@@ -36,7 +36,7 @@ def test_bench_measures_every_schedule_and_megatrons_own():
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     cases = {(line["case"], line["costs"]["p2p"]): line for line in lines if "executed_s" in line}
-    names = ["megatron_1f1b", "1f1b", "zb1p", "dualpipe", "dualpipev", "interleaved_1f1b_overlap"]
+    names = ["megatron_1f1b", "1f1b", "zb1p", "dualpipe", "dualpipev", "interleaved_1f1b_overlap", "zigzag"]
     assert list(cases) == [(name, latency) for latency in (0, 0.5) for name in names]
     for line in cases.values():
         assert 0.97 < line["ratio_to_simulated"] < 3, line

@@ -7,6 +7,7 @@ from dsv3_megatron.arguments.refusals.table import Refusal
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, TE, TORCH, lacking, oldest, version_key
 from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS, Surroundings
 from dsv3_megatron.fp8.precision import recipe_of
+from dsv3_megatron.pipeline.traits import TRAITS
 
 GPU, FP8 = "GPU and libraries", "Precision"
 HERE = Surroundings(world_size=8)
@@ -127,7 +128,7 @@ ROWS = (
         "not given",
         lambda a, s: (
             not s.on_cpu
-            and a.pipeline_schedule == "dualpipe"
+            and TRAITS[a.pipeline_schedule].directions == 2
             and a.clip_grad > 0
             and not a.use_distributed_optimizer
             and not a.check_weight_hash_across_dp_replicas_interval

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dsv3_megatron.arguments.refusals.layout import _dense_model_size, _layout_stages
 from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
 from dsv3_megatron.arguments.surroundings import Surroundings
-from dsv3_megatron.dualpipe.arguments import num_stages, placement_of
+from dsv3_megatron.dualpipe.arguments import given_options, num_stages, placement_of, table_options
+from dsv3_megatron.pipeline.build import ZIGZAG, build_schedule
+from dsv3_megatron.pipeline.traits import TRAITS
 
 FEATURE = "Pipeline schedules"
 SCHEDULE = "--pipeline-schedule"
@@ -20,7 +22,7 @@ def _on(a: Namespace) -> bool:
 
 
 def _mirrored(a: Namespace) -> bool:
-    return a.pipeline_schedule == "dualpipe"
+    return TRAITS[a.pipeline_schedule].directions == 2
 
 
 def _columns(a: Namespace, s: Surroundings) -> int:
@@ -46,12 +48,34 @@ def _microbatches(a: Namespace, s: Surroundings, batch: int | None) -> tuple[int
 
 def _least(a: Namespace) -> int:
     """Fewest microbatches of one direction."""
-    return {"dualpipe": 1, "dualpipev": 2}.get(a.pipeline_schedule, 0) * a.pipeline_model_parallel_size
+    traits = TRAITS[a.pipeline_schedule]
+    return traits.least_microbatches // traits.directions * a.pipeline_model_parallel_size
 
 
 def _wrong_batch(a: Namespace, s: Surroundings, batch: int | None) -> bool:
     count, rest = _microbatches(a, s, batch)
     return _on(a) and (count < _least(a) or rest != 0)
+
+
+def _microbatches_of_step(a: Namespace, s: Surroundings) -> int:
+    """Of one pipeline; where the batch does not divide there is another row."""
+    return max(1, _microbatches(a, s, a.global_batch_size)[0])
+
+
+def _wrong_table(a: Namespace, s: Surroundings) -> str:
+    """What is wrong with the options that a zigzag is dealt by; building it here is no loss: the run needs it."""
+    if (
+        a.pipeline_schedule != ZIGZAG
+        or not set(given_options(a)) - {"chunks"}
+        or a.pipeline_model_parallel_size < 2
+    ):
+        return ""
+    options = table_options(a)
+    try:
+        build_schedule(ZIGZAG, a.pipeline_model_parallel_size, _microbatches_of_step(a, s), **options)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _given(*names: str) -> Callable[[Namespace, Surroundings], bool]:
@@ -152,7 +176,7 @@ ROWS = (
             _on(a) and a.pipeline_model_parallel_layout is not None and _layout_stages(a) != num_stages(a)
         ),
         f"{SCHEDULE} {{pipeline_schedule}} on {{pipeline_model_parallel_size}} pipeline ranks has one stage a rank, "
-        "dualpipev two",
+        "dualpipev two, zigzag --pipeline-zigzag-chunks",
         "that many stages, separated by |",
         DUALPIPEV + " --global-batch-size 32 --pipeline-model-parallel-layout Ett|ttmL",
     ),
@@ -175,6 +199,27 @@ ROWS = (
         "a message's kernel has at least one thread block",
         "1 or 2",
         DUALPIPE + " --global-batch-size 32 --pipeline-max-ctas 0",
+    ),
+    Refusal(
+        "zigzag_options",
+        FEATURE,
+        "--pipeline-zigzag-chunks / --pipeline-zigzag-memory-cap / --pipeline-zigzag-deferred / --pipeline-costs",
+        "{pipeline_zigzag_chunks} / {pipeline_zigzag_memory_cap} / {pipeline_zigzag_deferred} / {pipeline_costs}",
+        lambda a, s: a.pipeline_schedule != ZIGZAG and bool(given_options(a)),
+        f"{SCHEDULE} {{pipeline_schedule}} deals no weight gradients, so they would be ignored",
+        "them with --pipeline-schedule zigzag, or none of them",
+        DUALPIPEV + " --global-batch-size 32 --pipeline-zigzag-chunks 4",
+    ),
+    Refusal(
+        "zigzag_table",
+        FEATURE,
+        "--pipeline-zigzag-memory-cap / --pipeline-zigzag-deferred / --pipeline-costs",
+        "{pipeline_zigzag_memory_cap} / {pipeline_zigzag_deferred} / {pipeline_costs}",
+        lambda a, s: bool(_wrong_table(a, s)),
+        "no table of zigzag can be dealt with them",
+        "what it says, or leave them out",
+        "--pipeline-schedule zigzag --pipeline-model-parallel-size 2 --pipeline-zigzag-memory-cap 2",
+        detail=_wrong_table,
     ),
     Refusal(
         "dualpipe_experts_over_mirror",
@@ -276,7 +321,7 @@ ROWS = (
         "{profile_pipeline}",
         lambda a, s: a.profile_pipeline is not None and not _on(a),
         "the steps of Megatron's own 1F1B are not recorded",
-        "it with --pipeline-schedule zb1p, dualpipe or dualpipev",
+        "it with --pipeline-schedule zb1p, dualpipe, dualpipev or zigzag",
         "--profile-pipeline 2 --save runs/x",
     ),
     Refusal(

@@ -1,4 +1,4 @@
-"""`GPTModelBuilder.build_distributed_models`: two chunks per rank in a V, and modules that delay weight gradients.
+"""`GPTModelBuilder.build_distributed_models`: chunks of a rank in a V, and modules that delay weight gradients.
 
 Megatron builds a single chunk where its pipeline group has one rank, which DualPipe on two ranks is to it, and accepts
 `delay_wgrad_compute` with its own overlapped schedule only. Our builder inherits this; an unmodified `pretrain_gpt.py`
@@ -23,11 +23,12 @@ def _install(original: Any) -> Any:
             self._model_config.transformer.delay_wgrad_compute = True
             if ddp_config is not None:
                 ddp_config.delay_wgrad_compute = True
-        if dualpipe.placement() is None:
+        placement = dualpipe.placement()
+        if placement is None:
             return original(self, pg_collection, ddp_config, **options)
         from dsv3_megatron.dualpipe.model_chunks import build_chunks
 
-        return build_chunks(self, pg_collection, ddp_config=ddp_config, **options)
+        return build_chunks(self, pg_collection, placement.chunks, ddp_config=ddp_config, **options)
 
     return build_distributed_models
 
@@ -41,6 +42,6 @@ PATCH = Patch(
         "mixed_precision_wrapper=<class 'megatron.core.transformer.module.Float16Module'>, "
         "model_type=<ModelType.encoder_or_decoder: 1>)"
     ),
-    why="--pipeline-schedule: two chunks per rank in a V, weight gradients apart from the backward pass",
+    why="--pipeline-schedule: the chunks of a rank in a V, weight gradients apart from the backward pass",
     install=_install,
 )

@@ -1,4 +1,4 @@
-"""`parallel_state.is_pipeline_last_stage`: in a V the last stage is the second chunk of pipeline rank 0."""
+"""`parallel_state.is_pipeline_last_stage`: in a V the last stage is the last chunk of pipeline rank 0."""
 
 import functools
 from typing import Any
@@ -13,10 +13,11 @@ def _install(original: Any) -> Any:
 
         from dsv3_megatron import dualpipe
 
-        if dualpipe.placement() is None:
+        placement = dualpipe.placement()
+        if placement is None:
             return original(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
         holds = parallel_state.get_pipeline_model_parallel_rank() == 0
-        return holds and (ignore_virtual or vp_stage == 1)
+        return holds and (ignore_virtual or vp_stage == placement.chunks - 1)
 
     return is_pipeline_last_stage
 

@@ -18,6 +18,7 @@ from dsv3_megatron.demo.corpus import standard_library_files
 from dsv3_megatron.demo.launch import RunFailed, RunInterrupted, run_ranks
 from dsv3_megatron.demo.results import read_curves
 from dsv3_megatron.demo.run import SETTINGS_FILE, DemoSettings, quoted, run_demo, saved_iteration
+from dsv3_megatron.pipeline.traits import TRAITS
 from dsv3_megatron.sft.prepare import prepare, read_report
 from dsv3_megatron.studies.sft.instructions import conversations
 from dsv3_megatron.studies.sft.picture import draw
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prepare(found, args.pretrained_run / "corpus", data, SEQ_LENGTH)
     report = read_report(data)
     cfg = compose(_overrides(args, data))
-    replicas = data_parallel_size(cfg) * (2 if cfg.pipeline_schedule == "dualpipe" else 1)
+    replicas = data_parallel_size(cfg) * TRAITS[cfg.pipeline_schedule or "1f1b"].directions
     unit = replicas * cfg.micro_batch_size * max(2, cfg.pipeline_model_parallel_size)
     num_rows = report["valid"]["rows"] // unit * unit
     if not num_rows:
