@@ -45,6 +45,7 @@ VERBS = {
     "chat": Verb("serve.chat:main", "talk to a fine-tuned model in a terminal"),
     "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
     "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
+    "evaluate": Verb("serve.evaluate:main", "benchmarks of a model, through lm-evaluation-harness"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
     "adopt": Verb(
         "adopt.__main__:main", "what a launch script of Megatron-LM or a fork becomes under --spec dsv3"
