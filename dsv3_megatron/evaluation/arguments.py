@@ -12,12 +12,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--eval-tasks",
         nargs="+",
         metavar="NAME",
-        help="tasks of dsv3 evaluate, divided by commas or spaces, evaluated every --eval-tasks-interval steps; results "
-        "go to TensorBoard",
+        help="tasks of dsv3 evaluate, divided by commas or spaces, evaluated every --eval-tasks-interval steps; "
+        "results go to TensorBoard",
     )
     group.add_argument(
         "--eval-tasks-interval", type=int, metavar="STEPS", help="between two evaluations of --eval-tasks"
     )
     group.add_argument(
-        "--eval-tasks-limit", type=int, metavar="N", help="documents of each of the --eval-tasks, the first ones"
+        "--eval-tasks-limit",
+        type=int,
+        metavar="N",
+        help="documents of each of the --eval-tasks, the first ones",
     )

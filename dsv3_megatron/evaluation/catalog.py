@@ -86,7 +86,12 @@ def _load(manager: Any, name: str, include: Path | None, option: str) -> dict[st
     except RefusedArgument:
         raise
     except Exception as error:
-        from_data = type(error).__module__.split(".")[0] in ("datasets", "huggingface_hub", "requests", "httpx")
+        from_data = type(error).__module__.split(".")[0] in (
+            "datasets",
+            "huggingface_hub",
+            "requests",
+            "httpx",
+        )
         if from_data or isinstance(error, OSError):
             named = re.search(r"'([\w.-]+/[\w.-]+)'", str(error))
             where = f" ({named[1]})" if named else _data_of(manager, name)

@@ -24,7 +24,8 @@ Grader = Callable[[str, str, Sequence[str]], str]  # question, answer, right ans
 BINS = 10  # of stated confidence
 _DECLINES = (
     "i dont know", "i do not know", "dont know", "not sure", "im not sure", "i am not sure", "unknown", "cannot answer",
-    "i cannot answer", "no answer", "na", "不知道", "我不知道", "不清楚", "我不清楚", "不确定", "无法回答", "我无法回答", "未知",
+    "i cannot answer", "no answer", "na", "不知道", "我不知道", "不清楚", "我不清楚", "不确定", "无法回答",
+    "我无法回答", "未知",
 )  # fmt: skip
 _FRAMES = ("the answer is ", "answer is ", "answer ", "it is ", "its ", "答案是", "答案")
 _CONFIDENCE = re.compile(r"(?:confidence|把握|置信度)\D{0,12}?(\d+(?:\.\d+)?)\s*[%％]?", re.IGNORECASE)
@@ -96,7 +97,12 @@ def by_endpoint(url: str, model: str, key: str | None = None, timeout_s: float =
         if not answer.strip():
             return NOT_ATTEMPTED
         prompt = PROMPT.format(question=question, right=" / ".join(right), answer=answer)
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 8}
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": 8,
+        }
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(
             url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers

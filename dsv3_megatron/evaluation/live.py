@@ -99,14 +99,13 @@ def _to_tensorboard(scalars: dict[str, float], iteration: int) -> None:
 @contextmanager
 def _undisturbed(args: Any, call: dict[str, Any]) -> Iterator[None]:
     """The model as an evaluation wants it; afterwards everything is as it was, random numbers and clocks too."""
+    import torch
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.utils import get_model_config
     from megatron.training import get_timers, training
 
     from dsv3_megatron.ema.trainer import average
-
-    import torch
 
     model, config = call["model"], get_model_config(call["model"][0])
     modes = [(module, module.training) for chunk in model for module in chunk.modules()]

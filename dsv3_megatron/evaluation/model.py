@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Ids of a text; the tokenizer adds its special tokens unless the text begins with them, or unless told not to."""
+        """Ids of a text; with the tokenizer's special tokens, unless it begins with them or they are not wanted."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         return self._encode(string, add_special_tokens)
@@ -202,7 +202,9 @@ class HarnessModel(TemplateLM):
 
     # --- what is asked of the ranks
 
-    def _asked(self, what: str, questions: list[Any], compute: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+    def _asked(
+        self, what: str, questions: list[Any], compute: Callable[[Sequence[Any]], list[Any]]
+    ) -> list[Any]:
         """Answers in the order of the questions; each is computed once, the longest first."""
         new = [question for question in dict.fromkeys(questions) if question not in self._answers]
         new.sort(key=lambda question: -len(question.tokens))

@@ -13,6 +13,7 @@ __all__ = ["documents", "grid", "lengths_up_to"]
 
 ROOM = 24  # tokens of the context that are left for the answer
 SHORTEST, MOST = 64, 6
+TRIES = 12  # sentences that may be too long for what is left, before the haystack is full
 SUBJECTS = ("lighthouse", "library", "bakery", "workshop", "harbour", "clock tower", "mill", "orchard")
 
 
@@ -58,11 +59,16 @@ def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str,
     question = f"\n\nQuestion: What is the number of the {subject}?\nAnswer: The number of the {subject} is"
     left = length - count(needle) - count(question) - 2
     hay: list[str] = []
+    too_long = 0  # sentences in a row
     for sentence in _sentences():
-        left -= count(sentence) + 1
-        if left < 0:
-            break
+        size = count(sentence) + 1
+        if size > left:
+            too_long += 1
+            if too_long == TRIES:
+                break
+            continue
         hay.append(sentence)
+        left, too_long = left - size, 0
     text = _put(hay, needle, depth) + question
     if not hay or count(text) > length:
         raise RefusedArgument(f"--needle-lengths {length}: too few tokens for a haystack around the needle")

@@ -29,7 +29,9 @@ def draw_calibration(table: Sequence[dict[str, float]], file: Path) -> None:
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
     axes.plot([row["confidence"] for row in table], [row["accuracy"] for row in table], marker="o")
     for row in table:
-        axes.annotate(f"{row['num']:.0f}", (row["confidence"], row["accuracy"]), (4, 4), textcoords="offset points")
+        axes.annotate(
+            f"{row['num']:.0f}", (row["confidence"], row["accuracy"]), (4, 4), textcoords="offset points"
+        )
     axes.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel="stated confidence", ylabel="correct")
     _save(figure, file)
 

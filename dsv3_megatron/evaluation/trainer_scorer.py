@@ -58,7 +58,9 @@ class TrainerScorer:
         while going:
             rows = [requests[place].tokens + tuple(answers[place]) for place in going]
             found = self._passes([(row, 1, (0,)) for row in rows])
-            for index, token in self._on_all_ranks({i: int(best[-1]) for i, (*_, best) in found.items()}).items():
+            for index, token in self._on_all_ranks(
+                {i: int(best[-1]) for i, (*_, best) in found.items()}
+            ).items():
                 answers[going[index]].append(token)
             going = [place for place in going if not self._is_done(requests[place], answers[place])]
         return dict(enumerate(answers))

@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     tokenizer = open_tokenizer(tokenizer_folder)
     if options.apply_chat_template and not tokenizer.chat_template:
-        raise RefusedArgument(f"--apply-chat-template: the tokenizer of {tokenizer_folder} has no chat template")
+        raise RefusedArgument(
+            f"--apply-chat-template: the tokenizer of {tokenizer_folder} has no chat template"
+        )
     loaded = None
     if is_first_rank():
         use(_setting(options, tokenizer))
@@ -82,12 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each task, the first ones")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
-    tasks.add_argument("--apply-chat-template", action="store_true", help="ask in the tokenizer's chat template")
-    tasks.add_argument("--system-instruction", metavar="TEXT", help="first words of each prompt or conversation")
-    tasks.add_argument("--include-path", type=Path, metavar="DIR", help="more tasks, as the harness's YAML files")
+    tasks.add_argument(
+        "--apply-chat-template", action="store_true", help="ask in the tokenizer's chat template"
+    )
+    tasks.add_argument(
+        "--system-instruction", metavar="TEXT", help="first words of each prompt or conversation"
+    )
+    tasks.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="more tasks, as the harness's YAML files"
+    )
     tasks.add_argument("--download", action="store_true", help="fetch data that is not on this machine")
     tasks.add_argument(
-        "--bootstrap-iters", type=int, default=100_000, help="for standard errors (default: %(default)s, 0: none)"
+        "--bootstrap-iters",
+        type=int,
+        default=100_000,
+        help="for standard errors (default: %(default)s, 0: none)",
     )
     tasks.add_argument(
         "--confirm-run-unsafe-code",
@@ -95,15 +106,20 @@ def _parser() -> argparse.ArgumentParser:
         help="allow tasks of the harness that run generated code outside the sandbox",
     )
     ours = parser.add_argument_group("tasks of this package")
-    ours.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="what dsv3_text measures")
-    for what, text in (("lengths", "tokens of dsv3_needle's haystacks"), ("depths", "percent before the needle")):
+    ours.add_argument(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="what dsv3_text measures"
+    )
+    for what, text in (
+        ("lengths", "tokens of dsv3_needle's haystacks"),
+        ("depths", "percent before the needle"),
+    ):
         ours.add_argument(f"--needle-{what}", type=int, nargs="+", default=[], metavar="N", help=text)
     ours.add_argument(
         "--grader",
         default=MATCH,
         metavar="match|URL",
-        help="of dsv3_facts_*: equality after normalisation, or a chat model behind OpenAI's API at URL (…/v1), with the "
-        "key in OPENAI_API_KEY (default: %(default)s)",
+        help="of dsv3_facts_*: equality after normalisation, or a chat model behind OpenAI's API at URL (…/v1), "
+        "with the key in OPENAI_API_KEY (default: %(default)s)",
     )
     ours.add_argument("--grader-model", metavar="NAME", help="of --grader URL")
     add_model_options(parser)
