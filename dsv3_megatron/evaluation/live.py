@@ -100,6 +100,7 @@ def _to_tensorboard(scalars: dict[str, float], iteration: int) -> None:
 def _undisturbed(args: Any, call: dict[str, Any]) -> Iterator[None]:
     """The model as an evaluation wants it; afterwards everything is as it was, random numbers and clocks too."""
     import torch
+    import torch
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.utils import get_model_config
@@ -113,9 +114,13 @@ def _undisturbed(args: Any, call: dict[str, Any]) -> Iterator[None]:
     states, mode, timers = tracker.get_states(), rerun.get_mode(), config.timers
     device_state = torch.cuda.get_rng_state()
     gathers = training.should_disable_forward_pre_hook(args)
+    # Megatron itself has none before the end of the first step.
+    gathers_by_hook = gathers and bool(model[0].remove_forward_pre_hook_handles)
     clock.stop()
-    if gathers:
-        training.disable_forward_pre_hook(model, call["optimizer"])
+    if gathers_by_hook:
+        training.disable_forward_pre_hook(model, call["optimizer"])  # gathers now
+    elif gathers:
+        training.force_param_sync(model, call["optimizer"])
     for chunk in model:
         chunk.eval()
     rerun.set_mode(RerunMode.DISABLED)
@@ -129,7 +134,7 @@ def _undisturbed(args: Any, call: dict[str, Any]) -> Iterator[None]:
         rerun.set_mode(mode)
         for module, training_mode in modes:
             module.training = training_mode
-        if gathers:
+        if gathers_by_hook:
             training.enable_forward_pre_hook(model)
         torch.cuda.set_rng_state(device_state)
         tracker.set_states(states)

@@ -30,7 +30,8 @@ def documents(
     """A document for each length and depth, the same at every call.
 
     Args:
-        lengths: tokens of haystack, needle and question together, at most; () for `lengths_up_to`.
+        lengths: tokens of haystack, needle and question together, at most; () for those of `lengths_up_to` that hold a
+            haystack.
         depths: percent of the haystack before the needle.
         count: tokens of a text.
 
@@ -49,10 +50,16 @@ def documents(
         if not 0 <= depth <= 100:
             raise RefusedArgument(f"--needle-depths {depth}: percent of the haystack, from 0 to 100")
     chosen = lengths or lengths_up_to(max_length)
-    return [_document(length, depth, count) for length, depth in itertools.product(chosen, depths)]
+    made = [_document(length, depth, count) for length, depth in itertools.product(chosen, depths)]
+    found = [document for document in made if document is not None]
+    if not found or (lengths and len(found) < len(made)):
+        shortest = min(lengths or chosen)
+        raise RefusedArgument(f"--needle-lengths {shortest}: too few tokens for a haystack around the needle")
+    return found
 
 
-def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str, Any]:
+def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str, Any] | None:
+    """None where the length holds no haystack."""
     rng = random.Random(f"{length} {depth}")
     subject, number = rng.choice(SUBJECTS), str(rng.randrange(10_000, 100_000))
     needle = f"The number of the {subject} is {number}."
@@ -71,7 +78,7 @@ def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str,
         left, too_long = left - size, 0
     text = _put(hay, needle, depth) + question
     if not hay or count(text) > length:
-        raise RefusedArgument(f"--needle-lengths {length}: too few tokens for a haystack around the needle")
+        return None
     return {"length": length, "depth": depth, "tokens": count(text), "number": number, "text": text}
 
 

@@ -11,7 +11,7 @@ from dsv3_megatron.evaluation import catalog
 from dsv3_megatron.evaluation.setting import Setting, use
 
 TASKS = ("dsv3_choice_en", "dsv3_choice_zh", "dsv3_text_en", "dsv3_text_zh", "dsv3_facts_en", "dsv3_needle")
-NEEDLES = (100, 200)
+NEEDLES = (150, 230)
 LIMIT = 3
 BOUND = 1e-5  # of each value, relative to its size where that is above 1
 
