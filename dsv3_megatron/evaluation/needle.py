@@ -65,7 +65,7 @@ def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str,
     needle = f"The number of the {subject} is {number}."
     question = f"\n\nQuestion: What is the number of the {subject}?\nAnswer: The number of the {subject} is"
     left = length - count(needle) - count(question) - 2
-    hay: list[str] = []
+    hay: list[tuple[str, int]] = []  # sentences and their tokens
     too_long = 0  # sentences in a row
     for sentence in _sentences():
         size = count(sentence) + 1
@@ -74,7 +74,7 @@ def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str,
             if too_long == TRIES:
                 break
             continue
-        hay.append(sentence)
+        hay.append((sentence, size))
         left, too_long = left - size, 0
     text = _put(hay, needle, depth) + question
     if not hay or count(text) > length:
@@ -82,9 +82,13 @@ def _document(length: int, depth: int, count: Callable[[str], int]) -> dict[str,
     return {"length": length, "depth": depth, "tokens": count(text), "number": number, "text": text}
 
 
-def _put(hay: list[str], needle: str, depth: int) -> str:
-    place = round(len(hay) * depth / 100)
-    return " ".join([*hay[:place], needle, *hay[place:]])
+def _put(hay: list[tuple[str, int]], needle: str, depth: int) -> str:
+    """The needle between two sentences, where the tokens before it are nearest to their share."""
+    before = [0, *itertools.accumulate(size for _, size in hay)]
+    wanted = before[-1] * depth / 100
+    place = min(range(len(before)), key=lambda at: abs(before[at] - wanted))
+    sentences = [sentence for sentence, _ in hay]
+    return " ".join([*sentences[:place], needle, *sentences[place:]])
 
 
 def _sentences() -> Iterator[str]:

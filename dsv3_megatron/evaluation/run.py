@@ -59,7 +59,7 @@ def run(
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    with _random_numbers_kept():
+    with _random_numbers_kept(), _no_bars():
         return evaluate(
             lm=model,
             task_dict=loaded,
@@ -70,6 +70,15 @@ def run(
             fewshot_as_multiturn=True,
             confirm_run_unsafe_code=unsafe_code,
         )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Making the questions of a task takes no time that a bar could show."""
+    from unittest import mock
+
+    with mock.patch("lm_eval.api.task.tqdm", lambda documents, **unused: documents):
+        yield
 
 
 @contextmanager

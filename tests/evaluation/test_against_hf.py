@@ -88,6 +88,18 @@ def test_in_every_layout(layout, checkpoint, theirs, tmp_path):
 
 
 @pytest.mark.slow
+def test_conversations_by_the_chat_template(hf, checkpoint, tmp_path):
+    tasks = ("dsv3_choice_en", "dsv3_facts_en")
+    more = ["--apply-chat-template", "--system-instruction", "Be brief."]
+    result = last_line([*words("--load", checkpoint, tmp_path, tasks), *more])
+    theirs = hf_results(hf, tasks, apply_chat_template=True, system_instruction="Be brief.")
+    same(result["results"], metrics_of(theirs))
+    assert same_samples(tmp_path, theirs) == 2 * LIMIT
+    sample = json.loads((tmp_path / "samples_dsv3_facts_en.jsonl").read_text().split("\n")[0])
+    assert "Be brief." in sample["arguments"][0][0] and len(sample["arguments"][0][0]) > 100
+
+
+@pytest.mark.slow
 def test_all_documents_with_examples(hf, checkpoint, tmp_path):
     """More rows than fit at once, one-token and many-token continuations, examples before the question."""
     tasks = ("dsv3_choice_en", "dsv3_choice_zh")

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.evaluation.answers import Answers
+from dsv3_megatron.evaluation.documents import written
 from dsv3_megatron.evaluation.model import HarnessModel
 from dsv3_megatron.evaluation.scorer import Request, Row, Score
 from dsv3_megatron.evaluation.text import open_tokenizer
@@ -44,7 +45,6 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ((*TASK, "--grader-model", "x"), "--grader URL and --grader-model NAME belong together"),
         ((*TASK, "--include-path", "nowhere"), "--include-path nowhere: no such folder"),
         ((*TASK, "--max-length", "9999"), "--max-length 9999"),
-        ((*TASK, "--apply-chat-template"), "has no chat template"),
         (("--tasks", "arc_easy"), "--tasks arc_easy: its data (allenai/ai2_arc) is not on this machine"),
         (("--tasks", "dsv3_needle", "--needle-lengths", "4096"), "--needle-lengths 4096: the context of 256"),
         (("--tasks", "dsv3_text", "--text", "nowhere.txt"), "--text nowhere.txt: No such file"),
@@ -62,6 +62,11 @@ def test_wrong_models_are_named(hf, tmp_path, capsys):
     assert "no such folder" in refused(capsys, "--load", tmp_path / "nowhere", "--device", "cpu", *TASK)
     assert "give --load DIR" in refused(capsys, "--device", "cpu", *TASK)
     shutil.copytree(hf, bare)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    assert config.pop("chat_template")
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    words = ("--hf", bare, "--device", "cpu", *TASK, "--apply-chat-template")
+    assert "--apply-chat-template: the tokenizer of" in refused(capsys, *words)
     (bare / "tokenizer.json").unlink()
     assert "dsv3 evaluate needs a tokenizer" in refused(capsys, "--hf", bare, "--device", "cpu", *TASK)
     (bare / "tokenizer.json").write_text("{}")
@@ -100,7 +105,7 @@ def request(*args: Any) -> Any:
 
 def test_rows_are_cut_to_the_context_and_each_token_is_scored_once(asked):
     model, leader = asked
-    text = "the harbour wakes before the town does " * 6
+    text = written("en")[0]["text"][:250]
     tokens = model.tok_encode(text)
     assert len(tokens) > 3 * model.max_length
     assert model.loglikelihood_rolling([request(text), request("")]) == [-float(len(tokens)), 0.0]
