@@ -35,7 +35,15 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.8"],
         "serve": SERVE,
         "eval": EVAL,
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE, *EVAL],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "transformers>=4.53",
+            "safetensors",
+            *SERVE,
+            *EVAL,
+        ],
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
     entry_points={

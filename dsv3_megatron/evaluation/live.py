@@ -100,7 +100,6 @@ def _to_tensorboard(scalars: dict[str, float], iteration: int) -> None:
 def _undisturbed(args: Any, call: dict[str, Any]) -> Iterator[None]:
     """The model as an evaluation wants it; afterwards everything is as it was, random numbers and clocks too."""
     import torch
-    import torch
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.utils import get_model_config

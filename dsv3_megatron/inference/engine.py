@@ -345,7 +345,10 @@ class Engine:
             params = RequestParams(num_tokens_to_generate=0, top_k=1, return_log_probs=True)
             numbers.append(self._submit(tokens, params, None))
         return [
-            (torch.tensor(result.prompt_log_probs), torch.tensor(result.prompt_first_choices, dtype=torch.bool))
+            (
+                torch.tensor(result.prompt_log_probs),
+                torch.tensor(result.prompt_first_choices, dtype=torch.bool),
+            )
             for result in self._finish(numbers, None)
         ]
 
