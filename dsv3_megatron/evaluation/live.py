@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.evaluation import catalog
 from dsv3_megatron.evaluation.setting import Setting, use
 
@@ -35,12 +36,26 @@ def install(args: Any) -> None:
     _tokenizer = open_tokenizer(Path(args.tokenizer_model))
     if args.rank == LEADER:
         use(Setting(max_length=args.seq_length, count=lambda text: len(_tokenizer.encode(text))))
-        _tasks = catalog.load_tasks(catalog.split_names(args.eval_tasks), option="--eval-tasks")
+        _tasks = _loaded(args)
     hooks.after_step(_after_step)
 
 
+def _loaded(args: Any) -> Any:
+    """The tasks, each of which is possible here."""
+    from dsv3_megatron.evaluation.model import generation
+    from dsv3_megatron.evaluation.run import check
+
+    loaded = catalog.load_tasks(catalog.split_names(args.eval_tasks), option="--eval-tasks")
+    check(loaded, option="--eval-tasks")
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until":
+            how = task.config.generation_kwargs or {}
+            generation(how, f"--eval-tasks {name}", args.seq_length, samples=False)
+    return loaded
+
+
 def _after_step(call: dict[str, Any], result: Any) -> None:
-    """Every so many steps, on every rank: `call["iteration"]` steps were done before this one."""
+    """Every so many steps, on every rank."""
     from megatron.training import get_args
 
     args = get_args()
@@ -61,19 +76,25 @@ def _evaluate(args: Any, model: list[Any], iteration: int) -> None:
     from dsv3_megatron.evaluation.ranks import LEADER, follow, leading
     from dsv3_megatron.evaluation.trainer_scorer import TrainerScorer
 
-    ends = [] if _tokenizer.eos_token_id is None else [_tokenizer.eos_token_id]
+    ends: list[int] = [] if _tokenizer.eos_token_id is None else [_tokenizer.eos_token_id]
     scorer = TrainerScorer(model, ends, _tokenizer.decode)
     box: list[Any] = [None]
     if dist.get_rank() == LEADER:
         from dsv3_megatron.evaluation.model import HarnessModel
         from dsv3_megatron.evaluation.run import figures, run
 
-        with leading(scorer) as leader:
-            answering = HarnessModel(_tokenizer, leader, report=lambda line: print(line, flush=True))
-            box[0] = figures(run(answering, _tasks, limit=args.eval_tasks_limit, bootstraps=0))
+        try:
+            with leading(scorer) as leader:
+                answering = HarnessModel(_tokenizer, leader, report=lambda line: print(line, flush=True))
+                box[0] = figures(run(answering, _tasks, limit=args.eval_tasks_limit, bootstraps=0))
+        except RefusedArgument as error:  # of a document, or a metric: no reason to end a training
+            box[0] = str(error)
     else:
         follow(scorer)
     dist.broadcast_object_list(box, src=LEADER)
+    if isinstance(box[0], str):
+        print_rank_last(f" evaluation at iteration {iteration} FAILED | {box[0]}")
+        return
     scalars = {
         f"eval/{task}/{name.removesuffix(',none')}": value
         for task, values in box[0].items()

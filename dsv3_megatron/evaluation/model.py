@@ -15,7 +15,7 @@ from dsv3_megatron.evaluation.ranks import Leader
 from dsv3_megatron.evaluation.scorer import Request, Row, Score
 from dsv3_megatron.evaluation.text import prefix_token
 
-__all__ = ["HarnessModel"]
+__all__ = ["HarnessModel", "generation"]
 
 PROGRESS_S = 2.0
 MAX_GEN_TOKS = 256  # where a task does not say; the harness's
@@ -158,26 +158,9 @@ class HarnessModel(TemplateLM):
 
     def _request(self, request: Any) -> tuple[Request, list[str]]:
         context, given = request.args
-        how: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
-        if unknown := sorted(set(how) - KNOWN):
-            raise RefusedArgument(
-                f"{_where(request)}: its generation_kwargs ask for {', '.join(unknown)}, which the engine has not; it "
-                f"has {', '.join(sorted(KNOWN))}"
-            )
-        temperature = float(how.get("temperature") or 0.0) if how["do_sample"] else 0.0
-        if temperature and not self._leader.samples:
-            raise RefusedArgument(
-                f"{_where(request)}: it samples (temperature {temperature}), which is not possible during training; "
-                "use dsv3 evaluate on a checkpoint"
-            )
-        max_new_tokens = how["max_gen_toks"]
-        room = self.max_length - max_new_tokens
-        if room <= 0:
-            raise RefusedArgument(
-                f"{_where(request)}: it generates up to {max_new_tokens} tokens, which leaves no room for a prompt in "
-                f"the context of {self.max_length}"
-            )
-        tokens = self._encode_prompt(context)[-room:]
+        how = generation(given, _where(request), self.max_length, self._leader.samples)
+        max_new_tokens, temperature = how["max_gen_toks"], how["temperature"]
+        tokens = self._encode_prompt(context)[-(self.max_length - max_new_tokens) :]
         if not tokens:
             tokens = [self.prefix_token_id]
         stop = [text for text in how["until"] if text]
@@ -219,6 +202,37 @@ class HarnessModel(TemplateLM):
                     f"evaluate {what} {done} of {len(new)}, {rate:.1f} a second, {(len(new) - done) / rate:.0f} s left"
                 )
         return [self._answers[question] for question in questions]
+
+
+def generation(given: dict[str, Any], where: str, max_length: int, samples: bool) -> dict[str, Any]:
+    """A task's generation_kwargs with the harness's defaults; "temperature" is 0 for greedy.
+
+    Args:
+        where: what the message begins with.
+        max_length: of the model's context.
+        samples: whether a temperature is possible.
+
+    Raises:
+        RefusedArgument: they ask for what cannot be.
+    """
+    how: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
+    if unknown := sorted(set(how) - KNOWN):
+        raise RefusedArgument(
+            f"{where}: its generation_kwargs ask for {', '.join(unknown)}, which the engine has not; it has "
+            f"{', '.join(sorted(KNOWN))}"
+        )
+    how["temperature"] = float(how.get("temperature") or 0.0) if how["do_sample"] else 0.0
+    if how["temperature"] and not samples:
+        raise RefusedArgument(
+            f"{where}: it samples (temperature {how['temperature']}), which is not possible during training; use "
+            "dsv3 evaluate on a checkpoint"
+        )
+    if how["max_gen_toks"] >= max_length:
+        raise RefusedArgument(
+            f"{where}: it generates up to {how['max_gen_toks']} tokens, which leaves no room for a prompt in the "
+            f"context of {max_length}"
+        )
+    return how
 
 
 def _where(request: Any) -> str:

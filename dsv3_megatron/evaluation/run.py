@@ -13,7 +13,7 @@ from dsv3_megatron.evaluation.model import HarnessModel
 from dsv3_megatron.evaluation.needle import grid
 from dsv3_megatron.evaluation.pictures import draw_calibration, draw_needles
 
-__all__ = ["figures", "num_samples", "run", "write"]
+__all__ = ["check", "figures", "num_samples", "run", "write"]
 
 FEWSHOT_SEED = 1234  # the harness's
 BOOTSTRAPS = 100_000  # the harness's
@@ -49,27 +49,39 @@ def run(
     """
     from lm_eval.evaluator import evaluate
 
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) and not unsafe_code:
-            raise RefusedArgument(
-                f"--tasks {name}: runs what the model writes without a sandbox; use dsv3_humaneval, or "
-                "--confirm-run-unsafe-code"
-            )
+    check(loaded, unsafe_code)
+    for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     with _random_numbers_kept(), _no_bars():
-        return evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=bootstraps,
-            system_instruction=system,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=True,
-            confirm_run_unsafe_code=unsafe_code,
-        )
+        try:
+            return evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=limit,
+                bootstrap_iters=bootstraps,
+                system_instruction=system,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=True,
+                confirm_run_unsafe_code=unsafe_code,
+            )
+        except OverflowError as error:
+            raise RefusedArgument(
+                f"a metric of {', '.join(loaded['tasks'])} is too large for a number ({error}): a word's perplexity of "
+                "a model that has learned nothing, for instance; leave the task out"
+            ) from error
+
+
+def check(loaded: Any, unsafe_code: bool = False, option: str = "--tasks") -> None:
+    """Raise `RefusedArgument` where a task runs generated code without our sandbox, unless `unsafe_code`."""
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not unsafe_code:
+            raise RefusedArgument(
+                f"{option} {name}: runs what the model writes without a sandbox; use dsv3_humaneval, or dsv3 evaluate "
+                "with --confirm-run-unsafe-code"
+            )
 
 
 @contextmanager
