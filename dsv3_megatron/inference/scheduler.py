@@ -69,7 +69,7 @@ class LatentEngine(DynamicInferenceEngine):
         decode: token ids to text, for stop strings; None without a tokenizer.
 
     Attributes:
-        done: records of requests that ended since `take_done`, and why.
+        done: records of requests that ended since `take_done`, why, and their prompts' `first_choices`.
     """
 
     context: LatentContext
@@ -79,7 +79,7 @@ class LatentEngine(DynamicInferenceEngine):
     ):
         self._decode = decode
         self._watches: dict[int, _Watch] = {}
-        self.done: list[tuple[DynamicInferenceRequestRecord, str]] = []
+        self.done: list[tuple[DynamicInferenceRequestRecord, str, list[bool]]] = []
         super().__init__(controller, context)
 
     def add_request(
@@ -122,10 +122,10 @@ class LatentEngine(DynamicInferenceEngine):
             entry.future.set_result(entry.record)
             self._end(request_id, entry.record)
 
-    def take_done(self) -> list[tuple[DynamicInferenceRequest, str]]:
-        """Requests that ended since the last call, merged, and why."""
+    def take_done(self) -> list[tuple[DynamicInferenceRequest, str, list[bool]]]:
+        """Requests that ended since the last call, merged, why, and their prompts' first choices."""
         done, self.done = self.done, []
-        return [(record.merge(), reason) for record, reason in done]
+        return [(record.merge(), reason, choices) for record, reason, choices in done]
 
     def _get_and_clear_stop_word_finished_ids(self, active_request_ids: list[int]) -> set[int]:
         aborted = {i for i in active_request_ids if self._watches[i].aborted}
@@ -174,4 +174,5 @@ class LatentEngine(DynamicInferenceEngine):
         watch = self._watches.pop(request_id)
         self.context.seeds.pop(request_id, None)
         self.context.following_prompt_tokens.pop(request_id, None)
-        self.done.append((record, watch.reason()))
+        choices = self.context.first_choices.pop(request_id, [])
+        self.done.append((record, watch.reason(), choices))

@@ -54,6 +54,16 @@ def test_log_probs_are_the_trainers(model):
     assert engine(model).log_probs([[5]])[0].shape == (0,)
 
 
+def test_first_choices_are_the_trainers(model):
+    (prompt,) = prompts(9)
+    with_engine = engine(model, max_step_tokens=8)  # in chunks
+    (answer,) = with_engine.generate([prompt], Sampling(max_new_tokens=12, temperature=0))
+    (_, greedy), (_, other) = with_engine.score([prompt + answer.tokens, prompt])
+    assert greedy[-12:].all()
+    wanted = full_logits(model, prompt)[:-1].argmax(-1) == torch.tensor(prompt[1:])
+    assert torch.equal(other, wanted) and not other.all()
+
+
 def test_log_probs_of_generated_tokens_are_the_trainers(model):
     batch = prompts(9, 30)
     for speculative in (False, True):

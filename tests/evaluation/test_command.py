@@ -1,0 +1,193 @@
+"""`dsv3 evaluate`: what it refuses, how it goes on, odd input."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.evaluation.answers import Answers
+from dsv3_megatron.evaluation.documents import written
+from dsv3_megatron.evaluation.model import HarnessModel
+from dsv3_megatron.evaluation.scorer import Request, Row, Score
+from dsv3_megatron.evaluation.text import open_tokenizer
+from dsv3_megatron.serve.evaluate import main
+
+TASK = ("--tasks", "dsv3_choice_en")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line, with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    *_, line = captured.err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and "Traceback" not in captured.err
+    assert captured.out == ""
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "--tasks: names no task"),
+        (("--tasks", "dsv3_needel"), "--tasks dsv3_needel: no such task; did you mean dsv3_needle?"),
+        (("--tasks", "dsv3_text,arc_esy"), "--tasks arc_esy: no such task; did you mean arc_easy?"),
+        ((*TASK, "--load", "x"), "give --load DIR (a Megatron checkpoint) or --hf DIR"),
+        ((*TASK, "--limit", "0"), "--limit 0: must be 1 or more"),
+        ((*TASK, "--num-fewshot", "-1"), "--num-fewshot -1: must be 0 or more"),
+        ((*TASK, "--speculative", "mtp"), "--speculative mtp"),
+        ((*TASK, "--grader", "gpt"), "--grader gpt: match, or the URL"),
+        ((*TASK, "--grader", "http://x/v1"), "--grader URL and --grader-model NAME belong together"),
+        ((*TASK, "--grader-model", "x"), "--grader URL and --grader-model NAME belong together"),
+        ((*TASK, "--include-path", "nowhere"), "--include-path nowhere: no such folder"),
+        ((*TASK, "--max-length", "9999"), "--max-length 9999"),
+        (("--tasks", "arc_easy"), "--tasks arc_easy: its data (allenai/ai2_arc) is not on this machine"),
+        (("--tasks", "dsv3_needle", "--needle-lengths", "4096"), "--needle-lengths 4096: the context of 256"),
+        (("--tasks", "dsv3_text", "--text", "nowhere.txt"), "--text nowhere.txt: No such file"),
+    ],
+)
+def test_wrong_words_are_named(words, named, hf, capsys):
+    assert named in refused(capsys, "--hf", hf, "--device", "cpu", *words)
+
+
+def test_wrong_models_are_named(hf, tmp_path, capsys):
+    empty, bare = tmp_path / "empty", tmp_path / "bare"
+    empty.mkdir()
+    assert "config.json" in refused(capsys, "--hf", empty, "--device", "cpu", *TASK)
+    assert str(empty) in refused(capsys, "--load", empty, "--device", "cpu", *TASK)
+    assert "no such folder" in refused(capsys, "--load", tmp_path / "nowhere", "--device", "cpu", *TASK)
+    assert "give --load DIR" in refused(capsys, "--device", "cpu", *TASK)
+    shutil.copytree(hf, bare)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    assert config.pop("chat_template")
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    words = ("--hf", bare, "--device", "cpu", *TASK, "--apply-chat-template")
+    assert "--apply-chat-template: the tokenizer of" in refused(capsys, *words)
+    (bare / "tokenizer.json").unlink()
+    assert "dsv3 evaluate needs a tokenizer" in refused(capsys, "--hf", bare, "--device", "cpu", *TASK)
+    (bare / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in refused(capsys, "--hf", bare, "--device", "cpu", *TASK)
+
+
+# --- the model over a leader that is no model: token n + 1 follows token n
+
+
+class Counts:
+    """Scores −1 a token; goes on with what was given, backwards."""
+
+    max_length, num_at_once, samples = 16, 4, True
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def score(self, rows: Any) -> list[Score]:
+        self.asked += rows
+        return [Score(-float(row.num_scored), True) for row in rows]
+
+    def generate(self, requests: Any) -> list[list[int]]:
+        self.asked += requests
+        return [list(request.tokens[::-1][: request.max_new_tokens]) for request in requests]
+
+
+@pytest.fixture
+def asked(hf) -> tuple[HarnessModel, Counts]:
+    leader = Counts()
+    return HarnessModel(open_tokenizer(hf), leader, report=lambda line: None), leader  # type: ignore[arg-type]
+
+
+def request(*args: Any) -> Any:
+    return SimpleNamespace(args=args, task_name="t", doc_id=3)
+
+
+def test_rows_are_cut_to_the_context_and_each_token_is_scored_once(asked):
+    model, leader = asked
+    text = written("en")[0]["text"][:250]
+    tokens = model.tok_encode(text)
+    assert len(tokens) > 3 * model.max_length
+    assert model.loglikelihood_rolling([request(text), request("")]) == [-float(len(tokens)), 0.0]
+    assert all(len(row.tokens) <= model.max_length + 1 for row in leader.asked)
+    assert sum(row.num_scored for row in leader.asked) == len(tokens)
+    leader.asked.clear()
+    ending = " at four"
+    (score,) = model.loglikelihood([request(text, ending)])
+    (row,) = leader.asked
+    assert len(row.tokens) == model.max_length + 1 and score == (-float(row.num_scored), True)
+    assert model.tokenizer.decode(row.tokens[-row.num_scored :]) == ending
+
+
+def test_odd_input_is_named(asked):
+    model, leader = asked
+    for bad, said in (
+        (lambda: model.loglikelihood([request("x", "")]), "task t, document 3: an empty continuation"),
+        (lambda: model.loglikelihood([request("x", " word" * 200)]), "--max-length 16: a continuation has"),
+        (lambda: model.generate_until([request("x", {"until": [], "num_beams": 4})]), "ask for num_beams"),
+        (lambda: model.generate_until([request("x", {"max_gen_toks": 16})]), "leaves no room for a prompt"),
+    ):
+        with pytest.raises(RefusedArgument, match=said):
+            bad()
+    assert leader.asked == []
+    (answer,) = model.generate_until([request("", {"until": [], "max_gen_toks": 4})])
+    assert answer == "" and leader.asked[0].tokens == (model.prefix_token_id,)
+
+
+def test_what_was_answered_is_not_asked_again_and_repeats_are_drawn_anew(asked):
+    model, leader = asked
+    same = [request("a town", " wakes"), request("a town", " wakes"), request("a town", " sleeps")]
+    assert model.loglikelihood(same)[0] == model.loglikelihood(same)[1]
+    assert len(leader.asked) == 2
+    leader.asked.clear()
+    how = {"until": ["x"], "do_sample": True, "temperature": 0.7, "max_gen_toks": 2}
+    model.generate_until([request("a town", how)] * 3)
+    assert sorted(question.number for question in leader.asked) == [0, 1, 2]
+    leader.asked.clear()
+    model.generate_until([request("a town", {"until": ["x"], "max_gen_toks": 2})] * 3)
+    assert len(leader.asked) == 1
+
+
+QUESTIONS = [Row((1, 2, 3), 2), Request((1, 2), 5, ("x",)), Request((1, 2), 5, ("x",), number=1)]
+ANSWERS: list[Any] = [Score(-1.5, True), [3, 4], []]
+
+
+def test_answers_are_kept_and_a_cut_line_is_written_again(tmp_path):
+    answers = Answers(tmp_path, {"model": "a"})
+    answers.add(zip(QUESTIONS, ANSWERS, strict=True))
+    answers.close()
+    file = tmp_path / "answers.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    again = Answers(tmp_path, {"model": "a"})
+    assert [question in again for question in QUESTIONS] == [True, True, False]
+    assert [again[question] for question in QUESTIONS[:2]] == ANSWERS[:2]
+    again.add([(QUESTIONS[2], ANSWERS[2])])
+    again.close()
+    assert file.read_bytes() == whole
+    with pytest.raises(RefusedArgument, match="model 'a' there, 'b' asked"):
+        Answers(tmp_path, {"model": "b"})
+    file.write_text("nonsense\n")
+    with pytest.raises(RefusedArgument, match=r"answers\.jsonl:1: was not written by this command"):
+        Answers(tmp_path, {"model": "a"})
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on_to_the_same_results(hf, tmp_path, capsys):
+    argv = ["--hf", str(hf), "--device", "cpu", "--tasks", "dsv3_choice_en", "--limit", "5", "--json"]
+
+    def run(folder: Path) -> tuple[dict[str, Any], str]:
+        assert main([*argv, "--output", str(folder)]) == 0
+        captured = capsys.readouterr()
+        return json.loads(captured.out.splitlines()[-1]), captured.err
+
+    whole, said = run(tmp_path / "whole")
+    assert "evaluate score 20 of 20" in said
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    file = tmp_path / "cut" / "answers.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:13]) + lines[13][:20])
+    again, said = run(tmp_path / "cut")
+    assert again == whole and "evaluate score 7 of 7" in said
+    again, said = run(tmp_path / "cut")
+    assert again == whole and "evaluate score" not in said

@@ -1,0 +1,88 @@
+"""`--eval-tasks`: training goes on as without it, to the bit; the results are those of the saved checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3_megatron.demo.results import read_curves
+from tests.arguments.lines import MICRO
+from tests.evaluation.conftest import VOCABULARY
+from tests.evaluation.test_against_hf import last_line
+from tests.harness import run_distributed
+
+SEQUENCE = 128
+STEPS = 4
+TASKS = ("dsv3_choice_en", "dsv3_text_en")
+WRITES = "dsv3_facts_en"  # a pass for each of 64 tokens: in one layout
+LIMIT = 2
+BOUND = 2e-5
+
+LAYOUTS: dict[str, tuple[int, str]] = {
+    "DualPipe": (2, "--pipeline-schedule dualpipe --pipeline-model-parallel-size 2"),
+    "DualPipeV": (2, "--pipeline-schedule dualpipev --pipeline-model-parallel-size 2"),
+    "ZB1P": (2, "--pipeline-schedule zb1p --pipeline-model-parallel-size 2"),
+    "1F1B": (2, "--pipeline-model-parallel-size 2"),
+    "interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "TP2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "EP2": (2, "--expert-model-parallel-size 2"),
+    "overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    "one": (1, "--micro-batch-size 2"),
+}
+
+
+def train(rank: int, world_size: int, words: list[str]) -> None:
+    from dsv3_megatron import train
+
+    train.main(words)
+
+
+def words(tokenizer: Path, folder: Path, layout: str) -> list[str]:
+    micro = (
+        " ".join(MICRO)
+        .replace(" --vocab-size 128", "")
+        .replace("--seq-length 32", f"--seq-length {SEQUENCE}")
+    )
+    return [
+        "--spec", "dsv3", "--device", "cpu", *micro.split(), *layout.split(), "--train-iters", str(STEPS),
+        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer),
+        "--padded-vocab-size", str(VOCABULARY), "--max-position-embeddings", str(SEQUENCE),
+        "--tensorboard-dir", str(folder / "tensorboard"), "--tensorboard-log-interval", "1", "--log-interval", "1",
+    ]  # fmt: skip
+
+
+def run(size: int, argv: list[str], folder: Path) -> dict[str, Any]:
+    run_distributed(train, size, timeout=400, init=False, words=argv)
+    return read_curves(folder / "tensorboard")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "DualPipe" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_training_is_unchanged_and_results_are_the_checkpoint_s(name, hf, tmp_path):
+    size, layout = LAYOUTS[name]
+    plain = run(size, words(hf, tmp_path / "plain", layout), tmp_path / "plain")
+    folder = tmp_path / "evaluated"
+    tasks = (*TASKS, WRITES) if name == "one" else TASKS
+    more = ["--eval-tasks", ",".join(tasks), "--eval-tasks-interval", "2", "--eval-tasks-limit", str(LIMIT)]
+    more += ["--save", str(folder / "save"), "--save-interval", str(STEPS)]
+    evaluated = run(size, [*words(hf, folder, layout), *more], folder)
+    for loss in ("lm loss", "mtp_1 loss", "grad-norm"):
+        assert evaluated[loss] == plain[loss] and len(plain[loss]) == STEPS, loss
+    found = {tag: curve for tag, curve in evaluated.items() if tag.startswith("eval/")}
+    assert not any(tag.startswith("eval/") for tag in plain)
+    assert all(list(curve) == [2, 4] for curve in found.values())
+    perplexities = found["eval/dsv3_text_en/byte_perplexity"]
+    assert perplexities[2] != perplexities[4]  # of the weights as they were
+
+    argv = ["--load", str(folder / "save"), "--device", "cpu", "--tasks", *tasks, "--limit", str(LIMIT)]
+    result = last_line([*argv, "--bootstrap-iters", "0", "--json"])
+    expected = {
+        f"eval/{task}/{metric.removesuffix(',none')}": value
+        for task, metrics in result["results"].items()
+        for metric, value in metrics.items()
+        if value is not None
+    }
+    assert expected.keys() == found.keys()
+    for tag, value in expected.items():
+        assert found[tag][STEPS] == pytest.approx(value, rel=BOUND), tag
