@@ -32,7 +32,15 @@ setup(
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
         "serve": SERVE,
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "transformers>=4.53",
+            "safetensors",
+            "trl",
+            *SERVE,
+        ],
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
     entry_points={

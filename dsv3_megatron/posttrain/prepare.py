@@ -242,6 +242,13 @@ def main(argv: list[str] | None = None) -> int:
         "--seq-length", type=int, required=True, help="tokens of a row: both answers with their prompts"
     )
     parser.add_argument(
+        "--text-begin",
+        choices=TEXT_BEGINS,
+        default=TEXT_BEGINS[0],
+        help="the token before a prompt of text: the begin token, or the end token of a document before it "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--ignore-key", nargs="+", default=[], metavar="KEY", help="keys of records to leave out"
     )
     parser.add_argument(
