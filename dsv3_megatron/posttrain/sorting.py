@@ -1,4 +1,4 @@
-"""A family of problems that a tiny model learns in minutes, and that can be verified: `3142=` wants `1234`.
+"""A family of problems that a tiny model learns in minutes, and that can be verified: `314=` wants `134`.
 
 `documents` are what a base model reads: problems continued in one of several ways, of which sorting is a seldom one. So
 the base model sometimes answers right, and nobody has told it that this is wanted.
@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 __all__ = ["DIGITS", "HELD_OUT", "documents", "is_held_out", "problems", "reward"]
 
-DIGITS = 4
+DIGITS = 3
 HELD_OUT = 0.2  # share of the problems that nothing is trained on
 SORTED_SHARE = 0.1  # of the documents
 
@@ -51,11 +51,10 @@ def _continuation(rng: random.Random, digits: list[int]) -> list[int]:
     if rng.random() < SORTED_SHARE:
         return sorted(digits)
     others = (
-        digits,
         digits[::-1],
         sorted(digits, reverse=True),
         [(d + 1) % 10 for d in digits],
-        [(9 - d) for d in digits],
+        [9 - d for d in digits],
     )
     return list(others[rng.randrange(len(others))])
 

@@ -1,6 +1,6 @@
 """Train a small base model, then teach it to sort digits from rewards alone; three seeds, a control, two other ways.
 
-    base       documents of problems that are continued in one of six ways; sorted is one in ten
+    base       documents of problems that are continued in one of five ways; sorted is one in ten
     rl         GRPO from the base model, reward 1 for the sorted digits
     shuffled   the same with rewards dealt out anew among the samples: the control
     sft        the same number of updates on problems with their right answers
@@ -33,7 +33,7 @@ SEQ_LENGTH = 128
 GROUP, PROMPTS = 8, 32  # samples of a rollout
 ROWS = 32  # of an update, in which they are packed
 STEPS = 60
-BASE_STEPS = 500
+BASE_STEPS = 400
 BASE_DOCUMENTS = 60_000
 EVERY = 20  # updates between measurements
 MODEL = (
@@ -46,10 +46,14 @@ MODEL = (
     "num_attention_heads=4",
     "q_lora_rank=32",
     "kv_lora_rank=16",
-    "moe_ffn_hidden_size=48",
-    "moe_shared_expert_intermediate_size=48",
-    "num_layers=3",
-    "moe_layer_freq=[0,1,1]",
+    "num_layers=2",
+    "moe_layer_freq='([0]*1+[1]*1)'",
+    "num_experts=4",
+    "moe_router_num_groups=2",
+    "moe_router_group_topk=2",
+    "moe_ffn_hidden_size=64",
+    "moe_shared_expert_intermediate_size=64",
+    "mtp_num_layers=0",
     "vocab_size=null",
     f"seq_length={SEQ_LENGTH}",
     f"max_position_embeddings={SEQ_LENGTH}",
