@@ -219,6 +219,11 @@ def _check_policy(args: Namespace) -> None:
             raise RefusedArgument(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     if not math.isfinite(args.bad_reward):
         raise RefusedArgument(f"--bad-reward {args.bad_reward}: must be a number")
+    if args.rollout_batch % args.tensor_model_parallel_size:
+        raise RefusedArgument(
+            f"--rollout-batch {args.rollout_batch}: must be a multiple of --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size}"
+        )
     samples = args.samples_per_prompt * args.prompts_per_rollout
     rows = args.global_batch_size * args.updates_per_rollout
     if samples % rows:
