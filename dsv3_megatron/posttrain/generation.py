@@ -1,7 +1,7 @@
 """Rollouts: responses to prompts by the engine, on the weights that are trained, and what they are worth.
 
-The engine runs on the trainer's own model where it can (no copy at all). Chunks of a V (DualPipe) are no model that it
-can run: there each rank keeps a whole copy, filled from the trainer's ranks before each rollout, never through a disk.
+The engine runs on the trainer's own model where there is no pipeline (no copy at all). With one, each rank keeps a whole
+copy, filled from the trainer's ranks before each rollout, never through a disk.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ class Generator:
             return True
         from megatron.core import mpu
 
-        return mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_pipeline_model_parallel_rank() == 0
+        return mpu.get_tensor_model_parallel_rank() == 0
 
     def _ready(self, model: list[Any]) -> Any:
         """The engine with the model's present weights."""

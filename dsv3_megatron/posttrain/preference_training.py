@@ -117,7 +117,7 @@ class PreferenceTraining(Run):
     def _fill(self, model: list[Any], batches: Sequence[dict[str, Tensor]], reads: bool = True) -> None:
         from dsv3_megatron.posttrain.scoring import score, to_sums
 
-        found = score(model, lambda: iter([dict(b) for b in batches]) if reads else None, len(batches))  # type: ignore[arg-type, return-value]
+        found = score(model, lambda: iter([dict(b) for b in batches]) if reads else None, len(batches))
         sums, known = to_sums(found, self.num_sequences)
         self.sums = torch.where(known.cpu(), sums.cpu(), self.sums)
 

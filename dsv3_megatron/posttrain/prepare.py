@@ -105,6 +105,7 @@ def prepare(
         for chosen, rejected, empty in reader.samples(pairs[name]):
             reason = _reason_against(chosen, rejected, empty, seq_length)
             if reason is None:
+                assert chosen is not None and rejected is not None
                 kept[name].append((chosen, rejected))
             else:
                 left_out[reason] += 1

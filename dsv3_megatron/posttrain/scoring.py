@@ -18,11 +18,12 @@ class Scored(NamedTuple):
     log_prob: Tensor
 
 
-def score(model: list[Any], batches: Callable[[], Iterator], num_microbatches: int) -> list[Scored]:
+def score(model: list[Any], batches: Callable[[], Iterator | None], num_microbatches: int) -> list[Scored]:
     """Score one set of microbatches; to be called on every rank.
 
     Args:
-        batches: gives an iterator over this rank's microbatches (with `sequence`), one for each chunk.
+        batches: gives an iterator over this rank's microbatches (with `sequence`), one for each chunk; None on ranks
+            that read none.
 
     Returns:
         What this rank's last stage saw; empty on ranks without it.

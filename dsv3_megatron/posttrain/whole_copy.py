@@ -1,4 +1,4 @@
-"""A whole copy of the trained model on each rank, for an engine that cannot run the trainer's chunks.
+"""A whole copy of the trained model on each rank, for an engine that cannot run the trainer's stages.
 
 Weights travel by their global names from a rank that has them to all ranks, one tensor after the other: no file, and no
 more memory than the copy and one full tensor.
@@ -18,8 +18,10 @@ __all__ = ["WholeCopy", "needs_copy"]
 
 
 def needs_copy(model: Sequence[Any]) -> bool:
-    """Whether the engine cannot run the trainer's chunks where they are: several per rank."""
-    return len(model) > 1
+    """Whether the engine cannot run the trainer's model where it is: a pipeline, in stages or in chunks of a V."""
+    from megatron.core import mpu
+
+    return len(model) > 1 or mpu.get_pipeline_model_parallel_world_size() > 1
 
 
 class WholeCopy:

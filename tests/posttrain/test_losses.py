@@ -108,9 +108,9 @@ def test_dpo_of_the_reference_itself_is_log_two_and_large_margins_do_not_overflo
 def test_dpo_refuses_constants_out_of_range(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text.replace("(", r"\(")):
         dpo_loss(*sums(), **{"beta": 0.1, **change})
-    with pytest.raises(ValueError, match="one shape"):
-        dpo_loss(*sums()[:3], torch.zeros(4), 0.1)
     empty = torch.zeros(0)
+    with pytest.raises(ValueError, match="one shape"):
+        dpo_loss(empty, sums()[0], sums()[1], empty, beta=0.1)
     with pytest.raises(ValueError, match="no pairs"):
         dpo_loss(empty, empty, empty, empty, 0.1)
 
@@ -349,7 +349,7 @@ def test_dpo_equals_trl(variant: str) -> None:
     )  # [10, 12]: two prompt tokens
     mask = completion[:, 1:]
     policy, reference = (torch.where(mask, -2 + numbers(10, 11, seed=s), 0.0) for s in (0, 1))
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=Alone(),
         aux_loss_enabled=False,
@@ -407,7 +407,7 @@ def test_grpo_equals_trl(reduction: Any, theirs: str, beta: float, weighted: boo
     weights = truncated_weights(numbers(6, 9, seed=7), numbers(6, 9, seed=8), 2.0) if weighted else None
 
     def trl(logp: Tensor) -> Tensor:
-        trainer = SimpleNamespace(
+        trainer: Any = SimpleNamespace(
             model=SimpleNamespace(training=True),
             accelerator=Alone(),
             args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
