@@ -1,7 +1,7 @@
 """Rollouts: responses to prompts by the engine, on the weights that are trained, and what they are worth.
 
-The engine runs on the trainer's own model where there is no pipeline (no copy at all). With one, each rank keeps a whole
-copy, filled from the trainer's ranks before each rollout, never through a disk.
+The engine runs on the trainer's own model where there is no pipeline (no copy at all). With one, each rank keeps a
+whole copy, filled from the trainer's ranks before each rollout, never through a disk.
 """
 
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ def test_sorting_has_held_out_problems_of_its_own() -> None:
     train = {"".join(sorted(p[:-1])) for p, _ in sorting.problems(500, 0, held_out=False)}
     held_out = {"".join(sorted(p[:-1])) for p, _ in sorting.problems(200, 0, held_out=True)}
     read = {"".join(sorted(text[: sorting.DIGITS])) for text in sorting.documents(2000, 0)}
-    assert not held_out & (train | read) and len(held_out) > 50
+    assert not held_out & (train | read) and len(held_out) > 30
     prompt, answer = sorting.problems(1, 3, held_out=True)[0]
     assert sorting.reward(prompt, answer, answer) == 1
     assert sorting.reward(prompt, answer + "1", answer) == sorting.reward(prompt, answer[:-1], answer) == 0
