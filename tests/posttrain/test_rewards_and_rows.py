@@ -77,7 +77,11 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     file.write_text('{"prompt": "ab", "answer": 3}\n{"prompt": [{"role": "user", "content": "x"}]}\n')
     found = read_prompts(file, lambda text: [len(text)], lambda messages: [7])
     assert [(p.tokens, p.answer) for p in found] == [([2], 3), ([7], None)] and found[0].text == "ab"
-    for text, problem in (('{"question": 1}', "no key 'prompt'"), ('{"prompt": ""}', "neither"), ("[", ":1")):
+    for text, problem in (
+        ('{"question": 1}', "no key 'prompt'"),
+        ('{"prompt": ""}', "neither"),
+        ("[", "not valid JSON"),
+    ):
         file.write_text(text + "\n")
         with pytest.raises(ValueError, match=problem):
             read_prompts(file, lambda text: [1], lambda messages: [1])

@@ -271,6 +271,7 @@ def test_dpo_in_layouts(schedule: str, world_size: int, pp: int, ep: int, words:
     assert split[-1]["losses"][0] == pytest.approx(whole[0]["losses"][0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_dpo_learns_and_its_reference_is_kept(setup: Setup, tmp_path: Path) -> None:
     """Twelve steps with a checkpoint after six: margin and accuracy rise, and the run that goes on is the same."""
     words = setup.dpo(4)
@@ -298,8 +299,15 @@ def test_dpo_learns_and_its_reference_is_kept(setup: Setup, tmp_path: Path) -> N
 # GRPO
 
 
-def test_grpos_gradient_is_that_of_the_samples_one_by_one(setup: Setup) -> None:
+@pytest.fixture(scope="module")
+def in_one_process(setup: Setup) -> dict[str, Any]:
+    """A step of GRPO without parallelism, and the same by hand."""
     (rank,) = setup.run(setup.grpo(), by_hand="grpo")
+    return rank
+
+
+def test_grpos_gradient_is_that_of_the_samples_one_by_one(in_one_process: dict[str, Any]) -> None:
+    rank = in_one_process
     assert rank["rollout"]["advantages"].abs().sum() > 1, "a reward that tells samples apart"
     assert_same(grads([rank]), rank["by_hand"])
     (losses,) = rank["losses"]
@@ -307,34 +315,53 @@ def test_grpos_gradient_is_that_of_the_samples_one_by_one(setup: Setup) -> None:
     assert 0 <= losses["engine mismatch"] < 1e-4 and losses["importance weight"] == pytest.approx(1, abs=1e-4)
 
 
+def assert_same_rollouts(split: list[dict[str, Any]], whole: dict[str, Any]) -> None:
+    for rank in split:
+        assert rank["rollout"]["sequences"] == whole["rollout"]["sequences"]
+        torch.testing.assert_close(
+            rank["rollout"]["engine"], whole["rollout"]["engine"], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_dualpipe_has_the_rollouts_and_the_gradient_of_one_process(
+    in_one_process: dict[str, Any], setup: Setup
+) -> None:
+    """PP2 × EP2 under DualPipe: the engine runs on copies filled from the ranks' chunks."""
+    split = setup.run(setup.grpo(), layout_words("dualpipe", 2, 2), world_size=4)
+    assert_same_rollouts(split, in_one_process)
+    assert_same(grads(split), grads([in_one_process]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule, world_size, pp, ep, words",
     [
-        ("dualpipe", 4, 2, 2, ""),
         ("1f1b", 2, 1, 2, ""),
         ("zb1p", 2, 2, 1, ""),
         ("dualpipev", 2, 2, 1, "--policy-reduction sequence"),
+        ("1f1b", 2, 2, 1, "--num-virtual-stages-per-pipeline-rank 2"),
+        # The vocabulary is filled up to the same size as without tensor parallelism.
+        (
+            "1f1b",
+            2,
+            1,
+            1,
+            "--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64",
+        ),
     ],
 )
 def test_grpo_in_layouts(schedule: str, world_size: int, pp: int, ep: int, words: str, setup: Setup) -> None:
-    """PP2 × EP2 under DualPipe and others: rollouts from the same weights, the gradient of one process."""
-    whole = setup.run(setup.grpo(), words)
+    (whole,) = setup.run(setup.grpo(), words if "reduction" in words else "")
     split = setup.run(setup.grpo(), words + layout_words(schedule, pp, ep), world_size)
-    for rank in split:
-        assert rank["rollout"]["sequences"] == whole[0]["rollout"]["sequences"]
-        torch.testing.assert_close(
-            rank["rollout"]["engine"], whole[0]["rollout"]["engine"], rtol=1e-4, atol=1e-5
-        )
-    assert_same(grads(split), grads(whole))
+    assert_same_rollouts(split, whole)
+    assert_same(grads(split), grads([whole]))
 
 
+@pytest.mark.slow
 def test_a_run_survives_bad_rewards(setup: Setup, tmp_path: Path) -> None:
-    words = ["--save", str(tmp_path), "--save-interval", "2", "--log-interval", "1"]
-    line = [word if word != "1" else "1" for word in setup.grpo("often_bad")]
-    at = line.index("--train-iters")
-    line[at + 1] = "2"
-    (rank,) = setup.run([*line, *words])
+    line = setup.grpo("often_bad")
+    line[line.index("--train-iters") + 1] = "2"
+    (rank,) = setup.run([*line, "--save", str(tmp_path), "--save-interval", "2", "--log-interval", "1"])
     journal = [json.loads(text) for text in (tmp_path / "posttrain.jsonl").read_text().splitlines()]
     assert len(journal) == 2 and all(entry["bad rewards"] > 2 for entry in journal)
     assert all(torch.isfinite(weight).all() for _, weight in rank["weights"].values())
@@ -358,8 +385,10 @@ def test_grpo_resumes_bit_equal_at_any_step(updates: int, setup: Setup, tmp_path
         str(tmp_path),
     ]
     (straight,) = setup.run(line)
-    for step in (3,):
+    first = (tmp_path / "posttrain.jsonl").read_text()
+    for step in (3, 1):
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(step))
         (resumed,) = setup.run(line)
         for name, (_, weight) in straight["weights"].items():
             assert torch.equal(weight, resumed["weights"][name][1]), (step, name)
+        assert (tmp_path / "posttrain.jsonl").read_text() == first
