@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help bench-inference setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft bench-pipeline bench-zigzag bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
+.PHONY: help bench-inference setup gpu-bundle demo demo-pp4 demo-longctx bench-ema study-moments demo-sft demo-rl bench-pipeline bench-zigzag bench-convert bench-dispatch bench-placement bench-planner bench-train bench-fp8 study-fp8 accumulation-fp8 test test-all test-nccl test-te test-oldest test-gpu kernels lint lint-imports clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ demo-pp4: setup  ## the same on four pipeline ranks, in eight processes
 
 demo-sft: setup  ## fine-tune the demo's model on signatures from docstrings (runs the demo first where it has not been)
 	$(PY) -m dsv3_megatron.studies.sft
+
+demo-rl: setup  ## a base model trained here learns to sort from rewards alone, three seeds and a control (resumes)
+	$(PY) -m dsv3_megatron.studies.rl
 
 test: setup  ## the default tests, under 20 minutes on two cores
 	$(PY) -m pytest tests -n 2 --dist loadfile

@@ -46,6 +46,7 @@ setup(
             "hypothesis",
             "transformers>=4.53",
             "safetensors",
+            "trl",
             *SERVE,
             *EVAL,
             *REWARDS,

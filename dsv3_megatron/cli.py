@@ -56,6 +56,7 @@ VERBS = {
     ),
     "data": Verb("data.prepare:main", "text files to a tokenised corpus"),
     "sft": Verb("sft.prepare:main", "conversations to packed rows for fine-tuning"),
+    "preferences": Verb("posttrain.prepare:main", "pairs of answers to packed rows for DPO"),
     "card": Verb(
         "arguments.card:main", "enter a report of the GPU tests into the verification card: --report FILE"
     ),

@@ -69,6 +69,8 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     from dsv3_megatron.ema.trainer import install as keep_average
     from dsv3_megatron.evaluation.live import install as evaluate_tasks
     from dsv3_megatron.patching import repairs
+    from dsv3_megatron.posttrain.arguments import check as check_posttrain
+    from dsv3_megatron.posttrain.install import install as posttrain
     from dsv3_megatron.recipe.install import install as follow_schedules
     from dsv3_megatron.resilience.lock import held
     from dsv3_megatron.resilience.watch import watching
@@ -89,12 +91,14 @@ def _train(started: float, pretrain_options: dict[str, Any]) -> dict[str, Any]:
     begin_with_checkpoint()
     keep_average()
     read_conversations()
+    posttrain()
     patching.install(["build_pretraining_data_loader"])
     try:
         args = parse_and_validate_args(extra_args_provider=add_arguments)
         check_length(args)
         check_sft_data(args)
         evaluate_tasks(args)
+        check_posttrain(args)
         resilience.install(args)
         model = gpt_config_from_args(args, model_config_cls=DSV3ModelConfig)
         model.seed = args.seed

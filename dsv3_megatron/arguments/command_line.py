@@ -15,6 +15,7 @@ from dsv3_megatron.ema import arguments as ema_arguments
 from dsv3_megatron.evaluation import arguments as evaluation_arguments
 from dsv3_megatron.expert_placement import arguments as placement_arguments
 from dsv3_megatron.fp8 import arguments as fp8_arguments
+from dsv3_megatron.posttrain import arguments as posttrain_arguments
 from dsv3_megatron.recipe import arguments as recipe_arguments
 from dsv3_megatron.resilience import arguments as resilience_arguments
 from dsv3_megatron.sft import arguments as sft_arguments
@@ -59,6 +60,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     checkpoint_arguments.add_arguments(parser)
     sft_arguments.add_arguments(parser)
     evaluation_arguments.add_arguments(parser)
+    posttrain_arguments.add_arguments(parser)
     group = parser.add_argument_group("dsv3")
     # Fields of MLA's configuration that Megatron has no options for; it takes arguments by the fields' names.
     for option, kind, value in _YARN:

@@ -45,7 +45,11 @@ def complete_command_line(parser: ArgumentParser) -> None:
 
 
 def refuse_what_only_our_trainer_does(args: Namespace) -> None:
-    options = {"--sft-data": args.sft_data, "--loss-spike-factor": args.loss_spike_factor}
+    options = {
+        "--sft-data": args.sft_data,
+        "--posttrain": args.posttrain,
+        "--loss-spike-factor": args.loss_spike_factor,
+    }
     if args.moe_token_dispatcher_type == "two_hop":
         options["--moe-token-dispatcher-type"] = "two_hop"
     if args.on_bad_step != "stop":

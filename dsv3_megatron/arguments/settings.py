@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv3_megatron.dualpipe.arguments import default_layout
+from dsv3_megatron.posttrain import arguments as posttrain_arguments
 from dsv3_megatron.recipe.arguments import MEGATRON_ARGUMENTS, default_min_lr, schedules_of
 from dsv3_megatron.recipe.schedules import BATCH_SIZE
 from dsv3_megatron.sft import arguments as sft_arguments
@@ -91,16 +92,34 @@ def _vocab_size(args: Namespace) -> Any:
     return 129280 if named == "NullTokenizer" and not hasattr(args, "padded_vocab_size") else NOT_SET
 
 
-def _from_sft_data(
+def _from_rows(
     value: Callable[[Namespace, dict[str, Any]], Any], otherwise: Any = NOT_SET
 ) -> Callable[[Namespace], Any]:
-    """What the folder of `--sft-data` says; `otherwise` without one."""
+    """What the folder of `--sft-data` or `--preference-data` says; `otherwise` without one."""
 
     def found(args: Namespace) -> Any:
-        report = sft_arguments.report_of(args)
+        report = sft_arguments.report_of(args) or posttrain_arguments.report_of(args)
         return otherwise if report is None else value(args, report)
 
     return found
+
+
+def _rows_folder(args: Namespace, report: dict[str, Any]) -> str:
+    given: str | None = getattr(args, "sft_data", None)
+    return given or args.preference_data
+
+
+def _row_iters(args: Namespace, report: dict[str, Any]) -> Any:
+    return sft_arguments.train_iters(args) or posttrain_arguments.train_iters(args) or NOT_SET
+
+
+def _is_posttraining(args: Namespace) -> bool:
+    return getattr(args, "posttrain", None) is not None
+
+
+def _sft(args: Namespace) -> Any:
+    """Packed samples: those of a folder, or rollouts."""
+    return True if _is_posttraining(args) else _from_rows(lambda args, report: True)(args)
 
 
 def _tokenizer_type(args: Namespace) -> Any:
@@ -228,20 +247,27 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("init_method_std", 0.006, "--init-method-std", "size", MODEL),
     Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "run", "byte-level BPE (R§4.1)"),
     Setting("vocab_size", _vocab_size, "--vocab-size", "size", MODEL),
-    Setting("sft", _from_sft_data(lambda args, report: True), "--sft", "run", "with --sft-data"),
+    Setting("sft", _sft, "--sft", "run", "with --sft-data and --posttrain"),
+    Setting(
+        "calculate_per_token_loss",
+        lambda args: True if _is_posttraining(args) else NOT_SET,
+        "--calculate-per-token-loss",
+        "run",
+        "with --posttrain: a mean over pairs, tokens or sequences of the whole batch",
+    ),
     Setting(
         "tokenizer_model",
-        _from_sft_data(lambda args, report: args.sft_data),
+        _from_rows(_rows_folder),
         "--tokenizer-model",
         "run",
-        "with --sft-data",
+        "with --sft-data or --preference-data",
     ),
     Setting(
         "seq_length",
-        _from_sft_data(lambda args, report: report["seq_length"], otherwise=4096),
+        _from_rows(lambda args, report: report["seq_length"], otherwise=4096),
         "--seq-length",
         "run",
-        "R§4.2; the rows of --sft-data",
+        "R§4.2; the rows of --sft-data or --preference-data",
     ),
     Setting(
         "max_position_embeddings",
@@ -260,10 +286,10 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "train_iters",
-        _from_sft_data(lambda args, report: sft_arguments.train_iters(args) or NOT_SET),
+        _from_rows(_row_iters),
         "--train-iters",
         "run",
-        "R§5.1: 2 epochs of --sft-data",
+        "R§5.1: 2 epochs of --sft-data; one of --preference-data",
     ),
     Setting("eval_interval", 1000, "--eval-interval", "run", "Megatron fails without"),
     Setting("cp_comm_type", _cp_comm_type, "--cp-comm-type", "run", "how the reference backend does it"),

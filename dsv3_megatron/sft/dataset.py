@@ -86,7 +86,7 @@ def install() -> None:
 
 
 def _is_sft(args: Any) -> bool:
-    return args.sft
+    return getattr(args, "sft_data", None) is not None
 
 
 def _build(args: Any, num_samples: Sequence[int], built_here: bool) -> list[PackedRows | None]:

@@ -51,8 +51,9 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     Returns:
         A dict with `KEYS` and `padding_mask`. `tokens`, `labels`, `position_ids` are int64 [b, s / CP], `loss_mask` is
         fp32 of that shape ([1, b·s / CP] for packed samples), `cu_seqlens` int32 [1, n + 1]. `padding_mask` is bool
-        like `tokens`, True for padding, which experts' loads do not count; only fine-tuning has any. Entries that a
-        chunk has no use for, or all of them on a middle stage, are None.
+        like `tokens`, True for padding, which experts' loads do not count; only fine-tuning has any. In post-training
+        `sequence`, int64 like `tokens`, says which answer a position's label is of (−1: of none). Entries that a chunk
+        has no use for, or all of them on a middle stage, are None.
     """
     args = get_args()
     packed = is_packed(args)
@@ -62,10 +63,12 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
 
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
+    sequence = None
     if tp_rank == 0:
         assert data_iterator is not None, "no dataset was built on a rank whose stage reads tokens"
         sample = next(data_iterator)
         batch = {key: _to_device(sample.get(key)) for key in KEYS}
+        sequence = _to_device(sample.get("sequence"))
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=packed,
@@ -87,6 +90,9 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     if not needed:
         kept = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "padding_mask")
         return {key: batch.get(key) if key in kept else None for key in (*KEYS, "padding_mask")}
+    if getattr(args, "posttrain", None) is not None:
+        batch["sequence"] = _on_this_tp_rank(sequence, args)
+        return batch  # without context parallelism
     return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=args.hybrid_context_parallel,
@@ -118,6 +124,18 @@ def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
         cp_group=batch["hybrid_cp_group"],
         tokens_per_sample=get_args().seq_length,
     )
+
+
+def _on_this_tp_rank(sequence: torch.Tensor | None, args: Any) -> torch.Tensor:
+    """`sequence` of the group's first rank on all of them, flat as the tokens of packed samples are: [1, b·s]."""
+    if sequence is None:
+        shape = (args.micro_batch_size, args.seq_length)
+        sequence = torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            sequence, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
+        )
+    return sequence.reshape(1, -1)
 
 
 def _to_device(value: Any) -> Any:

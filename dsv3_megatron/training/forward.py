@@ -7,7 +7,7 @@ from typing import Any
 def run_forward(
     forward_step: Callable,
     model: list[Any],
-    batches: Callable[[], Iterator],
+    batches: Callable[[], Iterator | None],
     num_microbatches: int,
     **more: Any,
 ) -> list[Any]:

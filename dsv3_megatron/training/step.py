@@ -18,6 +18,21 @@ SPIKY_LOSS_FACTOR = 10
 
 _straggler_timer = StragglerDetector()
 
+# Losses of features, see `add_loss`.
+_losses: list[tuple[Callable[[Any], bool], Callable[..., Any]]] = []
+
+
+def add_loss(wanted: Callable[[Any], bool], loss: Callable[..., Any]) -> None:
+    """Register a loss that takes the place of the mean cross entropy.
+
+    Args:
+        wanted: args -> whether this run has it; the first that is wanted counts.
+        loss: (batch, losses) -> what `loss_func` returns; `losses` is the last stage's cross entropy per token, fp32
+            [b, s], which is −log π of the labels. The batch's `loss_mask` is then the MTP layer's alone.
+    """
+    if (wanted, loss) not in _losses:
+        _losses.append((wanted, loss))
+
 
 def forward_step(
     data_iterator: Iterator[dict[str, Any]] | None, model: Any, return_schedule_plan: bool = False
@@ -55,7 +70,14 @@ def forward_step(
         output = run(*inputs, **kwargs)
     if not return_schedule_plan:
         hooks.saw_output(model, output)
-    return output, partial(loss_func, batch["loss_mask"])
+    return output, _loss_of(batch)
+
+
+def _loss_of(batch: dict[str, Any]) -> Callable[..., Any]:
+    for wanted, loss in _losses:
+        if wanted(get_args()):
+            return partial(loss, batch)
+    return partial(loss_func, batch["loss_mask"])
 
 
 def loss_func(

@@ -18,7 +18,8 @@ def _unsupported(text: str) -> bool:
 def _has_data(a: Namespace) -> bool:
     sources = (a.data_path, a.data_args_path, a.per_split_data_args_path)
     splits = (a.train_data_path, a.valid_data_path, a.test_data_path)
-    return a.mock_data or a.sft_data is not None or any(source is not None for source in (*sources, *splits))
+    given = (a.sft_data, a.posttrain, *sources, *splits)
+    return a.mock_data or any(source is not None for source in given)
 
 
 ROWS = (

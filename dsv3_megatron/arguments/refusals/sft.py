@@ -27,7 +27,7 @@ ROWS = (
         FEATURE,
         "--sft",
         "",
-        lambda a, s: a.sft and not _on(a),
+        lambda a, s: a.sft and not _on(a) and a.posttrain is None,
         "Megatron's own data set for fine-tuning knows other chat formats than DeepSeek-V3's",
         "--sft-data DIR, which sets it",
         "--sft",

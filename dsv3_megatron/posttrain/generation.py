@@ -1,0 +1,118 @@
+"""Rollouts: responses to prompts by the engine, on the weights that are trained, and what they are worth.
+
+The engine runs on the trainer's own model where there is no pipeline (no copy at all). With one, each rank keeps a
+whole copy, filled from the trainer's ranks before each rollout, never through a disk.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.posttrain.reward_worker import RewardWorker
+from dsv3_megatron.posttrain.rollouts import Prompt, Sample
+
+__all__ = ["Generator"]
+
+
+class Generator:
+    """Makes the samples of a rollout; the same calls on every rank.
+
+    Args:
+        encoder: the tokenizer, with `decode` and `special_ids`.
+    """
+
+    def __init__(self, args: Any, encoder: Any) -> None:
+        from dsv3_megatron.data.vocabulary import EOS
+
+        self.args, self.encoder, self.end = args, encoder, encoder.special_ids[EOS]
+        self.reward = RewardWorker(args.reward, args.reward_timeout)
+        self._engine: Any = None
+        self._copy: Any = None
+
+    def samples(
+        self, model: list[Any], prompts: Sequence[Prompt], iteration: int
+    ) -> tuple[list[Sample], int]:
+        """`--samples-per-prompt` responses to each prompt, in their order, and how many had no reward of their own.
+
+        Sample i draws by (--seed, iteration, i) alone: layout, batching and restarts make no difference to the noise.
+        """
+        from dsv3_megatron.inference import Sampling
+        from dsv3_megatron.inference.sampling import request_seed
+
+        args = self.args
+        engine = self._ready(model)
+        number = len(prompts) * args.samples_per_prompt
+        mine = self._own(number)
+        seed = request_seed(args.seed, iteration)
+        results = engine.generate(
+            [prompts[i // args.samples_per_prompt].tokens for i in mine],
+            Sampling(max_new_tokens=args.max_response_length, log_probs=True),
+            seeds=[request_seed(seed, i) for i in mine],
+        )
+        found: dict[int, tuple[Sample, bool]] = {}
+        if self._answers:
+            for i, result in zip(mine, results, strict=True):
+                found[i] = self._judged(prompts, i // args.samples_per_prompt, result)
+        shared: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shared, found)
+        everything = {i: entry for part in shared for i, entry in part.items()}
+        return [everything[i][0] for i in range(number)], sum(everything[i][1] for i in range(number))
+
+    def _judged(self, prompts: Sequence[Prompt], number: int, result: Any) -> tuple[Sample, bool]:
+        prompt, tokens = prompts[number], list(result.tokens)
+        finished = result.finish_reason == "stop"
+        text = self.encoder.decode(tokens[:-1] if finished and tokens[-1] == self.end else tokens)
+        reward, problem = self.reward(prompt.text, text, prompt.answer)
+        if reward is None:
+            print(f"> grpo: --bad-reward {self.args.bad_reward} for a sample: {problem}", flush=True)
+            reward = self.args.bad_reward
+        sample = Sample(number, tokens, list(result.log_probs), finished, reward)
+        return sample, bool(problem)
+
+    # --- who generates what
+
+    def _own(self, number: int) -> range:
+        """Samples that this rank generates: its data-parallel part, or its part of the world with copies."""
+        if self._copy is not None:
+            return range(dist.get_rank(), number, dist.get_world_size())
+        from megatron.core import mpu
+
+        return range(mpu.get_data_parallel_rank(), number, mpu.get_data_parallel_world_size())
+
+    @property
+    def _answers(self) -> bool:
+        """Whether this rank calls the reward: one of those that have the same samples."""
+        if self._copy is not None:
+            return True
+        from megatron.core import mpu
+
+        return mpu.get_tensor_model_parallel_rank() == 0
+
+    def _ready(self, model: list[Any]) -> Any:
+        """The engine with the model's present weights."""
+        if self._engine is None:
+            self._build(model)
+        if self._copy is not None:
+            self._copy.fill(model)
+        self._engine.refresh()
+        return self._engine
+
+    def _build(self, model: list[Any]) -> None:
+        from dsv3_megatron.inference import Engine, EngineSettings
+        from dsv3_megatron.posttrain.whole_copy import WholeCopy, needs_copy
+
+        served = model[0]
+        if needs_copy(model):
+            self._copy = WholeCopy(model, self.args)
+            served = self._copy.model
+        settings = EngineSettings(
+            max_length=self.args.seq_length,
+            max_batch=self.args.rollout_batch,
+            max_step_tokens=max(2048, self.args.rollout_batch),
+        )
+        try:
+            self._engine = Engine(served, settings, ends=[self.end])
+        except RefusedArgument as error:
+            raise RefusedArgument(f"--posttrain grpo: {error}") from None

@@ -1,0 +1,150 @@
+"""What DPO and GRPO share in a run: hooks, reports, where files are kept."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_megatron.posttrain.journal import Journal
+from dsv3_megatron.posttrain.reference import ReferenceWeights
+
+__all__ = ["Run", "repeated"]
+
+FOLDER = "posttrain"  # in --save
+
+
+class Run(ABC):
+    """A post-training run on one rank; its methods are called by the trainer's hooks."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self._journal: Journal | None = None
+        self._numbers: dict[str, float] = {}  # of this step, besides the loss function's
+        self._alpha: float | None = None
+
+    # --- what each method does
+
+    @abstractmethod
+    def after_load(self, call: dict[str, Any], iteration: int) -> None:
+        """The checkpoint is loaded; `iteration` 0: the run begins."""
+
+    @abstractmethod
+    def before_step(self, call: dict[str, Any]) -> None:
+        """Before a step: the reference, the rollouts, this step's data."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any], losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """See `training.step.add_loss`."""
+
+    @abstractmethod
+    def balance_scale(self) -> float:
+        """What the loss is divided by, per token that the routers see.
+
+        Routers weigh their balance loss by tokens, and Megatron divides all by what the loss function counts.
+        """
+
+    # --- hooks
+
+    def begin_step(self, call: dict[str, Any]) -> None:
+        """As `hooks.before_step`."""
+        self._numbers = {}
+        self.before_step(call)
+        self._set_alpha(call["model"])
+
+    def after_step(self, call: dict[str, Any], result: Any) -> None:
+        """As `hooks.after_step`: the journal, where Megatron logs."""
+        iteration = call["iteration"] + 1
+        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1 or self.args.save is None:
+            return
+        if self._journal is None:
+            self._journal = Journal(Path(self.args.save), call["iteration"])
+        losses = {name: float(value) for name, value in result[0].items()}
+        more = {"skipped": float(result[1]), "grad norm": float(result[5] or 0.0)}
+        self._journal.add(
+            iteration, {**losses, **self._numbers, **more}, last=iteration == self.args.train_iters
+        )
+
+    # --- helpers
+
+    def note(self, numbers: Mapping[str, float]) -> None:
+        """Numbers of this step for the journal; the same on every rank."""
+        self._numbers.update(numbers)
+
+    def finish_loss(
+        self, total: Tensor, count: Tensor, report: Mapping[str, tuple[Any, Any]]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss function's answer; each entry of `report` is a sum and what it is divided by, over all ranks."""
+        from dsv3_megatron.training import hooks
+
+        hooks.saw_loss(total, count)
+        logged = {
+            name: torch.stack([torch.as_tensor(part, device=total.device).detach().float() for part in parts])
+            for name, parts in report.items()
+        }
+        return total, count, logged
+
+    def say(self, text: str) -> None:
+        """A line on rank 0."""
+        from megatron.training import print_rank_0
+
+        print_rank_0(f"> {self.args.posttrain}: {text}")
+
+    def keep_reference(self, reference: ReferenceWeights, iteration: int) -> None:
+        """Write the reference where the run begins, read it where it goes on."""
+        if self.args.save is None:
+            if iteration:
+                reference.load(Path(self.args.load) / FOLDER / self._reference_name())
+            return
+        file = Path(self.args.save) / FOLDER / self._reference_name()
+        if iteration:
+            reference.load(file)
+        else:
+            reference.save(file)
+
+    @staticmethod
+    def _reference_name() -> str:
+        return f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}.pt"
+
+    def first_weights(self) -> str:
+        """Which weights the run began with: the checkpoint's place, step and date."""
+        folder = self.args.pretrained_checkpoint
+        if folder is None:
+            return "initial"
+        tracker = Path(folder).resolve() / "latest_checkpointed_iteration.txt"
+        step = tracker.read_text().strip()
+        found = hashlib.blake2b(digest_size=8)
+        name = step if step == "release" else f"iter_{int(step):07d}"
+        for file in sorted((tracker.parent / name).rglob("*")):
+            if file.is_file():
+                status = file.stat()
+                found.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns};".encode())
+        return f"{tracker.parent}:{step}:{found.hexdigest()}"
+
+    def _set_alpha(self, model: list[Any]) -> None:
+        """Scale α so that the balance loss is a mean over tokens, whatever the main loss is a mean over."""
+        configs = {
+            id(c): c
+            for chunk in model
+            for m in chunk.modules()
+            if (c := getattr(m, "config", None)) is not None
+        }
+        for config in configs.values():
+            if not getattr(config, "moe_aux_loss_coeff", None):
+                continue
+            if self._alpha is None:
+                self._alpha = config.moe_aux_loss_coeff
+            config.moe_aux_loss_coeff = self._alpha * self.balance_scale()
+
+
+def repeated(batches: list[dict[str, Tensor]] | None, like: Any) -> Any:
+    """Iterators over these microbatches, one for each chunk, as Megatron's step takes them."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    def one() -> Any:
+        return None if batches is None else RerunDataIterator(iter([dict(batch) for batch in batches]))
+
+    return [one() for _ in like] if isinstance(like, list) else one()

@@ -1,0 +1,1 @@
+"""`make demo-rl`: a base model trained here learns to sort digits from rewards alone."""

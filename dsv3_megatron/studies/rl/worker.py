@@ -1,0 +1,119 @@
+"""One process of the demonstration: the trainer, with the held-out reward before, on the way and after.
+
+With `--sample FILE` it also writes, after the last step, responses to training problems with their rewards.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from dsv3_megatron.posttrain import sorting
+
+HELD_OUT_PROBLEMS = 512
+HELD_OUT_SEED = 7
+RESPONSE = 8  # tokens at most
+
+
+class HeldOut:
+    """Hooks around the steps; writes {iteration: {"reward", "length"}} to a file."""
+
+    def __init__(self, file: Path, every: int, sample: Path | None, sampled: tuple[int, int, int]) -> None:
+        self.file, self.every, self.sample, self.sampled = file, every, sample, sampled
+        self.curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self._engine: Any = None
+
+    def before_step(self, call: dict[str, Any]) -> None:
+        if call["iteration"] == 0:
+            self._measure(call["model"], 0)
+
+    def after_step(self, call: dict[str, Any], result: Any) -> None:
+        from megatron.training import get_args
+
+        iteration, last = call["iteration"] + 1, get_args().train_iters
+        if iteration % self.every == 0 or iteration == last:
+            self._measure(call["model"], iteration)
+        if iteration == last and self.sample is not None:
+            self._write_samples(call["model"])
+
+    def _measure(self, model: list[Any], iteration: int) -> None:
+        problems = sorting.problems(HELD_OUT_PROBLEMS, HELD_OUT_SEED, held_out=True)
+        responses = self._responses(model, [prompt for prompt, _ in problems], seed=HELD_OUT_SEED)
+        rewards = [sorting.reward(p, text, a) for (p, a), (text, _) in zip(problems, responses, strict=True)]
+        length = sum(count for _, count in responses) / len(responses)
+        self.curve[str(iteration)] = {"reward": sum(rewards) / len(rewards), "length": length}
+        unfinished = self.file.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.curve, indent=2) + "\n")
+        unfinished.replace(self.file)
+        found = self.curve[str(iteration)]["reward"]
+        print(f"[demo] held-out reward after {iteration} iterations: {found:.3f}", flush=True)
+
+    def _write_samples(self, model: list[Any]) -> None:
+        """Groups of responses to problems of each seed: what preferences are made of."""
+        assert self.sample is not None
+        seeds, count, group = self.sampled
+        lines = []
+        for seed in range(1, seeds + 1):
+            problems = sorting.problems(count, seed, held_out=False)
+            prompts = [prompt for prompt, _ in problems for _ in range(group)]
+            responses = self._responses(model, prompts, seed=seed)
+            for i, (prompt, answer) in enumerate(problems):
+                texts = [text for text, _ in responses[i * group : (i + 1) * group]]
+                lines.append({"seed": seed, "prompt": prompt, "answer": answer, "responses": texts})
+        unfinished = self.sample.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        unfinished.replace(self.sample)
+
+    def _responses(self, model: list[Any], prompts: list[str], seed: int) -> list[tuple[str, int]]:
+        """Text and number of tokens of one response each, at temperature 1."""
+        from megatron.training import get_args
+
+        from dsv3_megatron.data.vocabulary import EOS, DocumentEncoder
+        from dsv3_megatron.inference import Engine, EngineSettings, Sampling
+
+        encoder = DocumentEncoder(Path(get_args().tokenizer_model))
+        end = encoder.special_ids[EOS]
+        if self._engine is None:
+            self._engine = Engine(model[0], EngineSettings(max_length=64, max_batch=256), ends=[end])
+        self._engine.refresh()
+        results = self._engine.generate(
+            [[end, *encoder.encode(prompt)] for prompt in prompts],
+            Sampling(max_new_tokens=RESPONSE, seed=seed),
+        )
+        found = []
+        for result in results:
+            tokens = result.tokens[:-1] if result.finish_reason == "stop" else result.tokens
+            found.append((encoder.decode(tokens), len(result.tokens)))
+        return found
+
+
+@record
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--every", type=int, required=True)
+    parser.add_argument("--sample", type=Path)
+    parser.add_argument(
+        "--sampled", type=int, nargs=3, default=(0, 0, 0), metavar=("SEEDS", "PROBLEMS", "GROUP")
+    )
+    parser.add_argument("overrides", nargs="+")
+    options = parser.parse_args(argv)
+
+    from dsv3_megatron import cpu
+
+    cpu.activate()  # before anything imports Megatron
+
+    from dsv3_megatron import train
+    from dsv3_megatron.conf import compose, to_argv
+    from dsv3_megatron.training import hooks
+
+    held_out = HeldOut(options.held_out, options.every, options.sample, tuple(options.sampled))
+    hooks.before_step(held_out.before_step)
+    hooks.after_step(held_out.after_step)
+    train.main(to_argv(compose(options.overrides)))
+
+
+if __name__ == "__main__":
+    main()

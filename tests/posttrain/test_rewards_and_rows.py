@@ -1,0 +1,92 @@
+"""Rewards in their own process, whatever they do; rollouts as rows."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_megatron.posttrain import sorting
+from dsv3_megatron.posttrain.reward_worker import RewardWorker
+from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
+from dsv3_megatron.training.batch import PADDING
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = RewardWorker("tests.posttrain.moody:reward", limit_s=5.0)
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "response, problem",
+    [
+        ("raise", "ValueError: no such response"),
+        ("nan", "the reward is nan"),
+        ("inf", "the reward is inf"),
+        ("die", "exit status 3"),
+        pytest.param("hang", "within 5 s", marks=pytest.mark.slow),
+    ],
+)
+def test_a_bad_reward_is_none_and_the_next_one_is_right(
+    worker: RewardWorker, response: str, problem: str
+) -> None:
+    value, why = worker("p", response, "yes")
+    assert value is None and problem in why
+    assert worker("p", "yes", "yes") == (1.0, "")
+    assert worker("p", "no", "yes") == (0.0, "")
+
+
+def test_sorting_has_held_out_problems_of_its_own() -> None:
+    train = {"".join(sorted(p[:-1])) for p, _ in sorting.problems(500, 0, held_out=False)}
+    held_out = {"".join(sorted(p[:-1])) for p, _ in sorting.problems(200, 0, held_out=True)}
+    read = {"".join(sorted(text[: sorting.DIGITS])) for text in sorting.documents(2000, 0)}
+    assert not held_out & (train | read) and len(held_out) > 30
+    prompt, answer = sorting.problems(1, 3, held_out=True)[0]
+    assert sorting.reward(prompt, answer, answer) == 1
+    assert sorting.reward(prompt, answer + "1", answer) == sorting.reward(prompt, answer[:-1], answer) == 0
+    right = [text.split("=")[1] == "".join(sorted(text.split("=")[0])) for text in sorting.documents(4000, 0)]
+    assert 0.08 < sum(right) / len(right) < 0.16  # a base model that has learnt its documents is below 20%
+
+
+def test_a_row_holds_samples_apart_and_learns_responses_alone() -> None:
+    row = row_of([(4, [9, 8, 7, 1], 2), (-1, [9, 6, 1], 1), (5, [9, 2, 1], 2)], 12, pad_id=0, mtp=None)
+    assert row["tokens"].tolist() == [9, 8, 7, 1, 9, 6, 1, 9, 2, 1, 0, 0]
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, PADDING, PADDING]
+    assert row["cu_seqlens"].tolist() == [0, 4, 7, 10, *[12] * 9] and row["max_seqlen"] == 4
+    # Where the label is of a response: tokens 7, 1 of sample 4 and token 1 of sample 5; sample −1 is not learnt from.
+    assert row["sequence"].tolist() == [-1, 4, 4, -1, -1, -1, -1, -1, 5, -1, -1, -1]
+    assert row["labels"][1] == 7 and not row["loss_mask"].any()
+    full = row_of([(0, [9] * 6, 1), (1, [9] * 6, 5)], 12, 0, lambda s: mtp_weights(s, "sequence"))
+    assert full["cu_seqlens"].unique().tolist() == [0, 6, 12]
+    assert full["loss_mask"].tolist() == pytest.approx([0.2] * 5 + [0] + [0] * 4 + [1, 0])
+    assert torch.equal(mtp_weights(full["sequence"], "token"), (full["sequence"] >= 0).float())
+    with pytest.raises(ValueError, match="13 tokens do not fit"):
+        row_of([(0, [1] * 13, 1)], 12, 0, None)
+
+
+def test_prompts_come_in_epochs_each_in_another_order() -> None:
+    order = [i for rollout in range(4) for i in chosen_prompts(6, 3, rollout, seed=1)]
+    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
+    assert chosen_prompts(6, 3, 1, seed=1) == order[3:6]  # by its number alone: what a resumed run relies on
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ab", "answer": 3}\n{"prompt": [{"role": "user", "content": "x"}]}\n')
+    found = read_prompts(file, lambda text: [len(text)], lambda messages: [7])
+    assert [(p.tokens, p.answer) for p in found] == [([2], 3), ([7], None)] and found[0].text == "ab"
+    for text, problem in (
+        ('{"question": 1}', "no key 'prompt'"),
+        ('{"prompt": ""}', "neither"),
+        ("[", "not valid JSON"),
+    ):
+        file.write_text(text + "\n")
+        with pytest.raises(ValueError, match=problem):
+            read_prompts(file, lambda text: [1], lambda messages: [1])
+
+
+def test_samples_without_numbers_are_not_usable() -> None:
+    assert Sample(0, [1, 2], [-0.5, -1.0], True, 1.0).usable
+    assert not Sample(0, [1, 2], [-0.5, math.nan], True, 1.0).usable
