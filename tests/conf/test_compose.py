@@ -217,13 +217,14 @@ FITS = {
 
 
 @pytest.mark.parametrize(
-    "models", [["v3_671b", "micro"], pytest.param(groups()["model"], marks=pytest.mark.slow)]
+    "all_models", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one model", "all models"]
 )
-def test_every_model_with_every_layout_and_cluster(models: list[str]) -> None:
+def test_every_model_with_every_layout_and_cluster(all_models: bool) -> None:
     """All of them: composed, or refused for a reason that names both sides."""
     options = groups()
     for layout, cluster in itertools.product(options["layout"], options["cluster"]):
-        for model in models:
+        one = "micro" if layout.startswith("cpu_") or cluster == "laptop_cpu" else "v3_671b"
+        for model in options["model"] if all_models else [one]:
             overrides = [f"model={model}", f"layout={layout}", f"cluster={cluster}", "global_batch_size=4096"]
             large = model not in ("micro", "tiny")
             fits_cluster = cluster == "laptop_cpu" or layout.startswith("cpu_") or cluster in FITS[layout]
