@@ -5,7 +5,6 @@
 Exit status 1 when something that is needed here is missing, has the wrong version, or does not match.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -22,6 +21,7 @@ from dsv3_megatron.arguments import requirements
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, NCCL, TE, TORCH, oldest
 from dsv3_megatron.arguments.requirements import version_key as key
 from dsv3_megatron.arguments.surroundings import SUPPORTED_MEGATRON
+from dsv3_megatron.errors import Parser
 
 State = Literal["ok", "absent", "missing", "wrong"]
 SCREEN = 49  # lines of a report that one looks at without scrolling, the verdict among them
@@ -47,7 +47,7 @@ class Finding:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 0 when everything needed is there, else 1."""
-    parser = argparse.ArgumentParser(prog="dsv3_megatron.doctor", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="dsv3 doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")

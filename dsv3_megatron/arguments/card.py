@@ -115,7 +115,7 @@ def _wrong(value: Any, shape: Any, name: str) -> Iterator[str]:
         numbers = (int, float) if shape is float else shape
         if not isinstance(value, numbers) or (isinstance(value, bool) and shape is not bool):
             yield f"{name} is {_short(value)}, no {shape.__name__}"
-        elif shape is str and "\n" in value:
+        elif shape is str and "\n" in str(value):
             yield f"{name} has several lines"
     elif isinstance(shape, list):
         if not isinstance(value, list):

@@ -140,7 +140,8 @@ def _spell_out_spec(argv: list[str], given: Namespace) -> list[str]:
     if spec == FULL_SPEC:
         return argv
     if spec != SHORT_SPEC:
-        raise RefusedArgument(f"--spec {' '.join(spec)}: use --spec dsv3 (or {' '.join(FULL_SPEC)})")
+        said = " ".join(["--spec", *spec])
+        raise RefusedArgument(f"{said}: not this model's. Use --spec dsv3 (or {' '.join(FULL_SPEC)})")
     at = max(i for i, word in enumerate(argv) if word in ("--spec", "--spec=dsv3"))
     width = 1 if argv[at] == "--spec=dsv3" else 2
     return [*argv[:at], "--spec", *FULL_SPEC, *argv[at + width :]]

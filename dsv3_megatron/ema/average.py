@@ -34,7 +34,7 @@ class WeightAverage:
         self.parameters = dict(parameters)
         self.decay = decay
         self.num_threads = num_threads
-        on_gpu = any(p.is_cuda for p in self.parameters.values())
+        on_gpu = any(map(_on_gpu, self.parameters.values()))
         # A new thread begins on device 0, whatever the device of the one that started it.
         self._device = torch.cuda.current_device() if on_gpu else None
         self.average = {
@@ -119,6 +119,10 @@ class WeightAverage:
             buffer.copy_(parameter, non_blocking=True)
         self._side.synchronize()
         return buffer
+
+
+def _on_gpu(parameter: Tensor) -> bool:
+    return parameter.is_cuda
 
 
 def _pinned_buffers(parameters: Iterable[Tensor]) -> dict[torch.dtype, Tensor]:

@@ -62,10 +62,12 @@ def host_operations(
         receives_ahead: gloo only, at least 1.
 
     Raises:
-        ValueError: an unknown backend, fewer than 1 receive ahead, or a table that cannot finish.
+        ValueError: an unknown backend or rank, fewer than 1 receive ahead, or a table that cannot finish.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
+    if not 0 <= rank < schedule.num_ranks:
+        raise ValueError(f"rank={rank}: the schedule's ranks are 0 to {schedule.num_ranks - 1}")
     if receives_ahead < 1:
         raise ValueError(f"receives_ahead={receives_ahead}: at least 1 receive must be posted")
     if backend == "gloo":

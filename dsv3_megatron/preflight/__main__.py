@@ -39,11 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     said, line_words = _split(words)
-    output = said.pop("output", "text")
+    output = said.pop("output", ["text"])[-1]
     if output not in OUTPUTS:
-        raise RefusedArgument(f"output={output}: use output=text or output=json")
+        raise RefusedArgument(f"output={output}: no such form. Use output=text or output=json")
     try:
-        machine, line = Machine.of(said), read(line_words)
+        for name, values in said.items():
+            if len(set(values)) > 1:
+                raise RefusedArgument(f"{name}={values[1]}: beside {name}={values[0]}. Use one of them")
+        machine, line = Machine.of({name: values[0] for name, values in said.items()}), read(line_words)
     except RefusedArgument as error:
         if output == "json":
             _print(findings.from_message(str(error)), output)
@@ -59,16 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if findings.ok(found) else 1
 
 
-def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _split(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Our own NAME=VALUE, wherever they stand (no argument of Megatron and no group of ours has such a name), and the
     rest.
     """
-    said: dict[str, str] = {}
+    said: dict[str, list[str]] = {}
     line: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
         if equals and (name in USAGE or name == "output"):
-            said[name] = value
+            said.setdefault(name, []).append(value)
         elif line or word != "--":
             line.append(word)
     return said, line

@@ -163,6 +163,10 @@ def _completed(job: Job) -> Namespace:
         from dsv3_megatron.arguments.entry import refuse_what_only_our_trainer_does
         from dsv3_megatron.arguments.unpatched import check_command_line
 
+        if not any(word.partition("=")[0] == "--spec" for word in words):
+            raise RefusedArgument(
+                "pretrain_gpt.py without --spec: it would train Megatron's own GPT. Use --spec dsv3 for this model"
+            )
         if any(words[i : i + 3] == ["--spec", *FULL_SPEC] for i in range(len(words))):
             check_command_line(words)
         completed = complete(words, parser, known_only=True)

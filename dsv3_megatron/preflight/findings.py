@@ -36,7 +36,11 @@ class Finding:
 
 
 # The form of our messages: "argument value: why. Use this."
-_FORM = re.compile(r"^(?P<argument>.+?): (?P<why>.+?)(?:[.;] [Uu]se (?P<use>.+?))?\.?$", re.DOTALL)
+_FORM = re.compile(
+    r"^(?:argument )?(?P<argument>.+?): (?P<why>.+?)"
+    r"(?:[.;] (?:[Uu]se|did you mean|Available:) (?P<use>.+?))?\??\.?$",
+    re.DOTALL,
+)
 _OPTION = re.compile(r"--[a-z0-9][a-z0-9-]+")
 
 
@@ -59,16 +63,18 @@ _UNKNOWN = re.compile(r"^unrecognized arguments: (?P<words>[^;]+)(?:; did you me
 
 
 def _from_line(line: str, severity: Severity) -> Finding:
-    unknown = _UNKNOWN.match(re.sub(r" \(all options: --help\)$", "", line.strip()))
+    line, of_parser = re.subn(r" \(all options: --help\)$", "", line.strip())
+    unknown = _UNKNOWN.match(line)
     if unknown is not None:
         return Finding(
             severity, unknown["words"], "no such argument", unknown["near"] or "--help, which lists all"
         )
-    match = _FORM.match(line.strip())
+    match = _FORM.match(line)
+    advice = "what --help says of it" if of_parser else ""
     if match is None:
         named = _OPTION.search(line)
-        return Finding(severity, named[0] if named else "launch line", line.strip().rstrip("."), "")
-    return Finding(severity, match["argument"], match["why"], match["use"] or "")
+        return Finding(severity, named[0] if named else "launch line", line.rstrip("."), advice)
+    return Finding(severity, match["argument"], match["why"], (match["use"] or advice).strip("'"))
 
 
 def ok(findings: Iterable[Finding]) -> bool:

@@ -23,6 +23,7 @@ _MODULES: dict[str, Trainer] = {
     "dsv3_megatron.train": "train",
     "dsv3_megatron.train_hydra": "hydra",
 }
+_SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>&1", "&>")
 _VERBS: dict[str, Trainer] = {"train": "train", "train-hydra": "hydra"}
 
 
@@ -53,9 +54,17 @@ def read(words: Sequence[str]) -> Line:
         words: as the shell split them, or the whole line as one word.
 
     Raises:
-        RefusedArgument: no trainer of ours is in it.
+        RefusedArgument: no trainer of ours is in it, or more than one command.
     """
-    words = shlex.split(words[0]) if len(words) == 1 and " " in words[0].strip() else list(words)
+    words = (
+        _split(words[0]) if len(words) == 1 else list(words) if any(word.strip() for word in words) else []
+    )
+    shells = [word for word in words if word in _SHELL or word.endswith(";")]
+    if shells:
+        raise RefusedArgument(
+            f"launch line: {shells[0]!r} is the shell's, and what is checked is one command. Use dsv3 preflight for "
+            "each trainer, with its words alone"
+        )
     env: dict[str, str] = {}
     while words and _ASSIGNMENT.match(words[0]):
         name, _, value = words.pop(0).partition("=")
@@ -75,6 +84,14 @@ def read(words: Sequence[str]) -> Line:
     return _launched(words[at + 1 :], env)
 
 
+def _split(line: str) -> list[str]:
+    """The words of a line, as a shell would split it; it may go on after a backslash."""
+    try:
+        return shlex.split(line.replace("\\\n", " "))
+    except ValueError as error:
+        raise RefusedArgument(f"launch line: {error}. Use a whole line") from error
+
+
 def _launched(words: list[str], env: dict[str, str]) -> Line:
     """The line behind `torchrun`, read by torchrun's own parser."""
     from torch.distributed.run import get_args_parser
@@ -82,6 +99,7 @@ def _launched(words: list[str], env: dict[str, str]) -> Line:
     parser = get_args_parser()
     wrong: list[str] = []
     parser.error = wrong.append  # type: ignore[method-assign, assignment]
+    parser.print_help = lambda file=None: wrong.append("it would print its help")  # type: ignore[method-assign]
     try:
         options = parser.parse_args(words)
     except (SystemExit, TypeError) as error:
@@ -92,18 +110,26 @@ def _launched(words: list[str], env: dict[str, str]) -> Line:
     trainer, rest = _program([*module, options.training_script, *options.training_script_args])
     nodes, notes = _nodes(options.nnodes)
     per_node = str(options.nproc_per_node)
-    if per_node.isdigit():
+    if _is_count(per_node):
         return Line(trainer, tuple(rest), nodes, int(per_node), env, notes)
+    if per_node not in ("gpu", "auto"):
+        raise RefusedArgument(
+            f"--nproc-per-node {per_node}: no number of GPUs. Use a number from 1 on, or gpu"
+        )
     return Line(trainer, tuple(rest), nodes, None, env, (*notes, f"--nproc-per-node {per_node}: a GPU each"))
 
 
 def _nodes(text: str) -> tuple[int, tuple[str, ...]]:
-    lowest, _, highest = str(text).partition(":")
-    if not lowest.isdigit() or (highest and not highest.isdigit()):
-        raise RefusedArgument(f"--nnodes {text}: a number, or MIN:MAX")
-    if highest and highest != lowest:
+    lowest, colon, highest = str(text).partition(":")
+    if not _is_count(lowest) or (colon and not (_is_count(highest) and int(lowest) <= int(highest))):
+        raise RefusedArgument(f"--nnodes {text}: no number of machines. Use a number from 1 on, or MIN:MAX")
+    if colon and highest != lowest:
         return int(highest), (f"--nnodes {text}: checked for {highest}; a layout fits one size only",)
     return int(lowest), ()
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def _program(words: list[str]) -> tuple[Trainer, list[str]]:

@@ -1,6 +1,7 @@
 """The machines that a job is meant for, as data: what is installed here, unless it is said otherwise."""
 
 import importlib.metadata
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ GPUS = {
     "gb200": Gpu((10, 0), 186),
     "gb300": Gpu((10, 3), 288),
 }
+
+EXAMPLES = {"te": "2.12", "torch": "2.14", "cuda": "13.0", "cudnn": "9.24"}
 
 USAGE = {
     "te": "Transformer Engine: absent, or a version; default: as installed here",
@@ -78,24 +81,34 @@ class Machine:
         values: dict[str, Any] = dict(words)
         for name in ("nodes", "gpus_per_node"):
             if name in values:
-                if not values[name].isdigit() or int(values[name]) < 1:
-                    raise RefusedArgument(f"{name}={values[name]}: a positive whole number is needed")
+                if not values[name].isdecimal() or int(values[name]) < 1:
+                    raise RefusedArgument(f"{name}={values[name]}: no count. Use a whole number from 1 on")
                 values[name] = int(values[name])
         if "host_memory" in values:
             try:
-                values["host_memory"] = float(values["host_memory"])
+                memory = float(values["host_memory"])
             except ValueError:
+                memory = 0.0
+            if not 0 < memory < math.inf:
                 raise RefusedArgument(
-                    f"host_memory={values['host_memory']}: GB of a machine, a number"
-                ) from None
+                    f"host_memory={values['host_memory']}: no GB of a machine. Use a number above 0"
+                )
+            values["host_memory"] = memory
         for name in ("apex", "deepep"):
             if values.get(name, "present") not in ("present", "absent"):
-                raise RefusedArgument(f"{name}={values[name]}: use {name}=present or {name}=absent")
+                raise RefusedArgument(
+                    f"{name}={values[name]}: neither of the two. Use {name}=present or {name}=absent"
+                )
         if values.get("gpu", "h100") not in GPUS:
-            raise RefusedArgument(f"gpu={values['gpu']}: use gpu={' or gpu='.join(GPUS)}")
+            raise RefusedArgument(f"gpu={values['gpu']}: no such GPU here. Use gpu={' or gpu='.join(GPUS)}")
         for name in ("te", "torch", "cuda", "cudnn"):
-            if name in values and values[name] != "absent" and not requirements.version_key(values[name]):
-                raise RefusedArgument(f"{name}={values[name]}: a version is needed, for instance {name}=2.12")
+            absent = " or te=absent" if name == "te" else ""
+            if name not in values or (absent and values[name] == "absent"):
+                continue
+            if not requirements.version_key(values[name]):
+                raise RefusedArgument(
+                    f"{name}={values[name]}: no version. Use a number such as {name}={EXAMPLES[name]}{absent}"
+                )
         return cls(**values)
 
     def has_te(self) -> bool:
@@ -169,5 +182,5 @@ def _present(said: str, module: str) -> bool:
 
 def _number(text: str) -> int:
     if not text.isdigit():
-        raise RefusedArgument(f"{MAX_CONNECTIONS}={text}: a whole number is needed")
+        raise RefusedArgument(f"{MAX_CONNECTIONS}={text}: no number. Use {MAX_CONNECTIONS}=32")
     return int(text)

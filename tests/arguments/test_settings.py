@@ -196,7 +196,7 @@ def test_forms_of_spec(parser, spec):
 
 
 def test_another_spec_is_refused(parser):
-    with pytest.raises(RefusedArgument, match="--spec local: use --spec dsv3"):
+    with pytest.raises(RefusedArgument, match=r"--spec local: not this model's\. Use --spec dsv3"):
         complete(["--spec", "local", *MICRO], parser)
 
 

@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 
+from dsv3_megatron.ema import average as module
 from dsv3_megatron.ema.average import WeightAverage
+from tests.gpu.device import REHEARSAL
 
 
 def parameters(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -80,12 +82,9 @@ def test_in_place_gives_the_weights_back_even_after_an_error() -> None:
     assert all(torch.equal(p, kept[name]) for name, p in weights.items())
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_it_is_pinned_and_equal() -> None:
-    weights = {name: p.cuda() for name, p in parameters(torch.bfloat16).items()}
-    average = WeightAverage(weights, decay=0.9)
-    expected = {name: p.float().cpu() for name, p in weights.items()}
-    assert all(value.is_pinned() for value in average.average.values())
+def follow(average: WeightAverage, weights: dict[str, torch.Tensor]) -> None:
+    """Twenty steps, bit for bit as a loop in the open."""
+    expected = {name: p.float().cpu().clone() for name, p in weights.items()}
     for _ in range(20):
         average.wait()
         for name, p in weights.items():
@@ -94,6 +93,26 @@ def test_on_a_gpu_it_is_pinned_and_equal() -> None:
         average.update()
     average.wait()
     assert all(torch.equal(average.average[name], expected[name]) for name in weights)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_only_what_crosses_is_pinned() -> None:
+    weights = {name: p.cuda() for name, p in parameters(torch.bfloat16).items()}
+    average = WeightAverage(weights, decay=0.9)
+    assert not any(value.is_pinned() for value in average.average.values())
+    if not REHEARSAL:
+        assert [buffer.numel() for buffer in average._buffers.values()] == [64 * 33]
+        assert all(buffer.is_pinned() for buffer in average._buffers.values())
+    follow(average, weights)
+
+
+def test_the_way_through_the_buffer_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream, its event and its buffer, with the CPU's stand-ins."""
+    monkeypatch.setattr(module, "_on_gpu", lambda parameter: True)
+    weights = parameters(torch.bfloat16)
+    average = WeightAverage(weights, decay=0.9)
+    assert {dtype: buffer.numel() for dtype, buffer in average._buffers.items()} == {torch.bfloat16: 64 * 33}
+    follow(average, weights)
 
 
 def test_the_sums_have_threads_of_their_own() -> None:

@@ -131,7 +131,7 @@ STAGES = {
                 "schedules",
                 "every schedule against 1F1B, on 2, 4 and 8 GPUs",
                 ("tests/gpu/test_trainer.py::test_schedules",),
-                1500,
+                1350,
                 ("largest_relative_difference", "worst_gradient"),
             ),
             Step(
@@ -145,7 +145,7 @@ STAGES = {
                 "dispatch",
                 "two hops and experts that move against all-to-all with fixed experts, on 2, 4 and 8 GPUs",
                 ("tests/gpu/test_dispatch.py",),
-                390,
+                540,
                 ("largest_relative_difference", "worst_gradient"),
             ),
             Step("ema", "average of the weights on a GPU", ("tests/ema/test_average.py",), 120),

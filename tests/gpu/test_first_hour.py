@@ -321,28 +321,3 @@ def test_worst_gradient_is_in_units_of_the_others_error() -> None:
     gpu = {"w": torch.ones(4) * 0.98, "b": torch.ones(1)}
     ratio, name = trainer.worst_gradient(gpu, cpu, exact, floor=1e-3)
     assert name == "w" and ratio == pytest.approx(2.0, rel=1e-3)
-
-
-# --- what the GPU's trainer is given
-
-
-def trainer_lines() -> dict[str, tuple[int, list[str]]]:
-    """(ranks, words) of runs on a GPU, as the tests start them."""
-    from tests.gpu.test_shared_gpu import SCHEDULES, WORDS, layout
-
-    words = [*trainer.model_words(), "--transformer-impl", "local"]
-    lines = {name: (1, [*words, *flags]) for name, flags in trainer.PRECISIONS.items() if name != "fp32"}
-    return lines | {schedule: (ranks, [*WORDS, *layout(schedule)]) for schedule, ranks in SCHEDULES.items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", trainer_lines())
-def test_a_trainers_line_passes_preflight(name: str) -> None:
-    """Arguments, Megatron's validation and the model on the meta device, as a GPU job would."""
-    ranks, words = trainer_lines()[name]
-    command = [sys.executable, "-m", "dsv3_megatron.preflight", "torchrun", f"--nproc-per-node={ranks}"]
-    command += ["-m", "dsv3_megatron.train", *words, "--train-iters", "2", "output=json"]
-    env = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ok"], [finding for finding in found["findings"] if finding["severity"] == "error"]

@@ -49,9 +49,10 @@ def test_no_condition_stops_a_step_full_grid(name, num_ranks):
     assert counts
     for num_microbatches in counts:
         schedule = build_schedule(name, num_ranks, num_microbatches)
+        operations = [host_operations(schedule, rank) for rank in range(num_ranks)]
         some = num_microbatches in (counts[0], counts[len(counts) // 2], counts[-1])
         for conditions in CONDITIONS if some else (WORST,):
-            run_on_nccl(schedule, conditions=conditions)
+            run_on_nccl(schedule, operations, conditions)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])

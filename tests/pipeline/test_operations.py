@@ -144,13 +144,15 @@ def test_what_is_in_a_batch_is_made_and_used_at_the_same_moments():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"rank": 2}, "rank=2: the schedule's ranks are 0 to 1"),
+        ({"rank": -1}, "rank=-1: the schedule's ranks are 0 to 1"),
         ({"backend": "mpi"}, "backend='mpi': use one of nccl, gloo"),
         ({"backend": "gloo", "receives_ahead": 0}, "receives_ahead=0: at least 1 receive must be posted"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        host_operations(build_schedule("1f1b", 2, 4), 0, **options)
+        host_operations(build_schedule("1f1b", 2, 4), **({"rank": 0} | options))
 
 
 def test_a_table_that_cannot_finish_is_refused():

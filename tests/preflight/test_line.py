@@ -53,6 +53,19 @@ def test_hydra_lines_and_variables() -> None:
     ("line", "says"),
     [
         ("", "no launch line"),
+        ("torchrun --nproc-per-node 0 -m dsv3_megatron.train", "--nproc-per-node 0: no number of GPUs"),
+        ("torchrun --nproc-per-node -2 -m dsv3_megatron.train", "--nproc-per-node -2: no number of GPUs"),
+        ("torchrun --nproc-per-node cpu -m dsv3_megatron.train", "--nproc-per-node cpu: no number of GPUs"),
+        ("torchrun --nnodes 0 -m dsv3_megatron.train", "--nnodes 0: no number of machines"),
+        ("torchrun --nnodes 3:2 -m dsv3_megatron.train", "--nnodes 3:2: no number of machines"),
+        ("torchrun --nnodes 2: -m dsv3_megatron.train", "--nnodes 2:: no number of machines"),
+        ("torchrun --help", "torchrun: it would print its help"),
+        ("torchrun -m dsv3_megatron.train --bf16 && torchrun -m dsv3_megatron.train", "'&&' is the shell's"),
+        (
+            "torchrun -m dsv3_megatron.train --bf16; torchrun -m dsv3_megatron.train",
+            "'--bf16;' is the shell's",
+        ),
+        ("torchrun -m dsv3_megatron.train --bf16 2>&1 | tee log", "'2>&1' is the shell's"),
         ("python train.py --spec dsv3", "starts no trainer of ours"),
         ("torchrun --nnodes some -m dsv3_megatron.train", "--nnodes some"),
         ("torchrun --nproc-per-node 8", "torchrun:"),
@@ -62,6 +75,29 @@ def test_hydra_lines_and_variables() -> None:
 def test_a_line_that_cannot_be_read(line: str, says: str) -> None:
     with pytest.raises(RefusedArgument, match=says):
         read(line.split())
+    with pytest.raises(RefusedArgument, match=says):
+        read([line])  # as one word
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([""], "no launch line"),
+        (["  ", ""], "no launch line"),
+        (["\n"], "no launch line"),
+        (["torchrun --nnodes 'two"], "launch line: No closing quotation. Use a whole line"),
+    ],
+)
+def test_no_line(words: list[str], says: str) -> None:
+    with pytest.raises(RefusedArgument, match=says):
+        read(words)
+
+
+def test_a_line_may_go_on_after_a_backslash() -> None:
+    found = read(
+        ["torchrun --nnodes 4 \\\n  --nproc-per-node 8 \\\n -m dsv3_megatron.train --spec dsv3 --bf16"]
+    )
+    assert found.words == ARGUMENTS and (found.nodes, found.per_node) == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +109,26 @@ def test_a_line_that_cannot_be_read(line: str, says: str) -> None:
         {"nodes": "0"},
         {"gpus_per_node": "x"},
         {"host_memory": "big"},
+        {"host_memory": "-3"},
+        {"host_memory": "nan"},
+        {"torch": "absent"},
+        {"cuda": "new"},
+        {"deepep": ""},
     ],
 )
 def test_a_machine_that_is_none(words: dict[str, str]) -> None:
     [name] = words
-    with pytest.raises(RefusedArgument, match=f"^{name}={words[name]}: "):
+    with pytest.raises(RefusedArgument, match=f"^{name}={words[name]}: ") as refused:
         Machine.of(words)
+    [finding] = from_message(str(refused.value))
+    assert finding.argument == f"{name}={words[name]}" and finding.use
 
 
 def test_our_words_may_stand_anywhere_and_collide_with_none() -> None:
     from dsv3_megatron.conf import groups
 
     said, line = command._split(["--", "te=2.12", "torchrun", "-m", "x", "model=tiny", "output=json"])
-    assert said == {"te": "2.12", "output": "json"} and line == ["torchrun", "-m", "x", "model=tiny"]
+    assert said == {"te": ["2.12"], "output": ["json"]} and line == ["torchrun", "-m", "x", "model=tiny"]
     assert not set(USAGE) & set(groups())
     from dsv3_megatron.arguments import megatron_parser
 
@@ -131,6 +174,18 @@ def test_findings_have_their_parts() -> None:
         ),
         Finding("error", "--manuel-gc", "no such argument", "--manual-gc"),
     ]
+    for text, finding in {
+        "argument --num-layers: invalid int value: 'x' (all options: --help)": Finding(
+            "error", "--num-layers", "invalid int value: 'x'", "what --help says of it"
+        ),
+        "layout=nope: no such layout. Available: cpu_ep4, pp8_ep8": Finding(
+            "error", "layout=nope", "no such layout", "cpu_ep4, pp8_ep8"
+        ),
+        "layot=pp8: no such argument; did you mean 'layout'?": Finding(
+            "error", "layot=pp8", "no such argument", "layout"
+        ),
+    }.items():
+        assert from_message(text) == [finding]
     found = from_megatron(AssertionError("Must use --overlap-param-gather with --overlap-grad-reduce"))
     assert found.argument == "--overlap-param-gather" and found.severity == "error"
 
@@ -143,8 +198,17 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["ok"] is False and said["findings"][0]["severity"] == "error"
     assert set(said["findings"][0]) == {"severity", "argument", "why", "use"}
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["python", "train.py"])
+    for words in (
+        ["python", "train.py"],
+        [""],
+        ["output=xml", "model=tiny"],
+        ["te=2.8", "te=2.12", "model=tiny"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(words)
+        said = capsys.readouterr()
+        assert not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
+        assert " Use " in said.err
 
 
 @pytest.mark.parametrize(("words", "status"), [("--manual-gc", 0), ("--no-such-word", 1)])

@@ -140,6 +140,9 @@ def built() -> dict[str, list[Findings]]:
         "experts": (plain + "--num-experts 255", te),
         "layers": (plain + "--num-layers 62 --pipeline-schedule zb1p", te),
         "host memory": (plain + "--save x --save-interval 500", te | {"host_memory": "200"}),
+        "another model": (plain.replace("-m dsv3_megatron.train --spec dsv3", "pretrain_gpt.py"), te),
+        "another spec": (plain.replace("--spec dsv3", "--spec local"), te),
+        "queues in words": ("CUDA_DEVICE_MAX_CONNECTIONS=many " + plain, te),
         "deepep": (plain + "--moe-token-dispatcher-type flex", te | {"deepep": "absent"}),
         # and its contrary: with tensor parallelism and a schedule of ours, Megatron's wish for one queue is met
         "fine: tensor parallel": (plain + tp, te),
@@ -183,6 +186,9 @@ CONTROLS = {
     "layers": "",
     "host memory": "--dist-ckpt-optim-fully-reshardable",
     "deepep": "--moe-token-dispatcher-type",
+    "another model": "pretrain_gpt.py without --spec",
+    "another spec": "--spec local",
+    "queues in words": "CUDA_DEVICE_MAX_CONNECTIONS=many",
 }
 
 
