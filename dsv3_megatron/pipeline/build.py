@@ -78,10 +78,10 @@ def build_schedule(
     }
     if name == ZIGZAG:
         return _zigzag(num_ranks, num_microbatches, **dealing)  # type: ignore[arg-type]
-    for option, value in dealing.items():
-        if value is not None:
+    for option, chosen in dealing.items():
+        if chosen is not None:
             raise ValueError(
-                f"{option}={value}: only {ZIGZAG} deals its weight gradients; leave {option} out"
+                f"{option}={chosen}: only {ZIGZAG} deals its weight gradients; leave {option} out"
             )
 
     down, up = tuple(range(num_ranks)), tuple(reversed(range(num_ranks)))

@@ -10,6 +10,7 @@ from typing import Any
 from dsv3_megatron.conf import compose
 from dsv3_megatron.dryrun.start import start_megatron
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.pipeline.build import ZIGZAG
 from dsv3_megatron.plan.candidates import SCHEDULES, Candidate, Found, Space, search
 from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.options import number, parse
@@ -28,6 +29,8 @@ _SIZES = (
     "context_parallel_size",
     "micro_batch_size",
 )
+_DEALT = ("pipeline_zigzag_memory_cap", "pipeline_zigzag_deferred", "pipeline_costs")
+_CHUNKS = "pipeline_zigzag_chunks"
 _BASE_LAYOUTS = ("pp16_ep64", "pp16_ep16", "pp8_ep8")
 
 
@@ -94,10 +97,14 @@ class Request:
         varied = {
             *_SIZES,
             "schedule",
+            _CHUNKS,
             "recompute_modules",
             "recompute_granularity",
             "placement.last_stage_extra",
         }
+        for name in _DEALT:
+            if name in given:
+                raise PlanError(f"{name}={given[name]}: the search deals a zigzag itself; leave it out")
         base = [word for word in overrides if word.partition("=")[0].lstrip("+") not in varied]
         if "layout" not in given:
             base.insert(0, f"layout={_any_layout(base)}")
@@ -113,6 +120,12 @@ class Request:
             if not fixed["schedule"]:
                 names = ", ".join(dict.fromkeys(name for name, _ in SCHEDULES))
                 raise PlanError(f"schedule={self.given['schedule']}: no such schedule; use one of {names}")
+        if _CHUNKS in self.given:
+            chunks = int(number(_CHUNKS, self.given[_CHUNKS]))
+            among = fixed.get("schedule", SCHEDULES)
+            fixed["schedule"] = tuple(s for s in among if s[0] != ZIGZAG or s[1] == chunks)
+            if (ZIGZAG, chunks) not in fixed["schedule"]:
+                raise PlanError(f"{_CHUNKS}={chunks}: use schedule=zigzag with 2 or 4, or leave it out")
         if "recompute_modules" in self.given:
             modules = self.given["recompute_modules"].strip("[]").split(",")
             fixed["recompute_modules"] = (tuple(m for m in modules if m),)

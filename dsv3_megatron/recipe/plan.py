@@ -30,6 +30,11 @@ class Replicas:
         """Microbatches that begin at the same time on one data-parallel rank: two under DualPipe."""
         return TRAITS[self.schedule].directions
 
+    @property
+    def least_microbatches(self) -> int:
+        """That the schedule needs, over both directions together."""
+        return TRAITS[self.schedule].least_microbatches * self.pipeline_ranks
+
     def microbatches(self, batch_size: int) -> tuple[int, int]:
         """Microbatches of one data-parallel rank, and the samples left over."""
         count, rest = divmod(batch_size, self.micro_batch_size * self.data_parallel_size * self.directions)
@@ -38,8 +43,7 @@ class Replicas:
     def fits(self, batch_size: int) -> bool:
         """Whole microbatches in both directions, and enough of them for the schedule."""
         count, rest = self.microbatches(batch_size)
-        least = TRAITS[self.schedule].least_microbatches * self.pipeline_ranks
-        return rest == 0 and count >= max(1, least)
+        return rest == 0 and count >= max(1, self.least_microbatches)
 
     def most(self, batch_size: int) -> "Replicas | None":
         """The most data-parallel ranks, at most these, that can run a batch size; None where no number can."""

@@ -95,7 +95,7 @@ def main() -> None:
         )
         together = simulate(table, costs).makespan
         apart = granular(8, num_microbatches, chunks, costs, Budget(cap, V3_DEFERRED))
-        line = {"ranks": 8, "chunks": chunks, "microbatches": num_microbatches, "cap": 17}
+        line: dict[str, float] = {"ranks": 8, "chunks": chunks, "microbatches": num_microbatches, "cap": 17}
         line |= {"together": together, "apart": round(apart, 1), "gain": round(1 - apart / together, 5)}
         print(json.dumps({"bench": "zigzag_granular"} | line), flush=True)
 

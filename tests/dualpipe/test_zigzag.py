@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,8 @@ def check(pp: int, chunks: int, ep: int = 1, tolerance: float = 1e-5, table: tup
     """A step at these sizes; the stages hold different numbers of layers."""
     sizes = {name: given.pop(name) for name in ("tp", "cp") if name in given}
     layers = UNEVEN[pp, chunks]
-    problem = ScheduledProblem(**{"num_layers": sum(layers), "num_sequences": 16, "layers": layers} | given)
+    fields: dict[str, Any] = {"num_layers": sum(layers), "num_sequences": 16, "layers": layers} | given
+    problem = ScheduledProblem(**fields)
     width = ep * sizes.get("tp", 1) * sizes.get("cp", 1)
     layout = ScheduledLayout(
         world_size=pp * width, pp=pp, ep=ep, schedule="zigzag", chunks=chunks, table=table, **sizes

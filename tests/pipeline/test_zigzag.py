@@ -1,5 +1,7 @@
 """Zigzag: the published check values, its bound, its cap, and that every size builds or is refused by name."""
 
+from typing import Any
+
 import pytest
 
 from dsv3_megatron.pipeline import Budget, Costs, build_schedule, simulate, validate, zigzag_lower_bound
@@ -127,8 +129,9 @@ def test_refusals(arguments, words) -> None:
 
 @pytest.mark.parametrize("option", ["chunks", "costs", "memory_cap", "deferred", "alpha"])
 def test_other_schedules_take_none_of_it(option) -> None:
+    given: dict[str, Any] = {option: 1}
     with pytest.raises(ValueError, match=f"{option}=1"):
-        build_schedule("dualpipev", 4, 12, **{option: 1})
+        build_schedule("dualpipev", 4, 12, **given)
 
 
 def test_show_prints_the_ratio(capsys, tmp_path) -> None:

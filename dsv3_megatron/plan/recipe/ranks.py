@@ -16,7 +16,7 @@ from dsv3_megatron.conf import ConfigError, compose
 from dsv3_megatron.conf.check import data_parallel_size, positive, size
 from dsv3_megatron.errors import exits_cleanly
 from dsv3_megatron.recipe.arguments import ramp_of
-from dsv3_megatron.recipe.plan import MICROBATCHES_PER_RANK, Phase, Replicas, plan
+from dsv3_megatron.recipe.plan import Phase, Replicas, plan
 
 
 @exits_cleanly
@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = [describe(phase, cfg, available) for phase in phases]
     for phase in phases:
         if phase.replicas is None:
-            least = MICROBATCHES_PER_RANK[available.schedule] * available.pipeline_ranks
+            least = available.least_microbatches
             raise ConfigError(
                 f"batch_ramp={list(cfg.batch_ramp)}: batch size {phase.batch_sizes[0]} does not give a multiple of "
                 f"{available.block} data-parallel ranks at least {max(1, least)} whole microbatches: choose another "
