@@ -54,6 +54,7 @@ MODEL = (
     "moe_ffn_hidden_size=64",
     "moe_shared_expert_intermediate_size=64",
     "mtp_num_layers=0",
+    "init_method_std=0.08",  # about one over the square root of the width
     "vocab_size=null",
     f"seq_length={SEQ_LENGTH}",
     f"max_position_embeddings={SEQ_LENGTH}",
@@ -73,6 +74,7 @@ class Arm:
     iterations: int
     overrides: Sequence[str]
     sample: Sequence[str] = ()
+    every: int = EVERY
 
     @property
     def held_out_file(self) -> Path:
@@ -91,7 +93,7 @@ class Arm:
     def command(self) -> list[str]:
         """Of the worker."""
         save = quoted(self.folder / "checkpoints")
-        words = ["--held-out", str(self.held_out_file), "--every", str(EVERY), *self.sample]
+        words = ["--held-out", str(self.held_out_file), "--every", str(self.every), *self.sample]
         common = [f"save={save}", f"load={save}", "save_interval=20", "log_interval=1"]
         last = [f"train_iters={self.iterations}", *common]
         return [sys.executable, "-m", "dsv3_megatron.studies.rl.worker", *words, *self.overrides, *last]
@@ -179,13 +181,13 @@ def base_arm(args: argparse.Namespace) -> Arm:
         f"data_cache_path={quoted(folder / 'corpus' / 'cache')}",
         "micro_batch_size=16",
         "global_batch_size=16",
-        "lr=3e-3",
-        "min_lr=3e-4",
+        "lr=4e-3",
+        "min_lr=4e-4",
         "seed=1",
         "eval_iters=0",
     ]
     sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "400", "16"]
-    return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else ())
+    return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else (), every=100)
 
 
 def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -> Arm:
