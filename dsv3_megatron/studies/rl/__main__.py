@@ -29,12 +29,12 @@ from dsv3_megatron.studies.rl import data
 from dsv3_megatron.studies.rl.picture import ARMS, draw
 
 SEEDS = (1, 2, 3)
-SEQ_LENGTH = 128
+SEQ_LENGTH = 64
 GROUP, PROMPTS = 8, 32  # samples of a rollout
 ROWS = 32  # of an update, in which they are packed
 STEPS = 60
 BASE_STEPS = 400
-BASE_DOCUMENTS = 60_000
+BASE_DOCUMENTS = 30_000
 EVERY = 20  # updates between measurements
 MODEL = (
     "model=micro",
@@ -55,6 +55,8 @@ MODEL = (
     "moe_shared_expert_intermediate_size=64",
     "mtp_num_layers=0",
     "init_method_std=0.08",  # about one over the square root of the width
+    "qk_pos_emb_head_dim=16",
+    "rotary_base=100",  # problems are eight tokens long
     "vocab_size=null",
     f"seq_length={SEQ_LENGTH}",
     f"max_position_embeddings={SEQ_LENGTH}",
@@ -181,8 +183,9 @@ def base_arm(args: argparse.Namespace) -> Arm:
         f"data_cache_path={quoted(folder / 'corpus' / 'cache')}",
         "micro_batch_size=16",
         "global_batch_size=16",
-        "lr=4e-3",
-        "min_lr=4e-4",
+        "lr=1e-2",
+        "min_lr=1e-3",
+        "lr_warmup_fraction=0.05",
         "seed=1",
         "eval_iters=0",
     ]

@@ -12,7 +12,13 @@ from dsv3_megatron.data.encode import EncodeSettings, token_dtype
 from dsv3_megatron.data.prepare import PrepareSettings
 from dsv3_megatron.data.prepare import prepare as prepare_corpus
 from dsv3_megatron.data.tokenizer_files import copy_files, tokenizer_files
-from dsv3_megatron.data.vocabulary import EOS, MIN_VOCAB_SIZE, DocumentEncoder
+from dsv3_megatron.data.vocabulary import (
+    EOS,
+    MIN_VOCAB_SIZE,
+    DocumentEncoder,
+    save_tokenizer,
+    train_tokenizer,
+)
 from dsv3_megatron.posttrain import sorting
 from dsv3_megatron.posttrain.prepare import prepare as prepare_preferences
 from dsv3_megatron.posttrain.prepare import read_preferences
@@ -27,8 +33,13 @@ def write_corpus(folder: Path, count: int, seed: int) -> None:
     source = folder.with_name("documents.jsonl")
     if not source.exists():
         _write_lines(source, ({"text": text} for text in sorting.documents(count, seed)))
+    tokenizer = folder.with_name("tokenizer")
+    if not tokenizer.exists():
+        tokenizer.mkdir()
+        save_tokenizer(train_tokenizer(["0123456789="], MIN_VOCAB_SIZE), tokenizer)  # one token for each byte
     settings = PrepareSettings(
-        vocab_size=MIN_VOCAB_SIZE,
+        vocab_size=None,
+        tokenizer=str(tokenizer),
         encode=EncodeSettings(valid_fraction=0.01, split_rate=0.0),
         shard_bytes=1 << 20,
         format="jsonl",
