@@ -1,7 +1,7 @@
-"""Train a small base model, then teach it to sort digits from rewards alone; three seeds, a control, two other ways.
+"""Train a small base model, then teach it to count from rewards alone; three seeds, a control, two other ways.
 
-    base       documents of problems that are continued in one of five ways; sorted is one in ten
-    rl         GRPO from the base model, reward 1 for the sorted digits
+    base       documents of digits that go on at random, to the next one more often than to others
+    rl         GRPO from the base model, reward 1 for counting up to 9 and stopping there
     shuffled   the same with rewards dealt out anew among the samples: the control
     sft        the same number of updates on problems with their right answers
     dpo        the same number of updates on pairs of a right and a wrong response of the base model
@@ -33,8 +33,8 @@ SEQ_LENGTH = 64
 GROUP, PROMPTS = 8, 32  # samples of a rollout
 ROWS = 32  # of an update, in which they are packed
 STEPS = 60
-BASE_STEPS = 400
-BASE_DOCUMENTS = 30_000
+BASE_STEPS = 150
+BASE_DOCUMENTS = 20_000
 EVERY = 20  # updates between measurements
 MODEL = (
     "model=micro",
@@ -56,7 +56,7 @@ MODEL = (
     "mtp_num_layers=0",
     "init_method_std=0.08",  # about one over the square root of the width
     "qk_pos_emb_head_dim=16",
-    "rotary_base=100",  # problems are eight tokens long
+    "rotary_base=100",  # problems are a few tokens long
     "vocab_size=null",
     f"seq_length={SEQ_LENGTH}",
     f"max_position_embeddings={SEQ_LENGTH}",
@@ -217,7 +217,7 @@ def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -
             "data=prompts",
             f"tokenizer_model={quoted(tokenizer)}",
             f"prompt_data={quoted(folder / 'prompts.jsonl')}",
-            "reward='dsv3_megatron.posttrain.sorting:reward'",
+            "reward='dsv3_megatron.posttrain.counting:reward'",
             "text_begin=end",
             f"samples_per_prompt={GROUP}",
             f"prompts_per_rollout={PROMPTS}",
