@@ -29,7 +29,7 @@ demo-pp4: setup  ## the same on four pipeline ranks, in eight processes
 demo-sft: setup  ## fine-tune the demo's model on signatures from docstrings (runs the demo first where it has not been)
 	$(PY) -m dsv3_megatron.studies.sft
 
-demo-rl: setup  ## a base model trained here learns to sort from rewards alone, three seeds and a control (resumes)
+demo-rl: setup  ## a base model trained here learns to count from rewards alone, three seeds and a control (resumes)
 	$(PY) -m dsv3_megatron.studies.rl
 
 test: setup  ## the default tests, under 20 minutes on two cores

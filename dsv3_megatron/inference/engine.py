@@ -294,6 +294,11 @@ class Engine:
         self.engine.abort(number)
 
     @property
+    def next_number(self) -> int:
+        """Of the request that is handed in next; those of one `generate` are numbered on from it."""
+        return self._next_number
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has something to do or to return on this rank."""
         return self.engine.has_unfinished_requests() or bool(self.engine.done)

@@ -109,6 +109,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     grpo("--renew-reference", type=int, default=0, metavar="STEPS", help="0: the reference stays (default)")
     grpo(
+        "--routing-replay",
+        action=BooleanOptionalAction,
+        default=False,
+        help="the experts that the engine chose for a rollout are used again in training (default: no)",
+    )
+    grpo(
         "--text-begin",
         choices=TEXT_BEGINS,
         default=TEXT_BEGINS[0],

@@ -5,6 +5,7 @@ whole copy, filled from the trainer's ranks before each rollout, never through a
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.reward_worker import RewardWorker
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample
+from dsv3_megatron.posttrain.routes import RouteRecorder
 
 __all__ = ["Generator"]
 
@@ -30,6 +32,7 @@ class Generator:
         self.reward = RewardWorker(args.reward, args.reward_timeout)
         self._engine: Any = None
         self._copy: Any = None
+        self.recorder: RouteRecorder | None = None
 
     def samples(
         self, model: list[Any], prompts: Sequence[Prompt], iteration: int
@@ -43,24 +46,33 @@ class Generator:
 
         args = self.args
         engine = self._ready(model)
-        number = len(prompts) * args.samples_per_prompt
-        mine = self._own(number)
+        count = len(prompts) * args.samples_per_prompt
+        mine = self._own(count)
         seed = request_seed(args.seed, iteration)
-        results = engine.generate(
-            [prompts[i // args.samples_per_prompt].tokens for i in mine],
-            Sampling(max_new_tokens=args.max_response_length, log_probs=True),
-            seeds=[request_seed(seed, i) for i in mine],
-        )
+        first = engine.next_number
+        with nullcontext() if self.recorder is None else self.recorder.recording():
+            results = engine.generate(
+                [prompts[i // args.samples_per_prompt].tokens for i in mine],
+                Sampling(max_new_tokens=args.max_response_length, log_probs=True),
+                seeds=[request_seed(seed, i) for i in mine],
+            )
         found: dict[int, tuple[Sample, bool]] = {}
         if self._answers:
-            for i, result in zip(mine, results, strict=True):
-                found[i] = self._judged(prompts, i // args.samples_per_prompt, result)
+            for place, (i, result) in enumerate(zip(mine, results, strict=True)):
+                number = i // args.samples_per_prompt
+                routing = None
+                if self.recorder is not None:
+                    length = len(prompts[number].tokens) + len(result.tokens) - 1
+                    routing = self.recorder.routes(first + place, length)
+                found[i] = self._judged(prompts, number, result, routing)
         shared: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shared, found)
         everything = {i: entry for part in shared for i, entry in part.items()}
-        return [everything[i][0] for i in range(number)], sum(everything[i][1] for i in range(number))
+        return [everything[i][0] for i in range(count)], sum(everything[i][1] for i in range(count))
 
-    def _judged(self, prompts: Sequence[Prompt], number: int, result: Any) -> tuple[Sample, bool]:
+    def _judged(
+        self, prompts: Sequence[Prompt], number: int, result: Any, routing: Any
+    ) -> tuple[Sample, bool]:
         prompt, tokens = prompts[number], list(result.tokens)
         finished = result.finish_reason == "stop"
         text = self.encoder.decode(tokens[:-1] if finished and tokens[-1] == self.end else tokens)
@@ -68,7 +80,7 @@ class Generator:
         if reward is None:
             print(f"> grpo: --bad-reward {self.args.bad_reward} for a sample: {problem}", flush=True)
             reward = self.args.bad_reward
-        sample = Sample(number, tokens, list(result.log_probs), finished, reward)
+        sample = Sample(number, tokens, list(result.log_probs), finished, reward, routing)
         return sample, bool(problem)
 
     # --- who generates what
@@ -116,3 +128,5 @@ class Generator:
             self._engine = Engine(served, settings, ends=[self.end])
         except RefusedArgument as error:
             raise RefusedArgument(f"--posttrain grpo: {error}") from None
+        if self.args.routing_replay:
+            self.recorder = RouteRecorder(self._engine)

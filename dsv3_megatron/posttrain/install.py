@@ -1,6 +1,7 @@
 """Puts post-training into the trainer: data sets, loss, hooks. Without `--posttrain` nothing changes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from dsv3_megatron.posttrain.run import Run
@@ -21,6 +22,7 @@ def install() -> None:
     hooks.after_load(_after_load)
     hooks.before_step(_before_step)
     hooks.after_step(_after_step)
+    hooks.around_forward(_around_forward)
 
 
 def active() -> Run | None:
@@ -56,6 +58,10 @@ def _after_load(call: dict[str, Any], iteration: int) -> None:
 def _before_step(call: dict[str, Any]) -> None:
     if _run is not None:
         _run.begin_step(call)
+
+
+def _around_forward(model: Any, batch: dict[str, Any]) -> Any:
+    return nullcontext() if _run is None else _run.replay(model, batch)
 
 
 def _after_step(call: dict[str, Any], result: Any) -> None:

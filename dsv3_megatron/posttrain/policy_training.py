@@ -1,6 +1,7 @@
 """GRPO in the trainer: rollouts by the engine, rewards, this step's data and loss."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from dsv3_megatron.posttrain.generation import Generator
 from dsv3_megatron.posttrain.policy_loss import group_advantages, grpo_terms, truncated_weights
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample, chosen_prompts, mtp_weights, read_prompts, row_of
+from dsv3_megatron.posttrain.routes import replayed, routes_of_tokens
 from dsv3_megatron.posttrain.run import FOLDER, Run, repeated
 
 __all__ = ["PolicyTraining", "placeholder"]
@@ -33,6 +35,8 @@ class Rollout:
         advantages: fp32 [N].
         engine, old, reference: log π of the token at each position, fp32 [N, longest]: by the engine; by the trainer
             before the first step (None on policy, where it is the step's own); by the reference (None without).
+        routing: experts that the engine chose for each sample's tokens (see `rollouts.Sample`); None without replay.
+        layers: numbers of the layers whose experts these are.
     """
 
     first_iteration: int
@@ -43,6 +47,8 @@ class Rollout:
     engine: Tensor
     old: Tensor | None = None
     reference: Tensor | None = None
+    routing: list[Tensor] | None = None
+    layers: list[int] | None = None
 
     @property
     def response_lengths(self) -> Tensor:
@@ -160,9 +166,12 @@ class PolicyTraining(Run):
             advantages=advantages,
             engine=_table(samples, prompts),
         )
+        if self.generator.recorder is not None:
+            rollout.routing = [s.routing for s in samples if s.routing is not None]
+            rollout.layers = self.generator.recorder.layers
         self.rollout = rollout
         if args.updates_per_rollout > 1:
-            rollout.old = self._score(model)
+            rollout.old = self._score(model, self.replay)
         if self.reference is not None:
             with self.reference.in_place():
                 rollout.reference = self._score(model)
@@ -180,7 +189,7 @@ class PolicyTraining(Run):
         )
         return rollout
 
-    def _score(self, model: list[Any]) -> Tensor:
+    def _score(self, model: list[Any], around: Any = None) -> Tensor:
         """log π of all samples under the weights that the model has now, by the trainer's schedule."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -190,7 +199,7 @@ class PolicyTraining(Run):
         found = []
         for phase in range(self.args.updates_per_rollout):
             batches = self._own_batches(self._samples_of_step(phase))
-            found += score(model, partial(_copies, batches), get_num_microbatches())
+            found += score(model, partial(_copies, batches), get_num_microbatches(), around)
         table, _ = to_table(found, tuple(self.rollout.engine.shape))  # type: ignore[arg-type]
         return table.float().cpu()
 
@@ -220,6 +229,17 @@ class PolicyTraining(Run):
             f"--updates-per-rollout {self.args.updates_per_rollout}: the rollout of iteration {first_iteration}, which "
             f"the run goes on with, is not in {file}. Load a checkpoint of a multiple of so many steps"
         )
+
+    @contextmanager
+    def replay(self, model: Any, batch: dict[str, Any]) -> Iterator[None]:
+        """As `hooks.around_forward`: the chunk chooses the experts of the rollout, where they are to be replayed."""
+        rollout = self.rollout
+        if rollout is None or rollout.routing is None or rollout.layers is None:
+            yield
+            return
+        table = routes_of_tokens(batch["sequence"].flatten(), batch["cu_seqlens"].flatten(), rollout.routing)
+        with replayed(model, table, rollout.layers):
+            yield
 
     # --- a step
 

@@ -63,13 +63,14 @@ class ReferenceWeights:
                 f"--load: the run that goes on had its reference model in {file}, which is gone. Begin anew with an "
                 "empty --save, or go on in the layout that it was saved in"
             )
-        found = torch.load(file, map_location=torch.cuda.current_device(), weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True)
         shapes = {name: tuple(value.shape) for name, value in self._values.items()}
         if {name: tuple(value.shape) for name, value in found.items()} != shapes:
             raise RefusedArgument(
                 f"--load: the reference model in {file} is of another layout. Go on in the layout that the run began in"
             )
-        self._values = found
+        for name, value in found.items():
+            self._values[name].copy_(value)
 
 
 def _weights(model: Sequence[Any]) -> dict[str, Tensor]:

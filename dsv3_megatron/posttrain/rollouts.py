@@ -42,6 +42,8 @@ class Sample:
         log_probs: log π by the engine, of each of `tokens`.
         finished: whether it ended by itself.
         reward: by the reward function, or what stands in for it.
+        routing: experts of each token of prompt and response but the last, int16 [tokens − 1, MoE layers, K], where
+            they are recorded.
     """
 
     prompt: int
@@ -49,6 +51,7 @@ class Sample:
     log_probs: list[float]
     finished: bool
     reward: float
+    routing: Tensor | None = None
 
     @property
     def usable(self) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Run(ABC):
 
         Routers weigh their balance loss by tokens, and Megatron divides all by what the loss function counts.
         """
+
+    def replay(self, model: Any, batch: dict[str, Any]) -> AbstractContextManager[None]:
+        """As `hooks.around_forward`; DPO has nothing to replay."""
+        return nullcontext()
 
     # --- hooks
 

@@ -1,6 +1,7 @@
 """Log-probabilities of answers under the trainer's model, through its own schedule: any layout, no engine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,12 +19,16 @@ class Scored(NamedTuple):
     log_prob: Tensor
 
 
-def score(model: list[Any], batches: Callable[[], Iterator | None], num_microbatches: int) -> list[Scored]:
+def score(
+    model: list[Any], batches: Callable[[], Iterator | None], num_microbatches: int, around: Any = None
+) -> list[Scored]:
     """Score one set of microbatches; to be called on every rank.
 
     Args:
         batches: gives an iterator over this rank's microbatches (with `sequence`), one for each chunk; None on ranks
             that read none.
+
+        around: (model, batch) -> context of a chunk's forward pass.
 
     Returns:
         What this rank's last stage saw; empty on ranks without it.
@@ -35,7 +40,9 @@ def score(model: list[Any], batches: Callable[[], Iterator | None], num_microbat
         chunk.eval()
     try:
         with torch.no_grad():
-            return run_forward(_forward_step, model, batches, num_microbatches, collect_non_loss_data=True)
+            return run_forward(
+                partial(_forward_step, around), model, batches, num_microbatches, collect_non_loss_data=True
+            )
     finally:
         for chunk, mode in zip(model, modes, strict=True):
             chunk.train(mode)
@@ -80,19 +87,20 @@ def to_sums(found: Sequence[Scored], count: int) -> tuple[Tensor, Tensor]:
     return sums[0] / sums[1].clamp(min=1), sums[1] > 0
 
 
-def _forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
+def _forward_step(around: Any, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
     from dsv3_megatron.training.batch import get_batch, packed_seq_params
 
     batch = get_batch(data_iterator, model)
-    losses = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=packed_seq_params(batch),
-        padding_mask=batch["padding_mask"],
-    )
+    with nullcontext() if around is None else around(model, batch):
+        losses = model(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=packed_seq_params(batch),
+            padding_mask=batch["padding_mask"],
+        )
     return losses, partial(_collect, batch)
 
 

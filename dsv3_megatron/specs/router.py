@@ -113,6 +113,9 @@ class DSV3Router(TopKRouter):
     # Between router and dispatcher, outside training; None where each expert is itself. Scores, bias and counts stay
     # those of the logical experts.
     physical_experts: PhysicalExperts | None = None
+    # Experts [S·B, K] int64 of the next forward pass that were chosen before (−1: choose now), set and taken away by
+    # whoever replays them; only in a forward pass that records a graph, or scores for one.
+    given_experts: Tensor | None = None
 
     def __init__(
         self,
@@ -168,6 +171,7 @@ class DSV3Router(TopKRouter):
             self.config.moe_router_group_topk,
             self.config.moe_router_topk_scaling_factor or 1.0,
             normalize=score_function == "sigmoid",
+            given=self.given_experts,
         )
         probs, routing_map = routing.to_dense(weights, indices, num_experts)
         if torch.is_grad_enabled():

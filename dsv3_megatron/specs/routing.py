@@ -78,6 +78,7 @@ def group_limited_topk(
     group_topk: int | None,
     scaling: float = 1.0,
     normalize: bool = True,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose K experts per token and weigh them (R§2.1.2 eq. 13, 14, 16; `Gate.forward` of DeepSeek-V3).
 
@@ -94,6 +95,8 @@ def group_limited_topk(
         group_topk: groups kept per token, or None with `num_groups` None.
         scaling: routed scaling factor (2.5 in DeepSeek-V3).
         normalize: let the weights sum to `scaling` (DeepSeek-V3), or take scores · `scaling` (DeepSeek-V2).
+        given: experts [T, K] int64 that were chosen before, and are weighed by the present scores; a row of −1 is
+            chosen now.
 
     Returns:
         weights [T, K] of the scores' dtype (differentiable) and expert indices [T, K] int64, in order of the
@@ -113,6 +116,8 @@ def group_limited_topk(
             dropped_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(1, kept, False)
             biased = grouped_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
         indices = stable_topk(biased, topk)
+        if given is not None:
+            indices = torch.where(given >= 0, given, indices)
     chosen = scores.gather(1, indices)
     if not normalize:
         return chosen * scaling, indices

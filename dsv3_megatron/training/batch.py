@@ -87,11 +87,12 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     )
     batch = flatten_batch_for_packed_sequences(batch)
     batch["padding_mask"] = batch["position_ids"] == PADDING if args.sft else None
-    if not needed:
-        kept = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "padding_mask")
-        return {key: batch.get(key) if key in kept else None for key in (*KEYS, "padding_mask")}
     if getattr(args, "posttrain", None) is not None:
         batch["sequence"] = _on_this_tp_rank(sequence, args)
+    if not needed:
+        kept = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "padding_mask", "sequence")
+        return {key: batch.get(key) if key in kept else None for key in (*KEYS, "padding_mask", "sequence")}
+    if getattr(args, "posttrain", None) is not None:
         return batch  # without context parallelism
     return get_batch_on_this_cp_rank(
         batch,

@@ -5,6 +5,7 @@
     hooks.while_loading(f)     f(call): a context around the loading of a checkpoint; it may change `call`
     hooks.after_load(f)        f(call, iteration): a checkpoint is loaded; `call` holds load_checkpoint's arguments
     hooks.before_step(f)       f(call): before a step; `call` holds train_step's arguments by name (patch `train_step`)
+    hooks.around_forward(f)    f(model, batch): a context around a chunk's training forward pass without a plan
     hooks.on_output(f)         f(model, output): a chunk has finished a forward pass, in the order of its microbatches
     hooks.on_loss(f)           f(total, num_tokens): the last stage has a loss (sum over tokens); before its `on_output`
     hooks.before_update(f)     f(call): gradients are there, the optimizer has not changed the weights yet
@@ -28,12 +29,14 @@ __all__ = [
     "after_step",
     "after_validation",
     "around_checkpoint",
+    "around_forward",
     "before_build",
     "before_step",
     "before_update",
     "building",
     "checkpoint",
     "experts_move",
+    "forward",
     "loaded",
     "loading",
     "on_experts_move",
@@ -51,6 +54,7 @@ _build: list[Callable[[Any, Any], None]] = []
 _loading: list[Callable[[dict[str, Any]], AbstractContextManager[Any]]] = []
 _loaded: list[Callable[[dict[str, Any], int], None]] = []
 _before: list[Callable[[dict[str, Any]], None]] = []
+_forward: list[Callable[[Any, dict[str, Any]], AbstractContextManager[Any]]] = []
 _output: list[Callable[[Any, Tensor], None]] = []
 _loss: list[Callable[[Tensor, Tensor], None]] = []
 _update: list[Callable[[dict[str, Any]], None]] = []
@@ -82,6 +86,11 @@ def after_load(function: Callable[[dict[str, Any], int], None]) -> None:
 def before_step(function: Callable[[dict[str, Any]], None]) -> None:
     """Call `function(call)` before each training step."""
     _add(_before, function, "train_step")
+
+
+def around_forward(function: Callable[[Any, dict[str, Any]], AbstractContextManager[Any]]) -> None:
+    """Run each training forward pass of a chunk, with this microbatch, inside `function(model, batch)`."""
+    _add(_forward, function)
 
 
 def on_output(function: Callable[[Any, Tensor], None]) -> None:
@@ -150,6 +159,14 @@ def loaded(call: dict[str, Any], iteration: int) -> None:
     """Told by the patch `load_checkpoint`."""
     for function in _loaded:
         function(call, iteration)
+
+
+def forward(model: Any, batch: dict[str, Any]) -> ExitStack:
+    """The contexts in which the trainer's forward step calls a chunk."""
+    contexts = ExitStack()
+    for function in _forward:
+        contexts.enter_context(function(model, batch))
+    return contexts
 
 
 def saw_output(model: Any, output: Tensor) -> None:

@@ -66,8 +66,11 @@ def forward_step(
         "padding_mask": batch["padding_mask"],
     }
     with _straggler_timer:
-        run = model.build_schedule_plan if return_schedule_plan else model
-        output = run(*inputs, **kwargs)
+        if return_schedule_plan:
+            output = model.build_schedule_plan(*inputs, **kwargs)
+        else:
+            with hooks.forward(model, batch):
+                output = model(*inputs, **kwargs)
     if not return_schedule_plan:
         hooks.saw_output(model, output)
     return output, _loss_of(batch)

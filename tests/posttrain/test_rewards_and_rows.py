@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_megatron.posttrain import sorting
+from dsv3_megatron.posttrain import counting
 from dsv3_megatron.posttrain.reward_worker import RewardWorker
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.training.batch import PADDING
@@ -38,16 +38,15 @@ def test_a_bad_reward_is_none_and_the_next_one_is_right(
     assert worker("p", "no", "yes") == (0.0, "")
 
 
-def test_sorting_has_held_out_problems_of_its_own() -> None:
-    train = {"".join(sorted(p[:-1])) for p, _ in sorting.problems(500, 0, held_out=False)}
-    held_out = {"".join(sorted(p[:-1])) for p, _ in sorting.problems(200, 0, held_out=True)}
-    read = {"".join(sorted(text[: sorting.DIGITS])) for text in sorting.documents(2000, 0)}
+def test_counting_has_held_out_problems_of_its_own() -> None:
+    train = {prompt for prompt, _ in counting.problems(500, 0, held_out=False)}
+    held_out = {prompt for prompt, _ in counting.problems(200, 0, held_out=True)}
+    read = {text[: counting.PROMPT] for text in counting.documents(2000, 0)}
     assert not held_out & (train | read) and len(held_out) > 30
-    prompt, answer = sorting.problems(1, 3, held_out=True)[0]
-    assert sorting.reward(prompt, answer, answer) == 1
-    assert sorting.reward(prompt, answer + "1", answer) == sorting.reward(prompt, answer[:-1], answer) == 0
-    right = [text.split("=")[1] == "".join(sorted(text.split("=")[0])) for text in sorting.documents(4000, 0)]
-    assert 0.08 < sum(right) / len(right) < 0.16  # a base model that has learnt its documents is below 20%
+    answers = {prompt[-1]: answer for prompt, answer in counting.problems(50, 3, held_out=True)}
+    assert answers == {"5": "6789", "6": "789", "7": "89"}
+    assert counting.reward("406", "789", "789") == 1
+    assert counting.reward("406", "7890", "789") == counting.reward("406", "78", "789") == 0
 
 
 def test_a_row_holds_samples_apart_and_learns_responses_alone() -> None:

@@ -4,6 +4,7 @@ A micro model with a real tokenizer is saved once; each run takes a step from th
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,45 @@ BETA = 0.3
 FIXED = "--moe-aux-loss-coeff 0 --allow-deviation moe_aux_loss_coeff --moe-router-bias-update-rate 0"
 
 
-def train(rank: int, world_size: int, words: list[str], by_hand: str = "") -> dict[str, Any]:
+def shake_routers(model: list[Any]) -> None:
+    """Let them choose other experts than those that the engine has just chosen."""
+    from dsv3_megatron.specs.router import DSV3Router
+
+    generator = torch.Generator().manual_seed(0)
+    for module in model[0].modules():
+        if isinstance(module, DSV3Router):
+            assert module.expert_bias is not None
+            module.expert_bias.add_(0.3 * torch.randn(module.expert_bias.shape, generator=generator))
+
+
+def train(
+    rank: int, world_size: int, words: list[str], by_hand: str = "", shake: bool = False
+) -> dict[str, Any]:
     """Gradients by global name before the first update, losses of each step, the rollout, and, for `by_hand`, the
     gradients of a loss written out over single samples.
     """
     from dsv3_megatron.posttrain.install import active
+    from dsv3_megatron.posttrain.routes import decoder_routers
     from dsv3_megatron.specs.names import global_names, named_weights
+    from dsv3_megatron.specs.router import DSV3Router
     from dsv3_megatron.train import main
     from dsv3_megatron.training import hooks
 
-    found: dict[str, Any] = {"grads": {}, "weights": {}, "losses": []}
+    found: dict[str, Any] = {"grads": {}, "weights": {}, "losses": [], "replaying": set()}
+
+    def look(where: str, router: Any, inputs: Any) -> None:
+        if router.given_experts is not None:
+            found["replaying"].add(where)
+
+    def prepare(call: dict[str, Any]) -> None:
+        model = call["model"]
+        if shake:
+            shake_routers(model)
+        decoder = {id(router) for chunk in model for router in decoder_routers(chunk).values()}
+        for module in (module for chunk in model for module in chunk.modules()):
+            if isinstance(module, DSV3Router):
+                where = "decoder" if id(module) in decoder else "mtp"
+                module.register_forward_pre_hook(partial(look, where))
 
     def keep(call: dict[str, Any]) -> None:
         if found["grads"]:
@@ -65,6 +95,9 @@ def train(rank: int, world_size: int, words: list[str], by_hand: str = "") -> di
             for local, weight in named_weights(chunk).items():
                 found["weights"][names[local].name] = (names[local].shard, weight.detach().clone())
 
+    hooks.after_validation(
+        lambda args: hooks.before_step(prepare)
+    )  # after post-training's own: rollouts are there
     hooks.before_update(keep)
     hooks.after_step(note)
     main(words)
@@ -195,7 +228,7 @@ class Setup:
         ]
 
     def run(
-        self, words: list[str], more: str = "", world_size: int = 1, by_hand: str = ""
+        self, words: list[str], more: str = "", world_size: int = 1, by_hand: str = "", shake: bool = False
     ) -> list[dict[str, Any]]:
         start = ["--pretrained-checkpoint", str(self.folder / "pretrained"), *FIXED.split()]
         return run_distributed(
@@ -205,6 +238,7 @@ class Setup:
             init=False,
             words=[*self.common, *start, *words, *more.split()],
             by_hand=by_hand,
+            shake=shake,
         )
 
 
@@ -355,6 +389,19 @@ def test_grpo_in_layouts(schedule: str, world_size: int, pp: int, ep: int, words
     split = setup.run(setup.grpo(), words + layout_words(schedule, pp, ep), world_size)
     assert_same_rollouts(split, whole)
     assert_same(grads(split), grads([whole]))
+
+
+@pytest.mark.slow
+def test_routing_replay_takes_the_engines_experts(setup: Setup) -> None:
+    """Routers that would choose otherwise by now: without replay the trainer's numbers are others than the engine's.
+    The MTP layer routes by itself.
+    """
+    mismatch, replaying = {}, {}
+    for words in ("", "--routing-replay"):
+        (rank,) = setup.run(setup.grpo(), f"{words} --posttrain-mtp-loss", shake=True)
+        mismatch[words], replaying[words] = rank["losses"][0]["engine mismatch"], rank["replaying"]
+    assert mismatch[""] > 1e-2 and mismatch["--routing-replay"] < 1e-5
+    assert replaying == {"": set(), "--routing-replay": {"decoder"}}
 
 
 @pytest.mark.slow

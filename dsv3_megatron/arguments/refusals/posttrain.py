@@ -151,6 +151,50 @@ ROWS = (
         DPO + " --dpo-reference live --eval-iters 1",
     ),
     Refusal(
+        "routing_replay_tensor_parallel",
+        FEATURE,
+        "--routing-replay",
+        "",
+        lambda a, s: _grpo(a) and a.routing_replay and a.tensor_model_parallel_size > 1,
+        "with --tensor-model-parallel-size {tensor_model_parallel_size} a rank's router sees a part of the tokens",
+        "--tensor-model-parallel-size 1",
+        GRPO + " --routing-replay --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    Refusal(
+        "routing_replay_plans",
+        FEATURE,
+        "--routing-replay",
+        "",
+        lambda a, s: (
+            _grpo(a)
+            and a.routing_replay
+            and (a.pipeline_schedule != "1f1b" and a.expert_model_parallel_size > 1 and not a.mtp_num_layers)
+        ),
+        "under --pipeline-schedule {pipeline_schedule} with expert parallelism and without MTP two microbatches pass a "
+        "layer at once",
+        "--pipeline-schedule 1f1b, or an MTP layer",
+        GRPO + " --routing-replay --pipeline-schedule zb1p --pipeline-model-parallel-size 2 "
+        "--expert-model-parallel-size 2 --mtp-num-layers 0",
+    ),
+    Refusal(
+        "routing_replay_recompute",
+        FEATURE,
+        "--routing-replay",
+        "",
+        lambda a, s: (
+            _grpo(a)
+            and a.routing_replay
+            and (
+                a.recompute_granularity == "full"
+                or (a.recompute_granularity == "selective" and "moe" in (a.recompute_modules or []))
+            )
+        ),
+        "a layer that is computed again in the backward pass would choose experts anew",
+        "--recompute-granularity selective without moe among --recompute-modules",
+        GRPO
+        + " --routing-replay --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    Refusal(
         "grpo_evaluation",
         FEATURE,
         "--eval-iters",

@@ -1,1 +1,1 @@
-"""`make demo-rl`: a base model trained here learns to sort digits from rewards alone."""
+"""`make demo-rl`: a base model trained here learns to count from rewards alone."""

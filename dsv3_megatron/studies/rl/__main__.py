@@ -1,7 +1,7 @@
-"""Train a small base model, then teach it to sort digits from rewards alone; three seeds, a control, two other ways.
+"""Train a small base model, then teach it to count from rewards alone; three seeds, a control, two other ways.
 
-    base       documents of problems that are continued in one of five ways; sorted is one in ten
-    rl         GRPO from the base model, reward 1 for the sorted digits
+    base       documents of digits that go on at random, to the next one more often than to others
+    rl         GRPO from the base model, reward 1 for counting up to 9 and stopping there
     shuffled   the same with rewards dealt out anew among the samples: the control
     sft        the same number of updates on problems with their right answers
     dpo        the same number of updates on pairs of a right and a wrong response of the base model
@@ -29,12 +29,12 @@ from dsv3_megatron.studies.rl import data
 from dsv3_megatron.studies.rl.picture import ARMS, draw
 
 SEEDS = (1, 2, 3)
-SEQ_LENGTH = 128
+SEQ_LENGTH = 64
 GROUP, PROMPTS = 8, 32  # samples of a rollout
 ROWS = 32  # of an update, in which they are packed
 STEPS = 60
-BASE_STEPS = 400
-BASE_DOCUMENTS = 60_000
+BASE_STEPS = 150
+BASE_DOCUMENTS = 20_000
 EVERY = 20  # updates between measurements
 MODEL = (
     "model=micro",
@@ -54,6 +54,9 @@ MODEL = (
     "moe_ffn_hidden_size=64",
     "moe_shared_expert_intermediate_size=64",
     "mtp_num_layers=0",
+    "init_method_std=0.08",  # about one over the square root of the width
+    "qk_pos_emb_head_dim=16",
+    "rotary_base=100",  # problems are a few tokens long
     "vocab_size=null",
     f"seq_length={SEQ_LENGTH}",
     f"max_position_embeddings={SEQ_LENGTH}",
@@ -73,6 +76,7 @@ class Arm:
     iterations: int
     overrides: Sequence[str]
     sample: Sequence[str] = ()
+    every: int = EVERY
 
     @property
     def held_out_file(self) -> Path:
@@ -91,7 +95,7 @@ class Arm:
     def command(self) -> list[str]:
         """Of the worker."""
         save = quoted(self.folder / "checkpoints")
-        words = ["--held-out", str(self.held_out_file), "--every", str(EVERY), *self.sample]
+        words = ["--held-out", str(self.held_out_file), "--every", str(self.every), *self.sample]
         common = [f"save={save}", f"load={save}", "save_interval=20", "log_interval=1"]
         last = [f"train_iters={self.iterations}", *common]
         return [sys.executable, "-m", "dsv3_megatron.studies.rl.worker", *words, *self.overrides, *last]
@@ -179,13 +183,14 @@ def base_arm(args: argparse.Namespace) -> Arm:
         f"data_cache_path={quoted(folder / 'corpus' / 'cache')}",
         "micro_batch_size=16",
         "global_batch_size=16",
-        "lr=3e-3",
-        "min_lr=3e-4",
+        "lr=1e-2",
+        "min_lr=1e-3",
+        "lr_warmup_fraction=0.05",
         "seed=1",
         "eval_iters=0",
     ]
     sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "400", "16"]
-    return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else ())
+    return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else (), every=100)
 
 
 def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -> Arm:
@@ -212,7 +217,7 @@ def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -
             "data=prompts",
             f"tokenizer_model={quoted(tokenizer)}",
             f"prompt_data={quoted(folder / 'prompts.jsonl')}",
-            "reward='dsv3_megatron.posttrain.sorting:reward'",
+            "reward='dsv3_megatron.posttrain.counting:reward'",
             "text_begin=end",
             f"samples_per_prompt={GROUP}",
             f"prompts_per_rollout={PROMPTS}",

@@ -12,8 +12,14 @@ from dsv3_megatron.data.encode import EncodeSettings, token_dtype
 from dsv3_megatron.data.prepare import PrepareSettings
 from dsv3_megatron.data.prepare import prepare as prepare_corpus
 from dsv3_megatron.data.tokenizer_files import copy_files, tokenizer_files
-from dsv3_megatron.data.vocabulary import EOS, MIN_VOCAB_SIZE, DocumentEncoder
-from dsv3_megatron.posttrain import sorting
+from dsv3_megatron.data.vocabulary import (
+    EOS,
+    MIN_VOCAB_SIZE,
+    DocumentEncoder,
+    save_tokenizer,
+    train_tokenizer,
+)
+from dsv3_megatron.posttrain import counting
 from dsv3_megatron.posttrain.prepare import prepare as prepare_preferences
 from dsv3_megatron.posttrain.prepare import read_preferences
 from dsv3_megatron.sft.pack import pack
@@ -26,9 +32,14 @@ def write_corpus(folder: Path, count: int, seed: int) -> None:
     """The base model's documents, and a tokenizer of bytes; once."""
     source = folder.with_name("documents.jsonl")
     if not source.exists():
-        _write_lines(source, ({"text": text} for text in sorting.documents(count, seed)))
+        _write_lines(source, ({"text": text} for text in counting.documents(count, seed)))
+    tokenizer = folder.with_name("tokenizer")
+    if not tokenizer.exists():
+        tokenizer.mkdir()
+        save_tokenizer(train_tokenizer(["0123456789="], MIN_VOCAB_SIZE), tokenizer)  # one token for each byte
     settings = PrepareSettings(
-        vocab_size=MIN_VOCAB_SIZE,
+        vocab_size=None,
+        tokenizer=str(tokenizer),
         encode=EncodeSettings(valid_fraction=0.01, split_rate=0.0),
         shard_bytes=1 << 20,
         format="jsonl",
@@ -38,7 +49,7 @@ def write_corpus(folder: Path, count: int, seed: int) -> None:
 
 def write_prompts(file: Path, count: int, seed: int) -> None:
     """Training problems for `--prompt-data`."""
-    lines = ({"prompt": p, "answer": a} for p, a in sorting.problems(count, seed, held_out=False))
+    lines = ({"prompt": p, "answer": a} for p, a in counting.problems(count, seed, held_out=False))
     _write_lines(file, lines)
 
 
@@ -49,7 +60,7 @@ def write_demonstrations(folder: Path, tokenizer: Path, count: int, seq_length: 
     encoder = DocumentEncoder(tokenizer)
     end = encoder.special_ids[EOS]
     samples = []
-    for prompt, answer in sorting.problems(count, seed, held_out=False):
+    for prompt, answer in counting.problems(count, seed, held_out=False):
         before, after = [end, *encoder.encode(prompt)], [*encoder.encode(answer), end]
         samples.append(([*before, *after], [False] * len(before) + [True] * len(after)))
     rows = pack([len(ids) for ids, _ in samples], seq_length, seed)
@@ -90,7 +101,7 @@ def write_pairs(folder: Path, tokenizer: Path, samples: Path, seq_length: int, s
 
 
 def _split(responses: Sequence[str], prompt: str, answer: str) -> tuple[list[str], list[str]]:
-    rewards = [sorting.reward(prompt, text, answer) for text in responses]
+    rewards = [counting.reward(prompt, text, answer) for text in responses]
     right = [text for text, reward in zip(responses, rewards, strict=True) if reward]
     return right, [text for text, reward in zip(responses, rewards, strict=True) if not reward]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dsv3_megatron.posttrain import sorting
+from dsv3_megatron.posttrain import counting
 
 HELD_OUT_PROBLEMS = 512
 HELD_OUT_SEED = 7
@@ -39,9 +39,9 @@ class HeldOut:
             self._write_samples(call["model"])
 
     def _measure(self, model: list[Any], iteration: int) -> None:
-        problems = sorting.problems(HELD_OUT_PROBLEMS, HELD_OUT_SEED, held_out=True)
+        problems = counting.problems(HELD_OUT_PROBLEMS, HELD_OUT_SEED, held_out=True)
         responses = self._responses(model, [prompt for prompt, _ in problems], seed=HELD_OUT_SEED)
-        rewards = [sorting.reward(p, text, a) for (p, a), (text, _) in zip(problems, responses, strict=True)]
+        rewards = [counting.reward(p, text, a) for (p, a), (text, _) in zip(problems, responses, strict=True)]
         length = sum(count for _, count in responses) / len(responses)
         self.curve[str(iteration)] = {"reward": sum(rewards) / len(rewards), "length": length}
         unfinished = self.file.with_suffix(".part")
@@ -56,7 +56,7 @@ class HeldOut:
         seeds, count, group = self.sampled
         lines = []
         for seed in range(1, seeds + 1):
-            problems = sorting.problems(count, seed, held_out=False)
+            problems = counting.problems(count, seed, held_out=False)
             prompts = [prompt for prompt, _ in problems for _ in range(group)]
             responses = self._responses(model, prompts, seed=seed)
             for i, (prompt, answer) in enumerate(problems):
