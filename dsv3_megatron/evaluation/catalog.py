@@ -48,10 +48,14 @@ def check_names(names: Sequence[str], include: Path | None = None, option: str =
         raise RefusedArgument(f"--include-path {include}: no such folder")
     for name in names:
         if not _folders_of(name, include):
-            everything = sorted({known for root in _roots(include) for known, _ in _names_in(root)})
-            close = difflib.get_close_matches(name, everything, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"ours are {', '.join(our_tasks())}"
-            raise RefusedArgument(f"{option} {name}: no such task; {hint}")
+            raise RefusedArgument(f"{option} {name}: no such task; {_hint(name, include)}")
+
+
+@cache
+def _hint(name: str, include: Path | None) -> str:
+    everything = sorted({known for root in _roots(include) for known, _ in _names_in(root)})
+    close = difflib.get_close_matches(name, everything, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"ours are {', '.join(our_tasks())}"
 
 
 def load_tasks(
