@@ -1,11 +1,14 @@
 """`--eval-tasks`: training goes on as without it, to the bit; the results are those of the saved checkpoint."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dsv3_megatron.demo.results import read_curves
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.evaluation import live
 from tests.arguments.lines import MICRO
 from tests.evaluation.conftest import VOCABULARY
 from tests.evaluation.test_against_hf import last_line
@@ -86,3 +89,56 @@ def test_training_is_unchanged_and_results_are_the_checkpoint_s(name, hf, tmp_pa
     assert expected.keys() == found.keys()
     for tag, value in expected.items():
         assert found[tag][STEPS] == pytest.approx(value, rel=BOUND), tag
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("dsv3_choice_en", "--eval-tasks-interval", "0"), "--eval-tasks-interval 0: is not possible"),
+        (("dsv3_choice_en", "--eval-tasks-interval", "2", "--eval-tasks-limit", "0"), "--eval-tasks-limit 0"),
+        (("dsv3_choice_en",), "nothing says how often"),
+        (
+            ("dsv3_needel", "--eval-tasks-interval", "2"),
+            "dsv3_needel: no such task; did you mean dsv3_needle?",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named_before_anything_is_built(more, named, hf, tmp_path):
+    from dsv3_megatron.train import main
+
+    argv = [*words(hf, tmp_path, "--micro-batch-size 1"), "--eval-tasks", *more]
+    with pytest.raises(RefusedArgument) as refused:
+        main(argv)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [
+        ("arc_easy", "--eval-tasks arc_easy: its data (allenai/ai2_arc) is not on this machine"),
+        (
+            "dsv3_humaneval",
+            "--eval-tasks dsv3_humaneval: it generates up to 512 tokens, which leaves no room",
+        ),
+        (
+            "sampled",
+            "--eval-tasks sampled: it samples (temperature 0.7), which is not possible during training",
+        ),
+    ],
+)
+def test_tasks_that_are_not_possible_in_training_are_named(task, named, tmp_path, monkeypatch):
+    yaml = (
+        "task: sampled\ncustom_dataset: !function ours.rows\noutput_type: generate_until\ntest_split: test\n"
+    )
+    yaml += 'doc_to_text: "x"\ndoc_to_target: "y"\ngeneration_kwargs: {until: [z], do_sample: true, temperature: 0.7}\n'
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "sampled.yaml").write_text(yaml)
+    rows = "def rows(**unused):\n    return {'test': Dataset.from_list([{'q': 'x'}])}\n"
+    (mine / "ours.py").write_text(f"from datasets import Dataset\n\n\n{rows}")
+    monkeypatch.setattr(
+        live.catalog, "_roots", lambda include, roots=live.catalog._roots: [tmp_path, *roots(None)]
+    )
+    with pytest.raises(RefusedArgument) as refused:
+        live._loaded(SimpleNamespace(eval_tasks=[task], seq_length=SEQUENCE))
+    assert named in str(refused.value)
