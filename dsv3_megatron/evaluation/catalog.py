@@ -70,7 +70,8 @@ def load_tasks(
         RefusedArgument: see `check_names`; or a task's data is not here.
     """
     check_names(names, include, option)
-    with _network(download), _silent():
+    _silence()
+    with _network(download):
         manager = _manager(names, include)
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in names:
@@ -184,13 +185,11 @@ def _network(allowed: bool) -> Iterator[None]:
             setattr(module, name, value)
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the harness's remarks on tasks, and the bars of its data."""
+def _silence() -> None:
+    """From now on without the harness's remarks on tasks, and the bars of its data."""
     import datasets
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    yield

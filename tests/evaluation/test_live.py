@@ -1,5 +1,6 @@
 """`--eval-tasks`: training goes on as without it, to the bit; the results are those of the saved checkpoint."""
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,3 +143,17 @@ def test_tasks_that_are_not_possible_in_training_are_named(task, named, tmp_path
     with pytest.raises(RefusedArgument) as refused:
         live._loaded(SimpleNamespace(eval_tasks=[task], seq_length=SEQUENCE))
     assert named in str(refused.value)
+
+
+def test_pretrain_gpt_does_not_ignore_it():
+    from dsv3_megatron.arguments.entry import refuse_what_only_our_trainer_does
+
+    others = {
+        "sft_data": None,
+        "loss_spike_factor": None,
+        "moe_token_dispatcher_type": "alltoall",
+        "on_bad_step": "stop",
+    }
+    refuse_what_only_our_trainer_does(Namespace(eval_tasks=None, **others))
+    with pytest.raises(RefusedArgument, match="--eval-tasks a b: pretrain_gpt.py has its own"):
+        refuse_what_only_our_trainer_does(Namespace(eval_tasks=["a", "b"], **others))
