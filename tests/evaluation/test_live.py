@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.arguments.entry import refuse_what_only_our_trainer_does
 from dsv3_megatron.demo.results import read_curves
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.evaluation import live
@@ -146,8 +147,6 @@ def test_tasks_that_are_not_possible_in_training_are_named(task, named, tmp_path
 
 
 def test_pretrain_gpt_does_not_ignore_it():
-    from dsv3_megatron.arguments.entry import refuse_what_only_our_trainer_does
-
     others = {
         "sft_data": None,
         "loss_spike_factor": None,
@@ -155,5 +154,5 @@ def test_pretrain_gpt_does_not_ignore_it():
         "on_bad_step": "stop",
     }
     refuse_what_only_our_trainer_does(Namespace(eval_tasks=None, **others))
-    with pytest.raises(RefusedArgument, match="--eval-tasks a b: pretrain_gpt.py has its own"):
+    with pytest.raises(RefusedArgument, match=r"--eval-tasks a b: pretrain_gpt\.py has its own"):
         refuse_what_only_our_trainer_does(Namespace(eval_tasks=["a", "b"], **others))
