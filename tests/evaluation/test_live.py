@@ -156,3 +156,52 @@ def test_pretrain_gpt_does_not_ignore_it():
     refuse_what_only_our_trainer_does(Namespace(eval_tasks=None, **others))
     with pytest.raises(RefusedArgument, match=r"--eval-tasks a b: pretrain_gpt\.py has its own"):
         refuse_what_only_our_trainer_does(Namespace(eval_tasks=["a", "b"], **others))
+
+
+def compare(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+    """After the first step: the trainer's pipeline and the engine, over the same weights."""
+    from dsv3_megatron import train
+    from dsv3_megatron.evaluation.engine_scorer import EngineScorer
+    from dsv3_megatron.evaluation.scorer import Request, Row
+    from dsv3_megatron.evaluation.trainer_scorer import TrainerScorer
+    from dsv3_megatron.inference import Engine, EngineSettings
+    from dsv3_megatron.training import hooks
+    from tests.inference.models import prompts
+
+    texts = [tuple(tokens) for tokens in prompts(5, 40, 1, 17, 100, vocab_size=VOCABULARY, seed=3)]
+    rows = [Row(tokens, min(len(tokens) - 1, 9)) for tokens in texts if len(tokens) > 1]
+    requests = [Request(tokens, 6 + place, stop=("e",)) for place, tokens in enumerate(texts)]
+    found: dict[str, Any] = {}
+
+    def decode(tokens: list[int]) -> str:
+        return "".join("abcdefgh"[token % 8] for token in tokens)
+
+    def after(call: dict[str, Any], result: Any) -> None:
+        if found:
+            return
+        (chunk,) = call["model"]
+        chunk.eval()
+        by_trainer = TrainerScorer(call["model"], [7], decode)
+        engine = Engine(chunk, EngineSettings(SEQUENCE + 1, max_batch=8), [7], decode)
+        by_engine = EngineScorer(engine, SEQUENCE)
+        for name, scorer in (("trainer", by_trainer), ("engine", by_engine)):
+            found[name] = (scorer.score(rows), scorer.generate(requests))
+        engine.close()
+        chunk.train()
+
+    hooks.after_step(after)
+    train.main(argv)
+    return found
+
+
+@pytest.mark.slow
+def test_the_trainer_scores_and_writes_as_the_engine_does(hf, tmp_path):
+    argv = words(hf, tmp_path, LAYOUTS["one"][1])
+    (found,) = run_distributed(compare, 1, timeout=400, init=False, argv=argv)
+    scores, answers = found["trainer"]
+    expected, written = found["engine"]
+    assert answers == written and len({len(answer) for answer in answers.values()}) > 1
+    assert scores.keys() == expected.keys()
+    for place, score in expected.items():
+        assert scores[place].log_prob == pytest.approx(score.log_prob, rel=1e-5)
+        assert scores[place].greedy == score.greedy
