@@ -20,7 +20,8 @@ from dsv3_megatron.errors import RefusedArgument
 __all__ = ["OURS", "check_names", "load_tasks", "our_tasks", "split_names"]
 
 OURS = Path(__file__).parent / "tasks"
-_NAME = re.compile(r"^(?:task|group|tag): *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
+# Inside a group too, where others are defined or referred to.
+_NAME = re.compile(r"^[ \t-]*[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
 _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
 
