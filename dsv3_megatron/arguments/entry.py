@@ -52,6 +52,8 @@ def refuse_what_only_our_trainer_does(args: Namespace) -> None:
     }
     if args.moe_token_dispatcher_type == "two_hop":
         options["--moe-token-dispatcher-type"] = "two_hop"
+    if args.eval_tasks is not None:
+        options["--eval-tasks"] = " ".join(args.eval_tasks)
     if args.on_bad_step != "stop":
         options["--on-bad-step"] = args.on_bad_step
     for option, value in options.items():

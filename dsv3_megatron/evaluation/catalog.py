@@ -20,7 +20,8 @@ from dsv3_megatron.errors import RefusedArgument
 __all__ = ["OURS", "check_names", "load_tasks", "our_tasks", "split_names"]
 
 OURS = Path(__file__).parent / "tasks"
-_NAME = re.compile(r"^(?:task|group|tag): *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
+# Inside a group too, where others are defined or referred to.
+_NAME = re.compile(r"^[ \t-]*[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
 _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
 
@@ -48,10 +49,14 @@ def check_names(names: Sequence[str], include: Path | None = None, option: str =
         raise RefusedArgument(f"--include-path {include}: no such folder")
     for name in names:
         if not _folders_of(name, include):
-            everything = sorted({known for root in _roots(include) for known, _ in _names_in(root)})
-            close = difflib.get_close_matches(name, everything, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"ours are {', '.join(our_tasks())}"
-            raise RefusedArgument(f"{option} {name}: no such task; {hint}")
+            raise RefusedArgument(f"{option} {name}: no such task; {_hint(name, include)}")
+
+
+@cache
+def _hint(name: str, include: Path | None) -> str:
+    everything = sorted({known for root in _roots(include) for known, _ in _names_in(root)})
+    close = difflib.get_close_matches(name, everything, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"ours are {', '.join(our_tasks())}"
 
 
 def load_tasks(
@@ -66,7 +71,8 @@ def load_tasks(
         RefusedArgument: see `check_names`; or a task's data is not here.
     """
     check_names(names, include, option)
-    with _network(download), _silent():
+    _silence()
+    with _network(download):
         manager = _manager(names, include)
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in names:
@@ -180,13 +186,11 @@ def _network(allowed: bool) -> Iterator[None]:
             setattr(module, name, value)
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the harness's remarks on tasks, and the bars of its data."""
+def _silence() -> None:
+    """From now on without the harness's remarks on tasks, and the bars of its data."""
     import datasets
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    yield

@@ -1,7 +1,7 @@
 """Answers to questions of fact: correct, incorrect or not attempted.
 
-The three grades, the F-score and the calibration by stated confidence are those of SimpleQA (Wei et al., "Measuring
-short-form factuality in large language models", 2024, sections 2 and 4).
+The three grades, the F-score and the calibration, by stated confidence and by how often an answer is repeated, are
+those of SimpleQA (Wei et al., "Measuring short-form factuality in large language models", 2024).
 """
 
 import json
@@ -9,13 +9,14 @@ import re
 import string
 import unicodedata
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dsv3_megatron.errors import RefusedArgument
 
 __all__ = [
     "CORRECT", "INCORRECT", "NOT_ATTEMPTED", "Grader", "by_endpoint", "by_match", "calibration", "calibration_error",
-    "correct_given_attempted", "f_score", "normalised", "parted",
+    "correct_given_attempted", "f_score", "most_frequent", "normalised", "parted",
 ]  # fmt: skip
 
 CORRECT, INCORRECT, NOT_ATTEMPTED = "correct", "incorrect", "not_attempted"
@@ -56,6 +57,13 @@ def parted(reply: str) -> tuple[str, float | None]:
     answers = [line for line in lines if not _CONFIDENCE.match(line.lstrip("(（[ "))]
     answer = answers[0] if answers else ""
     return _CONFIDENCE.split(answer)[0].strip(" ,;，；(（[|"), confidence
+
+
+def most_frequent(answers: Sequence[str]) -> tuple[str, float]:
+    """The answer that comes most often among repeated ones (the earliest of several), and its share of them."""
+    counts = Counter(map(normalised, answers))
+    form, count = counts.most_common(1)[0]
+    return next(answer for answer in answers if normalised(answer) == form), count / len(answers)
 
 
 def by_match(question: str, answer: str, right: Sequence[str]) -> str:

@@ -113,6 +113,27 @@ def test_facts_through_the_harness():
     assert result_of("dsv3_facts_zh", lambda prompt: "不知道")["calibration_error"] is None
 
 
+def test_repeated_facts_take_the_most_frequent_answer_and_its_share():
+    """7 of 10 right for even questions, 6 of 10 wrong alike for odd ones."""
+    rows = questions("en")
+    known = {row["question"]: place for place, row in enumerate(rows)}
+    asked = [0] * len(rows)
+
+    def answer(prompt: str) -> str:
+        place = known[prompt.split("Question: ")[1].split("\n")[0]]
+        asked[place] += 1
+        often = asked[place] <= (7 if place % 2 == 0 else 6)
+        right = rows[place]["answers"][0]
+        if place % 2 == 0:
+            return f" {right.upper() if asked[place] % 2 else right}." if often else f" x{asked[place]}"
+        return " nonsense" if often else f" {right}"
+
+    found = result_of("dsv3_facts_en_repeated", answer)
+    assert asked == [10] * len(rows)
+    assert found["correct"] == found["incorrect"] == 0.5
+    assert found["calibration_error"] == pytest.approx((0.3 + 0.6) / 2)
+
+
 @pytest.fixture
 def endpoint():
     """A chat API that replies with the letter in the text it was sent: `…letter X…`."""

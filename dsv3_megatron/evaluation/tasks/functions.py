@@ -12,6 +12,7 @@ from dsv3_megatron.evaluation.grading import (
     calibration_error,
     correct_given_attempted,
     f_score,
+    most_frequent,
     parted,
 )
 from dsv3_megatron.evaluation.needle import documents
@@ -59,7 +60,14 @@ def passes(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def graded(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-    answer, confidence = parted(results[0])
+    return _figures(doc, *parted(results[0]))
+
+
+def graded_by_frequency(doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
+    return _figures(doc, *most_frequent([parted(reply)[0] for reply in results[0]]))
+
+
+def _figures(doc: dict[str, Any], answer: str, confidence: float | None) -> dict[str, Any]:
     grade = current().grader(doc["question"], answer, doc["answers"])
     correct, attempted = float(grade == CORRECT), float(grade != NOT_ATTEMPTED)
     return {
