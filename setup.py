@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["dsv3_megatron", "dsv3_megatron.*"]),
-    package_data={"dsv3_megatron": ["conf/**/*.yaml", "arguments/*.toml", "py.typed"]},
+    package_data={"dsv3_megatron": ["conf/**/*.yaml", "arguments/*.toml", "convert/*.toml", "py.typed"]},
     install_requires=[
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.11",
