@@ -122,7 +122,9 @@ def _engines(options: argparse.Namespace) -> None:
 
     directory = HFDirectory(options.hf)
     # As they are in the files: some releases have experts together in one tensor, which not every engine takes apart.
-    names = [name for file in sorted(options.hf.glob("*.safetensors")) for name in SafetensorsFile(file).entries]
+    names = [
+        name for file in sorted(options.hf.glob("*.safetensors")) for name in SafetensorsFile(file).entries
+    ]
     scaled = any(name.endswith("weight_scale_inv") for name in names)
     for engine in ENGINES:
         found = load(engine, names, directory.architecture, scaled)
@@ -130,7 +132,9 @@ def _engines(options: argparse.Namespace) -> None:
             wrong = [*(f"{name}: no place for it" for name in found.left),
                      *(f"{name}: nothing fills it" for name in found.missing)]  # fmt: skip
             raise ConversionError(f"{options.hf}: {engine}: {wrong[0]} (of {len(wrong)})")
-        print(f"{engine}: {found.consumed} tensors consumed, {len(found.unread)} taken from elsewhere, none left")
+        print(
+            f"{engine}: {found.consumed} tensors consumed, {len(found.unread)} taken from elsewhere, none left"
+        )
 
 
 def command_line(arguments: dict[str, Any]) -> str:

@@ -75,7 +75,9 @@ def load(engine: str, names: Iterable[str], arch: Architecture, scaled: bool) ->
         place = _place(rules, name, arch)
         if place is None:
             unread.append(name)
-        elif place in wanted and place not in filled:  # a place that is filled twice would hold the second alone
+        elif (
+            place in wanted and place not in filled
+        ):  # a place that is filled twice would hold the second alone
             filled.add(place)
             consumed += 1
         else:
@@ -107,7 +109,10 @@ def _in_layer(rules: dict[str, Any], model: str, prefix: str, rest: str, arch: A
     if expert:
         for stacked, parts in rules["experts"].items():
             if expert[2] in parts:
-                return (model, f"{prefix}mlp.experts.{stacked}_{expert[3]}"), f"expert {expert[1]} {expert[2]}"
+                return (
+                    model,
+                    f"{prefix}mlp.experts.{stacked}_{expert[3]}",
+                ), f"expert {expert[1]} {expert[2]}"
     stem, _, kind = rest.rpartition(".")
     for fused, parts in rules["fused"].items():
         if stem in parts and (arch.q_lora_rank is not None or not stem.startswith("self_attn.")):
@@ -120,7 +125,9 @@ def _expected(rules: dict[str, Any], arch: Architecture, scaled: bool) -> Iterat
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         yield ("main", name), ""
     for number in range(arch.num_layers):
-        yield from _layer_expected(rules, "main", f"model.layers.{number}.", arch, arch.is_moe(number), scaled)
+        yield from _layer_expected(
+            rules, "main", f"model.layers.{number}.", arch, arch.is_moe(number), scaled
+        )
     draft = rules["draft"]
     for number in range(arch.num_layers, arch.num_layers + arch.mtp_num_layers):
         for own in draft["own"]:

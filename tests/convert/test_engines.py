@@ -8,10 +8,10 @@ import pytest
 from dsv3_megatron.convert.__main__ import main
 from dsv3_megatron.convert.architecture import Architecture
 from dsv3_megatron.convert.engines import ENGINES, load
+from dsv3_megatron.convert.hf_directory import SCALE
 from dsv3_megatron.convert.inventory import duplicates, is_quantized, weights
 from dsv3_megatron.convert.to_hf import megatron_to_hf
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
-from dsv3_megatron.convert.hf_directory import SCALE
 from tests.convert.releases import micro, release, tensors_of
 
 
@@ -43,8 +43,12 @@ def test_what_is_wrong_is_seen(engine):
     """The control: a tensor less, one more, one misnamed, one layer too many, scales without weights' dtype."""
     names, arch = names_of_v3()
     less = [name for name in names if name != "model.layers.5.mlp.experts.7.up_proj.weight"]
-    assert load(engine, less, arch, True).missing == ["model.layers.5.mlp.experts.w13_weight (expert 7 up_proj)"]
-    assert load(engine, [*names, "model.layers.0.self_attn.rope"], arch, True).left == ["model.layers.0.self_attn.rope"]
+    assert load(engine, less, arch, True).missing == [
+        "model.layers.5.mlp.experts.w13_weight (expert 7 up_proj)"
+    ]
+    assert load(engine, [*names, "model.layers.0.self_attn.rope"], arch, True).left == [
+        "model.layers.0.self_attn.rope"
+    ]
     renamed = [name.replace("e_score_correction_bias", "expert_bias") for name in names]
     found = load(engine, renamed, arch, True)
     assert len(found.left) == len(found.missing) == 59 and not found.complete
