@@ -22,7 +22,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["dsv3_megatron", "dsv3_megatron.*"]),
-    package_data={"dsv3_megatron": ["conf/**/*.yaml", "arguments/*.toml", "evaluation/tasks/*", "py.typed"]},
+    package_data={
+        "dsv3_megatron": [
+            "conf/**/*.yaml",
+            "arguments/*.toml",
+            "convert/*.toml",
+            "evaluation/tasks/*",
+            "py.typed",
+        ]
+    },
     install_requires=[
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.11",

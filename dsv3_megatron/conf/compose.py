@@ -72,7 +72,7 @@ def compose(overrides: list[str], processes: int | None = None, serving: bool = 
     if is_for_serving(cfg) and not serving:
         named = [word for word in overrides if word.startswith("layout=")] or ["serving"]
         raise ConfigError(
-            f"{named[-1]}: is a layout for serving; use it with dsv3 dryrun or dsv3 plan serve, or a layout for training"
+            f"{named[-1]}: is a layout for serving; use it with dsv3 dryrun or dsv3 plan serve, or another layout"
         )
     _displace_alternatives(cfg, given)
     _resolve_processes(cfg, processes)

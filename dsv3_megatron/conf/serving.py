@@ -71,5 +71,7 @@ def serving_of(cfg: DictConfig) -> Deployment:
 def _one_of(section: Any, entry: str, values: tuple[Any, ...]) -> None:
     value = section.get(entry)
     if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
-        allowed = " or ".join("null" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+        allowed = " or ".join(
+            "null" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values
+        )
         raise ConfigError(f"serving.{entry}={value}: use {allowed}")

@@ -1,4 +1,4 @@
-"""`python -m dsv3_megatron.convert hf-to-megatron | megatron-to-hf | verify`."""
+"""`python -m dsv3_megatron.convert hf-to-megatron | megatron-to-hf | verify | engines`."""
 
 import argparse
 import json
@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", action="append", help="text whose logits are compared (may be repeated; default: a few)"
     )
     verify.set_defaults(run=_verify)
+
+    engines = commands.add_parser("engines", help="whether vLLM and SGLang would take every tensor")
+    engines.add_argument("--hf", type=Path, required=True)
+    engines.set_defaults(run=_engines)
     return parser
 
 
@@ -108,6 +112,29 @@ def _verify(options: argparse.Namespace) -> None:
         return
     for name, value in result.items():
         print(f"{name}: {value}")
+
+
+def _engines(options: argparse.Namespace) -> None:
+    from dsv3_megatron.convert.engines import ENGINES, load
+    from dsv3_megatron.convert.errors import ConversionError
+    from dsv3_megatron.convert.hf_directory import HFDirectory
+    from dsv3_megatron.convert.safetensors_file import SafetensorsFile
+
+    directory = HFDirectory(options.hf)
+    # As they are in the files: some releases have experts together in one tensor, which not every engine takes apart.
+    names = [
+        name for file in sorted(options.hf.glob("*.safetensors")) for name in SafetensorsFile(file).entries
+    ]
+    scaled = any(name.endswith("weight_scale_inv") for name in names)
+    for engine in ENGINES:
+        found = load(engine, names, directory.architecture, scaled)
+        if not found.complete:
+            wrong = [*(f"{name}: no place for it" for name in found.left),
+                     *(f"{name}: nothing fills it" for name in found.missing)]  # fmt: skip
+            raise ConversionError(f"{options.hf}: {engine}: {wrong[0]} (of {len(wrong)})")
+        print(
+            f"{engine}: {found.consumed} tensors consumed, {len(found.unread)} taken from elsewhere, none left"
+        )
 
 
 def command_line(arguments: dict[str, Any]) -> str:

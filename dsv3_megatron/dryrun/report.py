@@ -54,7 +54,7 @@ class RankReport:
             ("groups", ", ".join(f"{name} {size}" for name, size in self.groups.items())),
             ("parameters on rank", _count(self.num_parameters)),
             *((f"  {kind}", _count(size)) for kind, size in self.by_kind.items()),
-            *((key.replace('_', ' '), str(value)) for key, value in (self.expert_slots or {}).items()),
+            *((key.replace("_", " "), str(value)) for key, value in (self.expert_slots or {}).items()),
             ("parameters of model", _count(self.total_parameters)),
             ("  without MTP", _count(self.total_parameters_without_mtp)),
         ]

@@ -69,13 +69,10 @@ class FakeWorld:
             # Megatron holds experts against ranks, and a batch against replicas: of the first there are slots, of the
             # second nothing to say.
             # Nor is there a limit of nodes per token where each expert is asked by itself (report §3.4.2).
-            served = {
-                "micro_batch_size": 1,
-                "global_batch_size": data_parallel_size(cfg),
-                "nvlink_domain_size": world_size(cfg),
-                "num_experts": deployment.num_slots(experts or 0) or None,
-            }
-            cfg = DictConfig({**cfg, **served})
+            cfg = DictConfig(dict(cfg))
+            cfg.micro_batch_size, cfg.global_batch_size = 1, data_parallel_size(cfg)
+            cfg.nvlink_domain_size = world_size(cfg)
+            cfg.num_experts = deployment.num_slots(experts or 0) or None
         world = cls(to_megatron_argv(cfg), rank, world_size(cfg), cfg.cluster.gpus_per_node)
         world.deployment, world.num_experts = deployment, experts
         return world

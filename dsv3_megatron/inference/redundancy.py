@@ -1,8 +1,8 @@
 """Copies of experts that follow the measured load while the model serves (report §3.4).
 
-Between two steps all ranks of an expert-parallel group add up what each expert had to do, ask `balance.rebalance_experts`
-which copies there should be, send each other the weights of those that are new where they are, and go on. No request
-notices: a copy has the weights of its expert, wherever it is.
+Between two steps all ranks of an expert-parallel group add up what each expert had to do, ask
+`balance.rebalance_experts` which copies there should be, send each other the weights of those that are new where they
+are, and go on. No request notices: a copy has the weights of its expert, wherever it is.
 """
 
 from typing import Any
@@ -30,7 +30,9 @@ class Redundancy:
     """
 
     def __init__(self, model: torch.nn.Module, num_nodes: int = 1):
-        self.layers = [module for module in model.modules() if isinstance(getattr(module, "slots", None), ExpertSlots)]
+        self.layers = [
+            module for module in model.modules() if isinstance(getattr(module, "slots", None), ExpertSlots)
+        ]
         self.num_nodes = num_nodes
         self.changed = 0
 
@@ -90,7 +92,7 @@ def in_place(held: Tensor, wanted: Tensor, num_ranks: int) -> Tensor:
 
 
 def sources(held: Tensor, wanted: Tensor, num_ranks: int) -> list[tuple[int, int]]:
-    """(slot, slot that has its new expert now) for every slot that changes, in order; of one's own rank where it can be.
+    """(slot, slot that has its new expert now) for every slot that changes; of one's own rank where it can be.
 
     Copies elsewhere take turns, so that not all ranks ask the same one.
     """

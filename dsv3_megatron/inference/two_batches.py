@@ -1,16 +1,15 @@
 """Two halves of a forward pass, overlapped: one's messages to the experts travel beside the other's products.
 
-Report §3.4.1: two microbatches of like weight; attention and experts of one run beside dispatch and combine of the other.
-Here the tokens of a pass are cut in two. The second half comes after the first in every layer, so that a request that is
-cut finds its earlier tokens in the cache. A half is a generator that hands out each of its messages and goes on with the
-answer; messages of both travel in one lane, one after the other, in the same order on all ranks.
+Report §3.4.1: two microbatches of like weight; attention and experts of one run beside dispatch and combine of the
+other. Here the tokens of a pass are cut in two. The second half comes after the first in every layer, so that a request
+that is cut finds its earlier tokens in the cache. A half is a generator that hands out each of its messages and goes on
+with the answer; messages of both travel in one lane, one after the other, in the same order on all ranks.
 """
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import torch

@@ -14,7 +14,7 @@ from dsv3_megatron.convert.hf_directory import HFDirectory
 from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.serve.source import Source
-from dsv3_megatron.specs.deployment import Deployment, deploy
+from dsv3_megatron.specs.deployment import PLAIN, Deployment, deploy
 
 __all__ = ["DTYPES", "Layout", "loaded_model", "use_device"]
 
@@ -32,7 +32,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
-    deployment: Deployment = Deployment()
+    deployment: Deployment = PLAIN
 
     def check(self, arch: Architecture, world_size: int) -> None:
         """Raise `RefusedArgument` where the model or the world cannot be cut so."""
@@ -176,7 +176,7 @@ def _build(arch: Architecture, layout: Layout, dtype: str, transformer_impl: str
     return DSV3ModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def _fill(model: Any, source: Source, deployment: Deployment = Deployment()) -> None:
+def _fill(model: Any, source: Source, deployment: Deployment = PLAIN) -> None:
     if source.hf is not None:
         _fill_by_name(model, source, source.hf)
         return

@@ -52,10 +52,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             help="under torchrun; default 1",
         )
 
-
     for option, help_text in (
         ("--redundant-experts", "experts on the ranks beyond the model's routed ones: copies of the busiest"),
-        ("--rebalance-interval", "steps of the engine after which copies follow the measured load (0: never)"),
+        (
+            "--rebalance-interval",
+            "steps of the engine after which copies follow the measured load (0: never)",
+        ),
     ):
         model.add_argument(option, type=int, default=0, metavar="N", help=f"{help_text}; default 0")
     model.add_argument(

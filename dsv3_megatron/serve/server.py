@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RefusedArgument(f"dsv3 serve needs {', '.join(missing)}: pip install 'dsv3_megatron[serve]'")
     if options.max_requests < 1:
         raise RefusedArgument(f"--max-requests {options.max_requests}: must be 1 or more")
+    if options.rebalance_interval:
+        raise RefusedArgument(
+            f"--rebalance-interval {options.rebalance_interval}: the server's ranks do not count their steps together; "
+            "leave it out (dsv3 generate has it)"
+        )
     source = open_model(options)
     if is_first_rank():
         _check_address(options.host, options.port)

@@ -7,7 +7,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Deployment", "alone", "deploy", "deployment_of"]
+__all__ = ["PLAIN", "Deployment", "alone", "deploy", "deployment_of"]
 
 _ATTRIBUTE = "dsv3_deployment"
 
@@ -17,7 +17,7 @@ class Deployment:
     """What serving adds to a layout.
 
     Attributes:
-        extra_slots: experts on the GPUs beyond the model's routed ones: copies, and the shared expert where it is routed.
+        extra_slots: experts on the GPUs beyond the model's routed ones: copies, and the shared one where it is routed.
         shared_as_routed: the shared expert is one more routed one, which every token chooses with weight 1.
         whole_mlps: dense MLPs and shared experts are whole on every tensor-parallel rank (TP1), which applies them to
             its own part of the tokens.
@@ -51,7 +51,9 @@ class Deployment:
         if self.extra_slots and not num_experts:
             raise ValueError(f"{self.extra_slots} redundant experts: the model has no experts")
         if self.shared_as_routed and num_shared != 1:
-            raise ValueError(f"the shared expert routed as one more: the model has {num_shared} of them, not 1")
+            raise ValueError(
+                f"the shared expert routed as one more: the model has {num_shared} of them, not 1"
+            )
         if self.shared_as_routed and not self.extra_slots:
             raise ValueError("the shared expert routed as one more: needs a redundant slot at least, its own")
         if num_experts and self.num_slots(num_experts) % expert_parallel_size:
@@ -59,6 +61,9 @@ class Deployment:
                 f"{num_experts} + {self.extra_slots} experts do not lie evenly on {expert_parallel_size} "
                 "expert-parallel ranks"
             )
+
+
+PLAIN = Deployment()
 
 
 def deploy(config: Any, deployment: Deployment) -> None:
@@ -69,7 +74,7 @@ def deploy(config: Any, deployment: Deployment) -> None:
 def deployment_of(config: Any) -> Deployment:
     """Of a configuration of Megatron's; nothing special by default."""
     found = getattr(config, _ATTRIBUTE, None)
-    return Deployment() if found is None else found
+    return PLAIN if found is None else found
 
 
 def alone(config: Any, pg_collection: Any) -> tuple[Any, Any]:

@@ -113,7 +113,9 @@ def with_slots(base: type) -> type:
 
             super().__init__(physical, replace(submodules, router=logical_router), *args, **options)
             topk = config.moe_router_topk if deployment.shared_as_routed else None
-            with torch._C.DisableTorchFunction():  # a dry run makes meta tensors of all, and these are no weights
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # a dry run makes meta tensors of all, and these are no weights
                 held = first_placement(
                     physical.num_moe_experts, config.num_moe_experts, topk, self.ep_group.size()
                 )

@@ -37,7 +37,9 @@ def wanted(folder, batch):
     return transformers_greedy(folder, batch, NEW)[0]
 
 
-@pytest.mark.parametrize("name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in DEPLOYMENTS if n != "all")])
+@pytest.mark.parametrize(
+    "name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in DEPLOYMENTS if n != "all")]
+)
 def test_tokens_are_those_of_transformers(folder, batch, wanted, name):
     """Copies move after every second step; prompts go in chunks, so that halves cut requests."""
     with opened(folder, Layout(deployment=DEPLOYMENTS[name])) as model:
@@ -92,7 +94,9 @@ def test_experts_that_stay_on_a_rank_stay_in_their_slot(seed):
     held = torch.cat([torch.arange(experts), torch.randint(experts, (4,), generator=generator)])
     wanted = held[torch.randperm(12, generator=generator)]
     placed = in_place(held, wanted, ranks)
-    for now, then, asked in zip(held.split(per_rank), placed.split(per_rank), wanted.split(per_rank), strict=True):
+    for now, then, asked in zip(
+        held.split(per_rank), placed.split(per_rank), wanted.split(per_rank), strict=True
+    ):
         assert sorted(then.tolist()) == sorted(asked.tolist())
         both = sum(min(now.tolist().count(e), asked.tolist().count(e)) for e in range(experts))
         assert sum(a == b for a, b in zip(now.tolist(), then.tolist(), strict=True)) == both
@@ -129,7 +133,9 @@ def test_one_halfs_messages_travel_beside_the_others_products():
     messages = [(name, layer) for name, kind, layer, _ in log if kind == "message"]
     assert messages == [(name, layer) for layer in range(3) for name in "ab"]
     assert all(in_inference for _, kind, _, in_inference in log if kind == "message")
-    products = [beside for name, kind, layer, beside in log if kind == "product" and (name, layer) != ("a", 0)]
+    products = [
+        beside for name, kind, layer, beside in log if kind == "product" and (name, layer) != ("a", 0)
+    ]
     assert sum(products) >= len(products) - 1  # the first may begin before the thread does
 
 

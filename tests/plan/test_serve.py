@@ -61,7 +61,7 @@ def test_without_links_time_is_the_products():
 
 
 def test_prefilling_multiplies_what_flops_say():
-    """Expanded attention of whole prompts: within a tenth of 2 × active parameters + causal attention, at the peak share."""
+    """Expanded attention of whole prompts: within a tenth of 2 × active parameters + causal attention."""
     job = replace(
         PREFILL, tp=1, num_gpus=1, gpu=replace(without_communication(PREFILL.gpu), memory=1e13),
         deployment=Deployment(0, False, True, 1), absorbed_prefill=False, batch=4, weights="bf16",

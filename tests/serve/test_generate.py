@@ -162,10 +162,25 @@ LAYOUTS = {
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "TP2"]
 # Deployments as in the report's §3.4 in small: 8 routed experts, and slots for copies.
-EP4 = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "4", "--mlp-tensor-parallel-size", "1")
+EP4 = (
+    "--tensor-model-parallel-size",
+    "2",
+    "--expert-model-parallel-size",
+    "4",
+    "--mlp-tensor-parallel-size",
+    "1",
+)
 DEPLOYMENTS = {
     "prefill": (
-        *EP4, "--redundant-experts", "4", "--rebalance-interval", "3", "--microbatches", "2", "--max-batch", "2",
+        *EP4,
+        "--redundant-experts",
+        "4",
+        "--rebalance-interval",
+        "3",
+        "--microbatches",
+        "2",
+        "--max-batch",
+        "2",
     ),
     "decode": (*EP4, "--redundant-experts", "8", "--shared-expert-as-routed", "--rebalance-interval", "2"),
 }

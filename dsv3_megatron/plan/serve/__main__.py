@@ -67,7 +67,10 @@ def _summary(result: Result) -> str:
     drafts = "without drafts" if job.acceptance is None else f"drafts accepted {job.acceptance:.0%}"
     rows = [
         ("phase", f"{job.phase}, {job.num_gpus} {job.gpu.name}, attention TP{job.tp}, {drafts}"),
-        ("experts", f"{job.num_slots} slots, {job.slots_per_gpu:g} per GPU, fullest GPU {job.imbalance:g} of the mean"),
+        (
+            "experts",
+            f"{job.num_slots} slots, {job.slots_per_gpu:g} per GPU, fullest GPU {job.imbalance:g} of the mean",
+        ),
         ("batch", f"{job.batch:.2f} requests per GPU (most: {result.max_batch:.2f}) of {job.context} tokens"),
         ("a pass", f"{time.total * 1e3:.2f} ms, mostly {time.bound}"),
         (per, f"{result.latency_per_token_s * 1e3:.2f} ms"),

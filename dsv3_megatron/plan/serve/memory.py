@@ -22,7 +22,8 @@ def _weights(job: ServingJob) -> dict[str, float]:
         "dense MLPs": job.num_dense * 3 * sizes.hidden_size * sizes.ffn_hidden_size * e,
         "experts": moe_layers * job.slots_per_gpu * expert * e,
         "shared experts": moe_layers * 3 * sizes.hidden_size * whole_shared * e,
-        "embedding, head, routers": rows * _WIDE + moe_layers * sizes.num_moe_experts * sizes.hidden_size * _WIDE,
+        "embedding, head, routers": rows * _WIDE
+        + moe_layers * sizes.num_moe_experts * sizes.hidden_size * _WIDE,
     }
 
 

@@ -107,12 +107,17 @@ def job_of(options: Options) -> ServingJob:
     acceptance = None
     if options.mtp != "off":
         if phase == "prefill":
-            raise PlanError(f"mtp={options.mtp}: drafts are of decoding; leave it out with a layout for prefill")
+            raise PlanError(
+                f"mtp={options.mtp}: drafts are of decoding; leave it out with a layout for prefill"
+            )
         if not sizes.mtp_num_layers:
             raise PlanError(f"mtp={options.mtp}: the model has no MTP layer (mtp_num_layers); leave it out")
         acceptance = DEFAULT_ACCEPTANCE if options.mtp == "on" else float(options.mtp)
     if phase == "decode":
-        for name, value, usual in (("cached", options.cached, 0.0), ("attention", options.attention, "absorbed")):
+        for name, value, usual in (
+            ("cached", options.cached, 0.0),
+            ("attention", options.attention, "absorbed"),
+        ):
             if value != usual:
                 raise PlanError(f"{name}={value}: is of prefilling; leave it out with a layout for decode")
     job = ServingJob(
@@ -175,5 +180,7 @@ def _pattern(frequency: Any, layers: int) -> list[int]:
     if isinstance(value, int):
         return [int(layer % value == 0) for layer in range(layers)]
     if len(value) != layers:
-        raise PlanError(f"moe_layer_freq={frequency}: has {len(value)} entries, num_layers={layers}; give one each")
+        raise PlanError(
+            f"moe_layer_freq={frequency}: has {len(value)} entries, num_layers={layers}; give one each"
+        )
     return [int(entry) for entry in value]

@@ -23,7 +23,7 @@ LAUNCH = 10e-6  # seconds between the parts of a layer that a CUDA graph does no
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds of a layer: products of attention, its core, experts or MLP, messages there and back; as one microbatch."""
+    """Seconds of a layer, one microbatch: attention's products, its core, experts or MLP, messages there and back."""
 
     attention: float
     core: float
@@ -83,7 +83,7 @@ def step_time(job: ServingJob) -> StepTime:
 
 
 def _layer(job: ServingJob, moe: bool) -> LayerTime:
-    sizes, gpu = job.sizes, job.gpu
+    sizes = job.sizes
     heads = sizes.num_attention_heads
     tokens = job.tokens * job.tp  # of the replica, which its ranks share by heads
     q_rows = heads * (sizes.qk_head_dim + sizes.qk_pos_emb_head_dim)
