@@ -122,7 +122,7 @@ def _numbers(text: str) -> list[int]:
 def _line(
     parser: argparse.ArgumentParser,
     words: list[str],
-    what: str = "a launch line: give torchrun … -m dsv3_megatron.train …",
+    what: str = "launch line: give torchrun … -m dsv3_megatron.train …",
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, which come first, and the launch line behind them."""
     own = {option: action for action in parser._actions for option in action.option_strings}

@@ -6,9 +6,11 @@ belongs to a cluster or a disk goes (data, tokenizer, checkpoints, logs, kernels
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight.line import Line, read
@@ -46,6 +48,11 @@ _DROPPED_PREFIXES = (
 )  # fmt: skip
 _PRECISION = ("bf16", "fp16", "fp8", "first-last-layers-bf16", "main-grads", "main-params", "exp-avg", "grad-reduce",
               "accumulate-allreduce", "use-precision-aware", "params-dtype", "attention-softmax-in-fp32")  # fmt: skip
+# Mean nothing in one process.
+_OF_A_LAYOUT = (
+    "pipeline-schedule", "sequence-parallel", "overlap", "expert-tensor", "tp-comm", "moe-token-dispatcher-type",
+    "nvlink-domain", "align-",
+)  # fmt: skip
 
 
 @dataclass
@@ -133,10 +140,8 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         gone = name.startswith(_DROPPED_PREFIXES) or (
             not precision and name.removeprefix("no-").startswith(_PRECISION)
         )
-        gone |= name == "use-distributed-optimizer" and not precision
-        gone |= single and name.startswith(
-            ("pipeline-schedule", "sequence-parallel", "overlap", "expert-tensor", "tp-comm")
-        )
+        gone |= name in ("use-distributed-optimizer", "overlap-param-gather") and not precision
+        gone |= single and name.startswith(_OF_A_LAYOUT)
         if option in _PARALLEL.values():
             continue
         if option in _SIZES or (name == "lr"):
@@ -168,7 +173,9 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         )
     small = [word for option, value in new.items() for word in (option, str(value))]
     result.words = ["--device", "cpu", *with_modules_everywhere([*result.kept, *small, "--mock-data"])]
-    complete(result.words[2:])  # what is refused is refused here, before a process is started
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(result.world_size)}
+    with mock.patch.dict(os.environ, {**ranks, "LOCAL_WORLD_SIZE": str(result.world_size)}):
+        complete(result.words[2:])  # what is refused is refused here, before a process is started
     return result
 
 

@@ -94,8 +94,8 @@ def drop(tensors) -> None:
     "change, failing",
     [
         (swap, {"tensors", "logits", "MTP logits"}),
-        (halves, {"tensors", "MTP logits"}),
-        (bias, {"tensors", "logits", "MTP logits", "router decisions"}),
+        pytest.param(halves, {"tensors", "MTP logits"}, marks=pytest.mark.slow),
+        pytest.param(bias, {"tensors", "logits", "MTP logits", "router decisions"}, marks=pytest.mark.slow),
         (drop, {"inventory"}),
     ],
 )
