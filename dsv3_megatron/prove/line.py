@@ -123,11 +123,14 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     words = words_of(line)
     parser = megatron_parser()
     given = vars(parse_given(parser, words))
-    sizes = {name: 1 if single else min(2, int(given.get(name) or 1)) for name in _PARALLEL}
     asked = {name: int(given.get(name) or 1) for name in _PARALLEL}
+    sizes = {name: min(2, size) for name, size in asked.items()}
     for name in reversed(_PARALLEL):
         if _world(sizes) > MAX_PROCESSES:
             sizes[name] = 1
+    layers = 4 * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
+    if single:
+        sizes = dict.fromkeys(sizes, 1)
     schedule = "1f1b" if single else str(given.get("pipeline_schedule") or "1f1b")
     result = Shrunk([], _world(sizes), 1)
     tp, cp, pp = (
@@ -150,7 +153,6 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
             result.dropped.append(option)
         else:
             result.kept += [option, *values]
-    layers = 4 * max(1, pp)
     groups = int(given.get("moe_router_num_groups") or 0)
     new: dict[str, Any] = {
         **_SIZES,

@@ -64,6 +64,10 @@ def test_the_shape_stays_and_the_size_goes():
     assert "--bf16" not in exact.words and "--use-distributed-optimizer" not in exact.words
     single = shrink(LINE, single=True)
     assert single.world_size == 1 and "--pipeline-schedule" not in single.words
+    assert (
+        value(single.words, "--num-layers") == "8"
+        and value(single.words, "--moe-layer-freq") == "[0]*1+[1]*7"
+    )
 
 
 @pytest.mark.parametrize(
