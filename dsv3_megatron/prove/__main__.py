@@ -66,9 +66,7 @@ def _end(report: Report, options: argparse.Namespace, private: dict[str, str]) -
         )
     print(f"{options.output}: report.md, report.json", file=sys.stderr)
     if options.json:
-        from dsv3_megatron.prove.report import scrubbed
-
-        print(json.dumps(scrubbed(report.as_dict(), private)))
+        print(json.dumps(report.public(private)))
     else:
         print(report.word)
     return 0 if report.word == "proved" else 1
@@ -108,7 +106,11 @@ def _checkpoint(words: list[str]) -> int:
         _folder(option, folder)
     from dsv3_megatron.prove.checkpoint import audit
 
-    report = audit(options.hf, options.megatron, options.positions, options.prompt, not options.no_logits)
+    unfinished = options.output.with_name(options.output.name + ".part.jsonl")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    report = audit(
+        options.hf, options.megatron, options.positions, options.prompt, not options.no_logits, unfinished
+    )
     return _end(report, options, private_words(hf=options.hf, megatron=options.megatron))
 
 
@@ -122,7 +124,7 @@ def _numbers(text: str) -> list[int]:
 def _line(
     parser: argparse.ArgumentParser,
     words: list[str],
-    what: str = "a launch line: give torchrun … -m dsv3_megatron.train …",
+    what: str = "launch line: give torchrun … -m dsv3_megatron.train …",
 ) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, which come first, and the launch line behind them."""
     own = {option: action for action in parser._actions for option in action.option_strings}

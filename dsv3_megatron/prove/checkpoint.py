@@ -1,6 +1,8 @@
 """`dsv3 prove --hf DIR --megatron DIR`: are the two the same model? Every tensor, and what the models compute."""
 
 import hashlib
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ def audit(
     positions: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
     logits: bool = True,
+    unfinished: Path | None = None,
 ) -> Report:
     """Compare a Hugging Face directory with a Megatron checkpoint.
 
@@ -42,6 +45,7 @@ def audit(
         positions: places in each prompt whose logits are compared, negative from the end; None for all.
         prompts: texts; None for those of `convert.logits.PROMPTS`.
         logits: compute both models in fp32, where they fit into this machine's free memory.
+        unfinished: file for the tensors that are compared already; a later call with the same sides goes on there.
     """
     report = Report(
         "checkpoint",
@@ -56,7 +60,7 @@ def audit(
     sides = _opened(report, hf, megatron)
     if sides is None:
         return report
-    report.checks.append(_tensors(sides, report))
+    report.checks.append(_tensors(sides, report, _Kept(unfinished, sides)))
     if not logits:
         _not_done(report, "left out by --no-logits")
         return report
@@ -110,31 +114,66 @@ def _not_done(report: Report, why: str) -> None:
         report.checks.append(Check(name, "both models in fp32", "", None, detail=why))
 
 
-def _tensors(sides: _Sides, report: Report) -> Check:
+class _Kept:
+    """Rows of the table of tensors, appended to a file as they are made; those of an interrupted audit are read."""
+
+    def __init__(self, file: Path | None, sides: _Sides):
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._handle = None
+        if file is None:
+            return
+        sizes = [
+            (path.name, stat.st_size, stat.st_mtime_ns)
+            for folder in (sides.hf.folder, sides.megatron.checkpoint.path)
+            for path in sorted(folder.iterdir())
+            for stat in [path.stat()]
+        ]
+        head = hashlib.sha256(repr(sizes).encode()).hexdigest()
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole and json.loads(whole[0]) == head:
+            self.rows = {row["name"]: row for row in map(json.loads, whole[1:])}
+        self._handle = open(file, "w")  # noqa: SIM115 (closed by `close`)
+        self._handle.writelines(json.dumps(line) + "\n" for line in (head, *self.rows.values()))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows[row["name"]] = row
+        if self._handle is not None:
+            self._handle.write(json.dumps(row) + "\n")
+            self._handle.flush()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            os.unlink(self._handle.name)
+
+
+def _tensors(sides: _Sides, report: Report, kept: _Kept) -> Check:
     """Each tensor, FP8 multiplied out, in the dtype of the Megatron checkpoint: equal bits."""
     names = {name: name for name in sides.hf.weights} | sides.hf.copies
     progress = Progress("prove", sum(sides.hf.entry(name).end - sides.hf.entry(name).start for name in names))
-    rows: list[dict[str, Any]] = []
-    different, worst = [], 0.0
     for name, original in names.items():
-        theirs = sides.hf.tensor(name, sides.megatron.dtype(original))
-        ours = sides.megatron.tensor(original)
-        row = {
-            "name": name,
-            "megatron": sides.megatron.weights[original].slot.key,
-            "shape": list(ours.shape),
-            "dtype": str(ours.dtype).removeprefix("torch."),
-            "sha256_hf": digest(theirs),
-            "sha256_megatron": digest(ours),
-        }
-        rows.append(row)
-        if row["sha256_hf"] != row["sha256_megatron"]:
-            difference = _difference(theirs, ours)
-            worst = max(worst, difference)
-            different.append(f"{name} (by {difference:.3g})")
+        if name not in kept.rows:
+            theirs = sides.hf.tensor(name, sides.megatron.dtype(original))
+            ours = sides.megatron.tensor(original)
+            row: dict[str, Any] = {
+                "name": name,
+                "megatron": sides.megatron.weights[original].slot.key,
+                "shape": list(ours.shape),
+                "dtype": str(ours.dtype).removeprefix("torch."),
+                "sha256_hf": digest(theirs),
+                "sha256_megatron": digest(ours),
+            }
+            if row["sha256_hf"] != row["sha256_megatron"]:
+                row["max_abs_diff"] = _difference(theirs, ours)
+            kept.add(row)
+            sides.hf.forget(name)
         progress.add(sides.hf.entry(name).end - sides.hf.entry(name).start)
-        sides.hf.forget(name)
     progress.close()
+    kept.close()
+    rows = [kept.rows[name] for name in names]
+    different = [f"{row['name']} (by {row['max_abs_diff']:.3g})" for row in rows if "max_abs_diff" in row]
+    worst = max((row.get("max_abs_diff", 0.0) for row in rows), default=0.0)
     report.tables["tensors"] = rows
     whole = hashlib.sha256("".join(row["sha256_megatron"] for row in rows).encode()).hexdigest()
     report.settings["sha256 of all tensors"] = whole

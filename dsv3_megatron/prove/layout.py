@@ -24,11 +24,6 @@ def prove_layout(line: Sequence[str], spoil: str = "") -> Report:
         spoil: "gradient" changes one by 0.1% in the layout: the control.
     """
     small, single = shrink(line, precision=False), shrink(line, precision=False, single=True)
-    deeper = small.words[small.words.index("--num-layers") + 1]
-    # The same model on both sides: one process would need fewer layers.
-    single.words[single.words.index("--num-layers") + 1] = deeper
-    freq = small.words[small.words.index("--moe-layer-freq") + 1]
-    single.words[single.words.index("--moe-layer-freq") + 1] = freq
     report = Report(
         "layout",
         "The layout computes the gradients that one process computes.",

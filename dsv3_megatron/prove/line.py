@@ -6,9 +6,11 @@ belongs to a cluster or a disk goes (data, tokenizer, checkpoints, logs, kernels
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight.line import Line, read
@@ -46,6 +48,11 @@ _DROPPED_PREFIXES = (
 )  # fmt: skip
 _PRECISION = ("bf16", "fp16", "fp8", "first-last-layers-bf16", "main-grads", "main-params", "exp-avg", "grad-reduce",
               "accumulate-allreduce", "use-precision-aware", "params-dtype", "attention-softmax-in-fp32")  # fmt: skip
+# Mean nothing in one process.
+_OF_A_LAYOUT = (
+    "pipeline-schedule", "sequence-parallel", "overlap", "expert-tensor", "tp-comm", "moe-token-dispatcher-type",
+    "nvlink-domain", "align-",
+)  # fmt: skip
 
 
 @dataclass
@@ -116,11 +123,14 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     words = words_of(line)
     parser = megatron_parser()
     given = vars(parse_given(parser, words))
-    sizes = {name: 1 if single else min(2, int(given.get(name) or 1)) for name in _PARALLEL}
     asked = {name: int(given.get(name) or 1) for name in _PARALLEL}
+    sizes = {name: min(2, size) for name, size in asked.items()}
     for name in reversed(_PARALLEL):
         if _world(sizes) > MAX_PROCESSES:
             sizes[name] = 1
+    layers = 4 * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
+    if single:
+        sizes = dict.fromkeys(sizes, 1)
     schedule = "1f1b" if single else str(given.get("pipeline_schedule") or "1f1b")
     result = Shrunk([], _world(sizes), 1)
     tp, cp, pp = (
@@ -133,10 +143,8 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         gone = name.startswith(_DROPPED_PREFIXES) or (
             not precision and name.removeprefix("no-").startswith(_PRECISION)
         )
-        gone |= name == "use-distributed-optimizer" and not precision
-        gone |= single and name.startswith(
-            ("pipeline-schedule", "sequence-parallel", "overlap", "expert-tensor", "tp-comm")
-        )
+        gone |= name in ("use-distributed-optimizer", "overlap-param-gather") and not precision
+        gone |= single and name.startswith(_OF_A_LAYOUT)
         if option in _PARALLEL.values():
             continue
         if option in _SIZES or (name == "lr"):
@@ -145,7 +153,6 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
             result.dropped.append(option)
         else:
             result.kept += [option, *values]
-    layers = 4 * max(1, pp)
     groups = int(given.get("moe_router_num_groups") or 0)
     new: dict[str, Any] = {
         **_SIZES,
@@ -168,7 +175,9 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         )
     small = [word for option, value in new.items() for word in (option, str(value))]
     result.words = ["--device", "cpu", *with_modules_everywhere([*result.kept, *small, "--mock-data"])]
-    complete(result.words[2:])  # what is refused is refused here, before a process is started
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(result.world_size)}
+    with mock.patch.dict(os.environ, {**ranks, "LOCAL_WORLD_SIZE": str(result.world_size)}):
+        complete(result.words[2:])  # what is refused is refused here, before a process is started
     return result
 
 

@@ -82,6 +82,10 @@ class Report:
             "versions": versions(),
         }
 
+    def public(self, private: dict[str, str] | None = None) -> dict[str, Any]:
+        """`as_dict`, as JSON has it, without what `scrubbed` takes out."""
+        return scrubbed(_plain(self.as_dict()), private or {})
+
     def write(self, folder: Path, private: dict[str, str] | None = None) -> None:
         """Write the folder.
 
@@ -89,7 +93,7 @@ class Report:
             private: words that must not be in it (paths), each with what stands for it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        clean = scrubbed(_plain(self.as_dict()), private or {})
+        clean = self.public(private)
         (folder / "report.json").write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
         (folder / "report.md").write_text(_markdown(clean))
         for name, table in self.tables.items():

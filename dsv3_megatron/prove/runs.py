@@ -130,6 +130,11 @@ def gradients(folder: Path) -> tuple[dict[str, Tensor], int]:
                 if not torch.equal(parts[shards[name].index], value):
                     raise RunFailed(f"{name}: its gradient differs between the ranks that hold it")
             parts[shards[name].index] = value
+    for name, parts in found.items():
+        if len(parts) != shards[name].count:
+            raise RunFailed(
+                f"{name}: the ranks hold parts {sorted(parts)} of {shards[name].count} of its gradient"
+            )
     return {
         name: Shard.join([parts[index] for index in sorted(parts)], shards[name])
         for name, parts in found.items()

@@ -23,7 +23,7 @@ from dsv3_megatron.rewards.named import Part, Reward, Weighted, parts_of, resolv
 __all__ = ["Outcome", "Score", "Scorer", "score"]
 
 Outcome = Literal["ok", "raised", "not finite", "not a number", "timeout", "killed"]
-START_S = 60.0  # of a worker: imports
+START_S = 300.0  # of a worker: imports, also on a busy machine; the time limit of a sample begins after it
 MOST_LOGGED = 10  # failures of a call to `score` that are told one by one
 logger = logging.getLogger(__name__)
 

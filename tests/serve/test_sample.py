@@ -5,16 +5,10 @@ import json
 import pytest
 
 from dsv3_megatron.serve.sample import main, read_filter
+from tests.rewards.vowels import vowels
 from tests.serve.test_generate import read, write
 
-ME = f"{__name__}:vowels"
-
-
-def vowels(prompt, response, answer):
-    """Fraction of vowels, plus what the data says."""
-    if answer == "broken":
-        raise ValueError("no")
-    return sum(letter in "aeiou" for letter in response) / max(1, len(response)) + answer
+ME = "tests.rewards.vowels:vowels"
 
 
 def words(folder, questions, output, *more):

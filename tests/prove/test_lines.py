@@ -1,0 +1,191 @@
+"""Launch lines shrunk by the rule, and proofs of them with their controls."""
+
+import json
+
+import pytest
+
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.prove.__main__ import main
+from dsv3_megatron.prove.line import MAX_PROCESSES, shrink
+
+LINE = [
+    *(
+        "torchrun",
+        "--nproc-per-node",
+        "8",
+        "-m",
+        "dsv3_megatron.train",
+        "--spec",
+        "dsv3",
+        "--num-layers",
+        "61",
+    ),
+    *(
+        "--hidden-size",
+        "7168",
+        "--bf16",
+        "--pipeline-model-parallel-size",
+        "16",
+        "--expert-model-parallel-size",
+        "64",
+    ),
+    *(
+        "--use-distributed-optimizer",
+        "--seed",
+        "7",
+        "--recompute-granularity",
+        "selective",
+        "--save",
+        "/data/run",
+    ),
+    *("--data-path", "/data/corpus", "--lr", "2.2e-4", "--global-batch-size", "15360"),
+    *("--pipeline-schedule", "dualpipe"),
+]
+
+
+def value(words, option):
+    return words[words.index(option) + 1] if option in words else None
+
+
+def test_the_shape_stays_and_the_size_goes():
+    small = shrink(LINE)
+    assert small.world_size == 4 and small.data_parallel == 2
+    for option, wanted in (
+        ("--pipeline-model-parallel-size", "2"), ("--expert-model-parallel-size", "2"), ("--num-layers", "8"),
+        ("--hidden-size", "32"), ("--seed", "7"), ("--pipeline-schedule", "dualpipe"), ("--device", "cpu"),
+        ("--recompute-granularity", "selective"), ("--global-batch-size", "16"),
+    ):  # fmt: skip
+        assert value(small.words, option) == wanted, option
+    assert "--bf16" in small.words and "/data/run" not in " ".join(small.words)
+    assert {"--save", "--data-path", "--num-layers", "--global-batch-size"} <= set(small.dropped)
+    assert {"--hidden-size", "--lr"} == set(small.set)
+    assert "--pipeline-model-parallel-size 16 became 2" in small.notes
+    exact = shrink(LINE, precision=False)
+    assert "--bf16" not in exact.words and "--use-distributed-optimizer" not in exact.words
+    single = shrink(LINE, single=True)
+    assert single.world_size == 1 and "--pipeline-schedule" not in single.words
+    assert (
+        value(single.words, "--num-layers") == "8"
+        and value(single.words, "--moe-layer-freq") == "[0]*1+[1]*7"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=v3_671b", "layout=pp16_ep64", "schedule=dualpipe"],
+        ["model=tiny", "layout=cpu_pp2_ep2", "device=cpu"],
+        ["--tensor-model-parallel-size", "4", "--sequence-parallel", "--context-parallel-size", "4", "--bf16",
+         "--expert-model-parallel-size", "8", "--pipeline-model-parallel-size", "4"],
+    ],
+)  # fmt: skip
+def test_other_lines(words):
+    small = shrink(words)
+    assert 1 < small.world_size <= MAX_PROCESSES
+    everything = {option for option in small.kept if option.startswith("--")} | {*small.set, *small.dropped}
+    assert "--hidden-size" in everything or "model=" not in words[0]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["layout"], "there is no launch line"),
+        (["layout", "python", "other.py"], "starts no trainer of ours"),
+        (["resume", "--steps", "0", *LINE], "--steps 0"),
+        (["resume", "--spec", "dsv3", "--pipelin-schedule", "dualpipe"], "--pipelin-schedule"),
+        (["commit", "here"], "give OLD and NEW"),
+        (["fp8"], "one of the two"),
+        (["fp8", "--hf", "nowhere"], "--hf nowhere: no such folder"),
+    ],
+)
+def test_wrong_words_are_refused(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error, error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_that_pip_does_not_have_is_refused():
+    from dsv3_megatron.prove.commit import prove_commit
+
+    with pytest.raises(RefusedArgument, match=r"OLD \./nowhere: pip cannot install it"):
+        prove_commit("./nowhere", "here", [])
+
+
+def words_of(kind, output, *line):
+    return [kind, "--output", str(output), "--json", *line]
+
+
+SPLIT = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
+
+
+@pytest.mark.slow
+def test_layout(tmp_path, capsys):
+    status = main(
+        words_of("layout", tmp_path / "report", *SPLIT, "--pipeline-schedule", "dualpipe", "--bf16")
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (status, report["word"]) == (0, "proved"), report["checks"]
+    losses, gradients = report["checks"]
+    assert gradients["count"] > 100 and 0 < gradients["worst"] < 1e-5 and losses["count"] >= 2
+    assert {"report.md", "report.json", "gradients.json"} == {
+        file.name for file in (tmp_path / "report").iterdir()
+    }
+
+
+@pytest.mark.slow
+def test_a_wrong_gradient_is_refuted():
+    from dsv3_megatron.prove.layout import prove_layout
+
+    report = prove_layout(SPLIT, spoil="gradient")
+    assert report.word == "refuted" and "decoder.final_layernorm.weight" in report.checks[-1].detail, (
+        report.checks
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [[], ["--bf16"]])
+def test_resume(precision, tmp_path, capsys):
+    status = main(words_of("resume", tmp_path / "report", *SPLIT, "--use-distributed-optimizer", *precision))
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (status, report["word"]) == (0, "proved"), report["checks"]
+    assert [check["name"] for check in report["checks"]] == [
+        "losses",
+        "state",
+        "training moved",
+        "another layout",
+    ]
+    assert report["checks"][1]["count"] > 100
+
+
+@pytest.mark.slow
+def test_a_dropped_optimizer_state_is_refuted():
+    from dsv3_megatron.prove.resume import prove_resume
+
+    line = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"]
+    report = prove_resume(line, across=False, spoil=["--no-load-optim"])
+    held = {check.name: check.holds for check in report.checks}
+    assert report.word == "refuted" and held["state"] is False and held["training moved"], report.checks
+
+
+@pytest.mark.slow
+def test_versions(tmp_path, capsys):
+    """The wheel that is here against one that pip installs again; and one that trains otherwise."""
+    import importlib.metadata
+
+    from dsv3_megatron.prove.commit import prove_commit
+
+    line = ["--spec", "dsv3"]
+    version = f"megatron-core=={importlib.metadata.version('megatron-core')}"
+    status = main(
+        ["commit", "--output", str(tmp_path / "report"), "--json", "--steps", "3", version, "here", *line]
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (status, report["word"]) == (0, "proved"), report["checks"]
+    assert report["checks"][1]["worst"] == 0 and "megatron_core" in report["settings"]["old installed"]
+    other = prove_commit("here", "here", line, steps=2, spoil=["--lr", "2e-3"])
+    assert other.word == "refuted" and other.checks[0].holds, other.checks
+    broken = prove_commit("here", "here", line, steps=2, spoil=["--lr", "1e30", "--clip-grad", "0"])
+    assert broken.word == "refuted"
