@@ -50,10 +50,9 @@ def planned_of(options: Options) -> "Planned":
     if not options.software:
         return planned
     if planned.job.software.own_kernels:
-        name, value = next(iter(options.software.items()))
         raise PlanError(
-            f"software.{name}={value}: schedule={planned.job.layout.schedule} is planned with DeepSeek's kernels, "
-            "whose software is not known; use schedule=1f1b"
+            f"software.{next(iter(options.software))}: schedule={planned.job.layout.schedule} is planned with "
+            "DeepSeek's kernels, whose software is not known; use schedule=1f1b"
         )
     job, said = planned.job, dict(options.software)
     # Of layout and precision, for what Megatron's arguments refuse now or do not have.

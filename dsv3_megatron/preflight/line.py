@@ -55,7 +55,7 @@ def read(words: Sequence[str]) -> Line:
     Raises:
         RefusedArgument: no trainer of ours is in it.
     """
-    words = shlex.split(words[0]) if len(words) == 1 and " " in words[0].strip() else list(words)
+    words = _split(words[0]) if len(words) == 1 and " " in words[0].strip() else list(words)
     env: dict[str, str] = {}
     while words and _ASSIGNMENT.match(words[0]):
         name, _, value = words.pop(0).partition("=")
@@ -73,6 +73,14 @@ def read(words: Sequence[str]) -> Line:
         trainer, rest = _program(words)
         return Line(trainer, tuple(rest), env=env)
     return _launched(words[at + 1 :], env)
+
+
+def _split(text: str) -> list[str]:
+    """As a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise RefusedArgument(f"launch line {text[:60]} …: {error}; write it as a shell takes it") from error
 
 
 def _launched(words: list[str], env: dict[str, str]) -> Line:
