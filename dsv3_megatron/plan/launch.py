@@ -272,7 +272,7 @@ def _words_of(launch: Launch, parser: ArgumentParser) -> tuple[list[str], list[s
     for (option, values), step in zip(launch.options.items(), translate(launch, parser), strict=True):
         action = known.get(option)
         if step.kind == "unknown value":
-            raise PlanError(f"--script: {step.option}: {step.why}")
+            raise PlanError(f"--script: {step.option}: {step.why.replace('--set ', '')}")  # adopt's option
         if option == "--spec" and values[:1] != ["dsv3"]:
             continue  # of another model's layers; the sizes say what they are
         if action is not None and (action.choices is None or set(values) <= set(map(str, action.choices))):
