@@ -30,7 +30,9 @@ Megatron's, with or without --spec dsv3, as it is. And:
   load_imbalance=1.0         tokens of the fullest expert-parallel rank against the mean (1: forced balance)
   pictures=FOLDER            timeline (SVG, PNG, Chrome trace), memory by part and over time
   whatif=all                 what the hardware of the report's §3.5 would give; or names of it
-  anchor=FILE                a measured run that corrects the planner; --proxy says what to measure
+  anchor=FILE                what corrects the planner: a measured step, a timeline of --profile-pipeline, the report
+                             of make test-gpu; --proxy says what to measure
+  software.NAME=VALUE        of the run's software what no argument says: te=2.9, bound=false, fused_attention=false, …
   measured=FILE              a timeline that --profile-pipeline wrote, laid over the predicted one
 
 Compare layouts with python -m dsv3_megatron.plan.search."""
@@ -55,10 +57,9 @@ def planned_of(options: Options) -> "Planned":
     if not options.software:
         return planned
     if planned.job.software.own_kernels:
-        name, value = next(iter(options.software.items()))
         raise PlanError(
-            f"software.{name}={value}: schedule={planned.job.layout.schedule} is planned with DeepSeek's kernels, "
-            "whose software is not known; use schedule=1f1b"
+            f"software.{next(iter(options.software))}: schedule={planned.job.layout.schedule} is planned with "
+            "DeepSeek's kernels, whose software is not known; use schedule=1f1b"
         )
     job, said = planned.job, dict(options.software)
     # Of layout and precision, for what Megatron's arguments refuse now or do not have.

@@ -69,11 +69,7 @@ def _fit_communication(gpu: Gpu) -> dict[str, Any]:
 
 def unit_times(gpu: Gpu, job: Job = deepseek.JOB) -> dict[str, float]:
     """Mean milliseconds of each kind of action on pipeline rank 0."""
-    times: dict[str, list[float]] = {}
-    for event in plan(job, gpu, deepseek.COUNTS).simulation.events:
-        if event.rank == 0:
-            times.setdefault(event.action.kind.value, []).append(1e3 * (event.end - event.start))
-    return {kind: sum(values) / len(values) for kind, values in times.items()}
+    return {kind: 1e3 * s for kind, s in plan(job, gpu, deepseek.COUNTS).unit_times(0).items()}
 
 
 def fit_sustained(gpu: Gpu = GPUS["h800"]) -> float:

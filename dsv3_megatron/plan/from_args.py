@@ -40,13 +40,15 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
     args, given = found.args, found.given
     _refuse(args, load_imbalance)
     stages = tuple(_stages(found))
+    layout = _layout(found, len(stages))
+    _refuse_spread(layout, args)
     sizes = sizes_of(found)
     if padded_vocab_size != sizes.padded_vocab_size:
         sizes = ModelSizes(**{**vars(sizes), "padded_vocab_size": padded_vocab_size})
     dispatcher = args.moe_token_dispatcher_type
     return Job(
         sizes=sizes,
-        layout=_layout(found, len(stages)),
+        layout=layout,
         stages=stages,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
@@ -101,6 +103,19 @@ def _refuse(args: Namespace, load_imbalance: float) -> None:
         )
 
 
+def _refuse_spread(layout: Layout, args: Namespace) -> None:
+    """Experts that do not lie evenly over a stage's ranks; Megatron sees it when it makes its groups."""
+    ranks, width = layout.num_gpus // layout.pp, args.moe_ffn_hidden_size or args.ffn_hidden_size
+    sizes = f"expert_model_parallel_size={layout.ep}, expert_tensor_parallel_size={layout.etp}"
+    if ranks % layout.expert_ranks:
+        raise PlanError(
+            f"{sizes}: the {ranks} ranks of a pipeline stage do not divide into groups of {layout.expert_ranks}; use "
+            "sizes whose product divides them"
+        )
+    if layout.etp > 1 and width % layout.etp:
+        raise PlanError(f"{sizes}: moe_ffn_hidden_size={width} does not divide; use a size that divides it")
+
+
 def _most_imbalance(args: Namespace) -> float:
     """All tokens send as many of their copies as they can to the experts of one rank."""
     if not args.num_experts:
@@ -153,6 +168,7 @@ def _software(args: Namespace) -> Software:
     return Software(
         router_fusion=bool(args.moe_router_fusion),
         permute_fusion=bool(args.moe_permute_fusion),
+        fused_attention=getattr(args.attention_backend, "name", "auto") not in ("unfused", "local"),
         cross_entropy=loss,
         graphs=frozenset(graphs),
     )

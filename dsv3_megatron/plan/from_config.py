@@ -14,8 +14,8 @@ from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.plan.counting import count_parameters
 from dsv3_megatron.plan.from_args import job_of, sizes_of
 from dsv3_megatron.plan.hardware import Gpu, gpu_named
-from dsv3_megatron.plan.job import Job, PlanError
-from dsv3_megatron.plan.launch import Launched, launched, refuse_modules
+from dsv3_megatron.plan.job import Job
+from dsv3_megatron.plan.launch import Launched, launched, refuse_modules, refuse_sizes
 from dsv3_megatron.plan.parameters import ParameterCounts, counts_of_sizes, held_by
 from dsv3_megatron.preflight.host_memory import HostMemory, host_memory
 
@@ -100,22 +100,10 @@ def validated(cfg: DictConfig) -> Launched:
 
     Errors: RefusedArgument, from the trainer's refusals or Megatron's.
     """
-    for name, low in _LEAST.items():
-        value = cfg.get(name)
-        if isinstance(value, int | float) and value < low:
-            raise PlanError(f"{name}={value}: a number of at least {low} is needed")
+    refuse_sizes(cfg)
     refuse_modules(cfg.get("recompute_modules") or ())
     words = to_megatron_argv(at_full_batch(cfg))
     return launched(words, world_size(cfg), cfg.cluster.gpus_per_node, cfg.cluster.gpu)
-
-
-# What sizes can be at all; Megatron divides by some before it looks.
-_LEAST = {
-    "hidden_size": 1, "num_layers": 1, "num_attention_heads": 1, "kv_lora_rank": 1, "q_lora_rank": 0, "qk_head_dim": 1,
-    "qk_pos_emb_head_dim": 1, "v_head_dim": 1, "ffn_hidden_size": 1, "moe_ffn_hidden_size": 1,
-    "moe_shared_expert_intermediate_size": 0, "num_experts": 1, "moe_router_topk": 1, "vocab_size": 1,
-    "padded_vocab_size": 1, "seq_length": 1, "micro_batch_size": 1, "global_batch_size": 1, "mtp_num_layers": 0,
-}  # fmt: skip
 
 
 def at_full_batch(cfg: DictConfig) -> DictConfig:

@@ -177,12 +177,12 @@ GPUS = {
 INFINITE = float("inf")
 
 
-def gpu_named(name: str | None) -> Gpu:
+def gpu_named(name: str | None, option: str = "cluster.gpu") -> Gpu:
     """An entry of the table; PlanError names the option and the entries."""
     if name not in GPUS:
+        sets = " (a cluster of GPUs such as cluster=h800_2048 sets it)" if option == "cluster.gpu" else ""
         raise PlanError(
-            f"cluster.gpu={name}: the planner has no such hardware; use cluster.gpu={' or '.join(GPUS)} (a cluster "
-            "of GPUs such as cluster=h800_2048 sets it)"
+            f"{option}={name}: the planner has no such hardware; use {option}={' or '.join(GPUS)}{sets}"
         )
     return GPUS[name]
 

@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from dsv3_megatron.adopt.translate import Launch, translate
@@ -31,6 +32,7 @@ from dsv3_megatron.preflight.start import with_packages_of
 
 # Of a line that says nothing; preflight's.
 DEFAULT_GPU = "h100"
+_EXAMPLES = dict(zip(SIZES, ("gpu=h100", "nodes=16", "gpus_per_node=8"), strict=True))
 # Files, tokenizers and reports: nothing of a step depends on them, and they are on the cluster. Ramps: a plan is of one
 # step, at the full batch.
 _ELSEWHERE = (
@@ -86,6 +88,7 @@ def launched(
     from dsv3_megatron.dryrun.world import megatron_args, model_config
 
     given = parse_given(megatron_parser(), words, known_only=True)
+    refuse_sizes(vars(given))
     refuse_modules(getattr(given, "recompute_modules", None) or ())
     machine, env = machine_of(gpu, env), dict(env or {})
     env.setdefault(MAX_CONNECTIONS, _connections(words, machine))
@@ -102,9 +105,37 @@ def launched(
         raise
     except (AssertionError, ValueError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         raise PlanError(f"Megatron refuses the arguments: {' '.join(told(error).split())}") from error
+    except (ArithmeticError, LookupError) as error:
+        raise PlanError(
+            f"Megatron cannot make anything of these sizes ({type(error).__name__}: {error})"
+        ) from error
     finally:
         dualpipe.activate("1f1b", None)
     return Launched(args, given, world, per_node, gpu, notes=notes)
+
+
+# What sizes can be at all; Megatron divides by some before it looks.
+_LEAST = {
+    "hidden_size": 1, "num_layers": 1, "num_attention_heads": 1, "kv_lora_rank": 1, "q_lora_rank": 0, "qk_head_dim": 1,
+    "qk_pos_emb_head_dim": 1, "v_head_dim": 1, "ffn_hidden_size": 1, "moe_ffn_hidden_size": 1,
+    "moe_shared_expert_intermediate_size": 0, "num_experts": 1, "moe_router_topk": 1, "vocab_size": 1,
+    "padded_vocab_size": 1, "seq_length": 1, "micro_batch_size": 1, "global_batch_size": 1, "mtp_num_layers": 0,
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1,
+}  # fmt: skip
+
+
+def refuse_sizes(said: Mapping[Any, Any]) -> None:
+    """PlanError for a size that cannot be, by its argument."""
+    for name, low in _LEAST.items():
+        value = said.get(name)
+        if isinstance(value, int | float) and value < low:
+            raise PlanError(f"{name}={value}: a number of at least {low} is needed")
+    topk, experts = said.get("moe_router_topk"), said.get("num_experts")
+    if isinstance(topk, int) and isinstance(experts, int) and topk > experts:
+        raise PlanError(
+            f"moe_router_topk={topk}: there are num_experts={experts}; use a number of at most {experts}"
+        )
 
 
 def refuse_modules(modules: Sequence[str]) -> None:
@@ -147,13 +178,26 @@ def _megatrons_own(words: Sequence[str], world: int, per_node: int) -> tuple[Nam
 
     from dsv3_megatron.arguments import add_arguments, megatron_parser
 
+    words, loss = _without_te_loss(words)
     _, unknown = megatron_parser().parse_known_args(list(words))
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(per_node)}
     with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["plan", *words]):
         args = arguments.parse_args(extra_args_provider=add_arguments, ignore_unknown_args=True)
         arguments.validate_args(args)
+    if loss:
+        args.cross_entropy_loss_fusion, args.cross_entropy_fusion_impl = True, "te"
     notes = (f"left out, not known to Megatron 0.19: {' '.join(unknown)}",) if unknown else ()
-    return args, notes
+    return args, (*loss, *notes)
+
+
+def _without_te_loss(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The words with Megatron's own fused loss, and what to say, where they ask for Transformer Engine's: public lines
+    do, Megatron 0.19 refuses it, and what the loss costs is known."""
+    option, kept, found = "--cross-entropy-fusion-impl", list(words), False
+    for i, word in enumerate(kept):
+        if word == f"{option}=te" or (word == "te" and i and kept[i - 1] == option):
+            kept[i], found = word.removesuffix("te") + "native", True
+    return kept, (f"{option} te: planned so, though Megatron 0.19 refuses to run it",) if found else ()
 
 
 # --- launch lines and scripts
@@ -167,12 +211,15 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
     """
     from dsv3_megatron.preflight.check import job_of
 
+    for name in SIZES:
+        if said.get(name) == "":
+            raise PlanError(f"{name}=: a value is needed, such as {_EXAMPLES[name]}")
     line, gpu = read([text]), said.get("gpu")
     if line.trainer == "hydra" and gpu is None:
         from dsv3_megatron.conf import compose
 
         gpu = compose(list(line.words)).cluster.gpu
-    gpu_named(gpu or DEFAULT_GPU)
+    gpu_named(gpu or DEFAULT_GPU, "gpu")
     notes = list(line.notes)
     machine = _size(machine_of(gpu or DEFAULT_GPU, line.env), said)
     ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
@@ -225,7 +272,7 @@ def _words_of(launch: Launch, parser: ArgumentParser) -> tuple[list[str], list[s
     for (option, values), step in zip(launch.options.items(), translate(launch, parser), strict=True):
         action = known.get(option)
         if step.kind == "unknown value":
-            raise PlanError(f"--script: {step.option}: {step.why}")
+            raise PlanError(f"--script: {step.option}: {step.why.replace('--set ', '')}")  # adopt's option
         if option == "--spec" and values[:1] != ["dsv3"]:
             continue  # of another model's layers; the sizes say what they are
         if action is not None and (action.choices is None or set(values) <= set(map(str, action.choices))):

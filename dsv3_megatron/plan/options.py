@@ -82,6 +82,8 @@ def parse(argv: Sequence[str]) -> Options:
         elif name.startswith(SOFTWARE):
             options.software[name.removeprefix(SOFTWARE)] = software_of(name, value)
         elif name in ("pictures", "measured", "anchor"):
+            if not value:
+                raise PlanError(f"{text}: a value is needed, such as {name}=runs/{name}")
             setattr(options, name, Path(value))
         else:
             options.overrides.append(text)

@@ -75,7 +75,7 @@ LEFT_OUT = (
 def options(recipe: Proxy) -> str:
     """Of a launch line, after its own; of two the later one counts."""
     return (
-        f"--num-layers {recipe.dense + recipe.moe} --moe-layer-freq ([0]*{recipe.dense}+[1]*{recipe.moe}) "
+        f"--num-layers {recipe.dense + recipe.moe} --moe-layer-freq '([0]*{recipe.dense}+[1]*{recipe.moe})' "
         f"--num-experts {recipe.experts} --expert-model-parallel-size {recipe.ep} --pipeline-model-parallel-size 1 "
         f"--global-batch-size {recipe.batch}"
     )

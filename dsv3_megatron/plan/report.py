@@ -45,9 +45,12 @@ def summary(plan: Plan) -> str:
         ("step", f"{plan.step_s:.3f} s"),
         ("  pipeline", f"{plan.simulation.makespan:.3f} s, of which a rank is idle {plan.bubble_s:.3f} s (mean)"),
         ("  gradients, optimizer, parameters",
-         f"{update.gradient_reduce:.3f}, {update.optimizer:.3f}, {update.parameter_gather:.3f} s not hidden"),
+         f"{update.seconds:.3f} s not hidden ({update.gradient_reduce:.3f}, {update.optimizer:.3f}, "
+         f"{update.parameter_gather:.3f})"),
         ("stage in the middle", "F {:.1f}, B {:.1f}, W {:.1f}, F&B {:.1f} ms".format(
             *(1e3 * costs.per_stage(name, len(job.stages))[middle] for name in ("f", "b", "w", "fb")))),
+        ("rank 0", f"idle {plan.simulation.bubble[0]:.3f} s; mean " + ", ".join(
+            f"{kind} {1e3 * seconds:.1f}" for kind, seconds in sorted(plan.unit_times(0).items())) + " ms"),
         ("tokens/s/GPU", f"{plan.tokens_per_s_per_gpu:.0f}"),
         ("confidence", str(confidence(job, plan.gpu))),
         ("1T tokens", f"{plan.gpu_hours(1e12) / 1e3:.1f}K GPU-hours, {plan.days(1e12):.2f} days"),

@@ -56,6 +56,14 @@ class Plan:
     def tokens_per_s_per_gpu(self) -> float:
         return self.job.tokens_per_step / self.step_s / self.job.layout.num_gpus
 
+    def unit_times(self, rank: int) -> dict[str, float]:
+        """Mean seconds of each kind of action of a pipeline rank, by `Kind`'s value."""
+        times: dict[str, list[float]] = {}
+        for event in self.simulation.events:
+            if event.rank == rank:
+                times.setdefault(event.action.kind.value, []).append(event.end - event.start)
+        return {kind: sum(values) / len(values) for kind, values in times.items()}
+
     def gpu_hours(self, tokens: float) -> float:
         """For a token budget, without restarts."""
         return tokens / self.tokens_per_s_per_gpu / 3600

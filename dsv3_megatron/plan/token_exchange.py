@@ -3,7 +3,7 @@
 DeepEP and HybridEP send a token once to each NVLink domain and forward it inside (R§3.2.2). NCCL's all-to-all
 (Megatron's `alltoall`) sends a copy for each expert, to where the expert is, and its copies are made and sorted in
 memory before and after (`permutations`). `two_hop` sends a token once to each domain over NCCL, and forwards it in a
-second one.
+second one. Megatron's `allgather` sends every token to every rank, by collectives.
 """
 
 from math import log2
@@ -34,6 +34,8 @@ def copies(job: Job, domain: int, back: bool = False) -> Copies:
     to, layout = destinations(job, domain), job.layout
     if job.dispatcher == "alltoall":
         return Copies(to.experts_outside, to.experts_inside)
+    if job.dispatcher == "allgather":  # a ring through each rank's own link, whose messages all ranks see
+        return Copies(to.num_domains - 1, layout.expert_ranks - 1)
     # A token enters a domain through the rank with its own rank's index; what is for that one stays there.
     other_index = 1 - to.num_domains / layout.expert_ranks
     hit = to.ranks * layout.ep / (layout.ep - 1) if layout.ep > 1 else 1.0
@@ -61,7 +63,8 @@ def seconds(job: Job, gpu: Gpu, bytes_per_element: float, beside: bool = False, 
             over, (gpu.ib, gpu.nvlink), _shares(job, gpu, beside, back), strict=True
         )
     )
-    latency = tokens * a.beside_token if beside and over.ib and job.dispatcher != "alltoall" else a.latency
+    deepep = job.dispatcher in ("flex", "two_hop")
+    latency = tokens * a.beside_token if beside and over.ib and deepep else a.latency
     # two_hop: the first piece's first hop and the last one's second have nothing beside them.
     edges = a.latency + min(ib, nvlink) / job.dispatch_chunks if job.dispatcher == "two_hop" else 0
     return latency + max(ib, nvlink) + edges + _shared(job, gpu, size)
@@ -84,6 +87,8 @@ def _shares(job: Job, gpu: Gpu, beside: bool, back: bool) -> tuple[float, float]
     wide = min(nvlink_domain(job, gpu), job.layout.expert_ranks) > _NARROW
     if job.dispatcher in ("alltoall", "two_hop"):
         return a.nccl_ib if job.dispatcher == "two_hop" else _all_to_all_of(job, gpu), a.nccl_nvlink
+    if job.dispatcher == "allgather":
+        return a.ib, a.nvlink
     ib = a.beside_ib if beside else a.ib
     if job.dispatcher == "flex" and job.flex_backend == "hybridep":
         return ib, a.hybridep_nvlink
@@ -111,6 +116,8 @@ def permutations(job: Job) -> float:
         job.sizes.moe_router_topk,
         job.tokens / job.layout.tp * job.sizes.hidden_size * job.precision.compute,
     )
+    if job.dispatcher == "allgather":
+        return row * 2 * topk * job.layout.etp
     if job.dispatcher in ("alltoall", "two_hop"):
         sorted_ = 2 * topk * job.layout.etp if job.local_experts > 1 else 0
         return row * 2 * (1 + topk + sorted_)

@@ -1,6 +1,8 @@
 """Launch lines and scripts as GPUs would get them: planned as they are, and refused by name."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 from dsv3_megatron.plan import __main__ as command
 from dsv3_megatron.plan.__main__ import planned_of
+from dsv3_megatron.plan.confidence import confidence
+from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.options import parse
 from dsv3_megatron.plan.published import RUNS
 
@@ -171,7 +175,23 @@ def test_a_script_with_variables(tmp_path: Path) -> None:
         (["--launch", line(), "gpu=h900"], "gpu=h900"),
         (["--launch", line("--recompute-modules", "mlp", "attention")], "recompute_modules=attention"),
         (["--launch", line("--use-megatron-fsdp")], "fsdp"),
-        (["--launch", line("--expert-tensor-parallel-size", "2")], "expert_tensor_parallel_size=2"),
+        (["--launch", line("--expert-tensor-parallel-size", "3")], "expert_tensor_parallel_size=3"),
+        (["--launch", line("--hidden-size", "0")], "hidden_size=0"),
+        (["--launch", line("--vocab-size", "-5")], "vocab_size=-5"),
+        (["--launch", line("--num-attention-heads", "0")], "num_attention_heads=0"),
+        (["--launch", line("--expert-model-parallel-size", "0")], "expert_model_parallel_size=0"),
+        (["--launch", line("--moe-router-topk", "999")], "moe_router_topk=999"),
+        (["--launch", line("--hidden-size", "abc")], "--hidden-size: invalid int value: 'abc'"),
+        (["--launch", line(), "gpu="], "gpu=: a value is needed"),
+        (["--launch", line(), "nodes=0"], "nodes=0"),
+        (["--launch", line(), "load_imbalance=nan"], "load_imbalance=nan"),
+        (["--launch", line(), "software.tee=2.9"], "software.tee=2.9"),
+        (["--launch", line(), "software.te=new"], "software.te=new"),
+        (["--launch", line(), "software.bound=maybe"], "use true or false"),
+        ([*CLUSTER, "pictures="], "pictures=: a value is needed"),
+        ([*CLUSTER, "software.te=2.9"], "DeepSeek's kernels"),
+        (["--launch", "torchrun pretrain_gpt.py --num-layers '61"], "No closing quotation"),
+        (["--launch", "nemo llm pretrain --factory deepseek_v3"], "starts no trainer"),
         ([*CLUSTER, "hidden_size=0"], "hidden_size=0"),
         ([*CLUSTER, "vocab_size=-5"], "vocab_size=-5"),
         ([*CLUSTER, "load_imbalance=100"], "load_imbalance=100"),
@@ -188,6 +208,52 @@ def test_nonsense_is_refused_by_name(words: list[str], expected: str, capsys: py
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error
+
+
+def test_experts_that_ranks_share_are_planned() -> None:
+    """As said, or as Megatron's default has it: as many ranks as tensor parallelism."""
+    whole = line("--expert-model-parallel-size", "32", "--expert-tensor-parallel-size", "2")
+    job = planned_of(parse(["--launch", whole, "gpu=h100"])).job
+    assert (job.layout.ep, job.layout.etp, job.layout.expert_ranks) == (32, 2, 64)
+    unsaid = whole.replace("--expert-tensor-parallel-size 1", "").replace(
+        "--expert-tensor-parallel-size 2", ""
+    )
+    assert planned_of(parse(["--launch", unsaid, "gpu=h100"])).job == job
+
+
+def test_a_public_line_with_a_loss_that_megatron_has_refused_since() -> None:
+    """Megatron's GB200 guide has it: planned with that loss, and said."""
+    planned = planned_of(parse(["--launch", line("--cross-entropy-fusion-impl", "te"), "gpu=h100"]))
+    assert planned.job.software.cross_entropy == "te"
+    assert any(note.startswith("--cross-entropy-fusion-impl te") for note in planned.notes)
+
+
+def test_the_proxy_is_a_job_that_can_be_planned(capsys: pytest.CaptureFixture) -> None:
+    """What --proxy prints, typed again: on one node, with the job's kernels; a run of it is an anchor."""
+    words = [*CLUSTER, "cluster=h800_2048"]
+    command.main([*words, "--proxy"])
+    printed = capsys.readouterr().out.splitlines()
+    typed, file = shlex.split(printed[1]), json.loads(printed[3])
+    assert file == {"plan": typed, "step_s": "its seconds"}
+    job, small = (planned_of(parse(each)).job for each in (words, typed))
+    assert small.layout.num_gpus == 8 and small.layout.pp == 1 and small.num_microbatches == 8
+    assert small.local_experts == job.local_experts and small.precision == job.precision
+    command.main(["--launch", line(), "gpu=h100", "--proxy"])
+    printed = capsys.readouterr().out.splitlines()
+    layout = "--pipeline-model-parallel-layout"
+    assert layout in printed[1]
+    left = line().replace("128 --nproc", "1 --nproc").replace("--mtp-num-layers 1", "")
+    left = re.sub(rf"{layout} \S+", "", left)
+    small = planned_of(parse(["--launch", f"{left} {printed[2].strip()}", "gpu=h100"])).job
+    assert small.layout.num_gpus == 8 and small.sizes.num_layers == 4 and small.local_experts == 4
+    assert small.layout.tp == 2 and small.precision.recipe == "blockwise"
+
+
+def test_attention_that_is_not_fused_is_slower() -> None:
+    """And no published run is like it."""
+    job = planned_of(parse(["--launch", line("--attention-backend", "unfused"), "gpu=h100"])).job
+    assert not job.software.fused_attention
+    assert "attention that is not fused" in confidence(job, GPUS["h100"]).unlike
 
 
 def test_what_if_and_anchor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
