@@ -58,9 +58,12 @@ def _after_step(call: dict[str, Any], result: Any) -> None:
     """Every so many steps, on every rank."""
     from megatron.training import get_args
 
+    from dsv3_megatron.resilience.watch import note
+
     args = get_args()
     iteration = _steps_done(args)
     if iteration % args.eval_tasks_interval == 0:
+        note(f"evaluating after step {iteration}")
         with _undisturbed(args, call):
             _evaluate(args, call["model"], iteration)
 

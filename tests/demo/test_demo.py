@@ -85,11 +85,14 @@ def test_few_iterations_and_resume(tmp_path, again):
 @pytest.mark.slow
 def test_whole_demo_learns_in_time(tmp_path):
     start = time.monotonic()
-    result, _ = demo(tmp_path, timeout=900)
+    result, lines = demo(tmp_path, timeout=900)
     seconds = time.monotonic() - start
     assert result["val_loss"] < result["unigram_loss"] - 1.0
     assert result["shuffled_context_loss"] > result["val_loss"] + 0.2
     assert result["max_over_mean_expert_load"] < 2.0
+    (text,) = [line for line in lines if line.startswith("[demo] dsv3_text: byte_perplexity ")]
+    assert 1 < float(text.split()[3].rstrip(",")) < 8  # bytes of text, a guess among 256 is 256
+    assert (tmp_path / "evaluation" / "iteration_200" / "needle.png").exists()
     assert seconds < 300
 
 

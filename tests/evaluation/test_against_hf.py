@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsv3_megatron.serve.evaluate import main
+from tests.convert.releases import YARN, micro, release, v2_lite
 from tests.evaluation.by_harness import (
     LIMIT,
     NEEDLES,
@@ -19,6 +22,7 @@ from tests.evaluation.by_harness import (
     same_samples,
     words,
 )
+from tests.evaluation.conftest import CONTEXT, VOCABULARY
 from tests.harness import run_distributed
 
 
@@ -50,11 +54,6 @@ def test_every_metric_and_every_sample_is_the_harness_own(hf, checkpoint, theirs
 
 def test_another_model_has_other_figures(hf, theirs, tmp_path):
     """The control: weights of another seed fail the comparison."""
-    import shutil
-
-    from tests.convert.releases import micro, release
-    from tests.evaluation.conftest import CONTEXT, VOCABULARY
-
     other = tmp_path / "other"
     release(other, micro(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT), seed=7)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -111,3 +110,39 @@ def test_all_documents_with_examples(hf, checkpoint, tmp_path):
     theirs = hf_results(hf, tasks, limit=None, num_fewshot=2)
     same(result["results"], metrics_of(theirs))
     assert same_samples(tmp_path, theirs) == 48 == result["num_samples"]
+
+
+def _without_bos(config: dict[str, Any]) -> None:
+    del config["bos_token"]
+
+
+def _bos_before_each_text(config: dict[str, Any]) -> None:
+    config["add_bos_token"] = True
+
+
+SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
+OTHERS: dict[str, tuple[Any, Callable[[dict[str, Any]], None]]] = {
+    "YaRN, no BOS": (lambda: micro(**SIZES, rope_parameters=YARN), _without_bos),
+    "V2-Lite": (lambda: v2_lite(**SIZES), lambda config: None),
+    "BOS before each text, query uncompressed": (
+        lambda: micro(**SIZES, q_lora_rank=None),
+        _bos_before_each_text,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_and_tokenizers(name, hf, tmp_path):
+    config, change = OTHERS[name]
+    folder, output = tmp_path / "model", tmp_path / "output"
+    release(folder, config(), seed=3)
+    for file in ("tokenizer.json", "generation_config.json"):
+        shutil.copy(hf / file, folder / file)
+    tokenizer = json.loads((hf / "tokenizer_config.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    tasks = ("dsv3_choice_zh", "dsv3_text_en", "dsv3_facts_en")
+    theirs = hf_results(folder, tasks)
+    same(last_line(words("--hf", folder, output, tasks))["results"], metrics_of(theirs))
+    assert same_samples(output, theirs) == len(tasks) * LIMIT
