@@ -115,6 +115,18 @@ LAYOUTS = {
             *ZERO1,
         ],
     ),
+    "fp32, two hops, context parallel, recomputed": (
+        4,
+        [
+            *("--expert-model-parallel-size", "4", "--context-parallel-size", "2", *ZERO1),
+            *("--moe-token-dispatcher-type", "two_hop", "--moe-node-size", "2"),
+            *("--recompute-granularity", "selective", "--recompute-modules", "moe"),
+        ],
+    ),
+    "fp32, two optimizer instances": (
+        4,
+        ["--expert-model-parallel-size", "2", "--num-distributed-optimizer-instances", "2", *ZERO1],
+    ),
     "fp32, no distributed optimizer": (2, ["--expert-model-parallel-size", "2"]),
     "bf16, fp8": (2, ["--bf16", "--fp8-recipe", "dsv3", "--expert-model-parallel-size", "2", *ZERO1]),
 }
