@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu import test_trainer
 from tests.gpu.device import needs_gpus
-from tests.gpu.test_trainer import Record, compare, train
-from tests.gpu.trainer import largest_loss_difference
+from tests.gpu.test_trainer import Record, compare
+from tests.gpu.trainer import GLOBAL_BATCH, Run, largest_loss_difference
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +26,12 @@ LAYOUTS = {
 BALANCED = ["--expert-placement", "balanced", "--expert-placement-interval", "2"]
 
 
+def train(folder: Path, num_gpus: int, *words: str) -> Run:
+    """With two microbatches for each pipeline rank on every replica, which DualPipe needs."""
+    batch = max(GLOBAL_BATCH, 2 * num_gpus)
+    return test_trainer.train(folder, "local", num_gpus, *LAYOUTS[num_gpus], *words, batch=batch)
+
+
 def two_hop(num_gpus: int) -> list[str]:
     """Two nodes, as far as the dispatcher knows."""
     return ["--moe-token-dispatcher-type", "two_hop", "--moe-node-size", str(1 if num_gpus == 2 else 2)]
@@ -33,10 +40,9 @@ def two_hop(num_gpus: int) -> list[str]:
 @pytest.mark.parametrize("num_gpus", LAYOUTS)
 def test_two_hop(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
     needs_gpus(num_gpus)
-    words = LAYOUTS[num_gpus]
-    plain = train(tmp_path / "alltoall", "local", num_gpus, *words)
-    ours = train(tmp_path / "two_hop", "local", num_gpus, *words, *two_hop(num_gpus))
-    again = train(tmp_path / "again", "local", num_gpus, *words, *two_hop(num_gpus))
+    plain = train(tmp_path / "alltoall", num_gpus)
+    ours = train(tmp_path / "two_hop", num_gpus, *two_hop(num_gpus))
+    again = train(tmp_path / "again", num_gpus, *two_hop(num_gpus))
     record_property("same_bits_when_run_again", ours.losses == again.losses)
     compare(ours, plain, record_property)
 
@@ -44,9 +50,8 @@ def test_two_hop(num_gpus: int, tmp_path: Path, record_property: Record) -> None
 @pytest.mark.parametrize("num_gpus", LAYOUTS)
 def test_balanced(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
     needs_gpus(num_gpus)
-    words = LAYOUTS[num_gpus]
-    fixed = train(tmp_path / "fixed", "local", num_gpus, *words)
-    moved = train(tmp_path / "balanced", "local", num_gpus, *words, *BALANCED)
+    fixed = train(tmp_path / "fixed", num_gpus)
+    moved = train(tmp_path / "balanced", num_gpus, *BALANCED)
     worst = largest_loss_difference(moved.losses, fixed.losses)
     record_property("largest_relative_difference", f"{worst:.2e}")
     assert worst < 1e-3

@@ -13,7 +13,7 @@ import torch
 from tests.gpu import trainer
 from tests.gpu.device import REHEARSAL, needs_gpus, needs_te, te_impl
 from tests.gpu.test_shared_gpu import GRADIENT, carrier
-from tests.gpu.trainer import PRECISIONS, Run, model_words
+from tests.gpu.trainer import GLOBAL_BATCH, PRECISIONS, Run, model_words
 
 pytestmark = pytest.mark.gpu
 
@@ -44,9 +44,15 @@ def compare(run: Run, other: Run, record: Record) -> None:
 
 
 def train(
-    folder: Path, impl: str, num_gpus: int, *words: str, ranks: int | None = None, layers: int = 4
+    folder: Path,
+    impl: str,
+    num_gpus: int,
+    *words: str,
+    ranks: int | None = None,
+    layers: int = 4,
+    batch: int = GLOBAL_BATCH,
 ) -> Run:
-    line = [*model_words(layers), *PRECISIONS["bf16"], "--transformer-impl", impl, *words]
+    line = [*model_words(layers, batch), *PRECISIONS["bf16"], "--transformer-impl", impl, *words]
     shared = ranks is not None and ranks > num_gpus
     env = carrier(None if REHEARSAL else torch.cuda.nccl.version())[1] if shared else {}
     return trainer.train(folder, line, steps=STEPS, ranks=ranks or num_gpus, gpus=num_gpus, env=env)
@@ -87,10 +93,15 @@ def test_schedules(num_gpus: int, schedule: str, tmp_path: Path, record_property
     record_property("backend", impl)
     layout = ["--pipeline-model-parallel-size", str(pp), "--expert-model-parallel-size", str(ranks // pp)]
     layers = 2 * pp if schedule == "dualpipev" else 4  # a V has two stages on each rank
-    own = train(tmp_path / "1f1b", impl, num_gpus, *layout, ranks=ranks, layers=layers)
-    words = [*layout, "--pipeline-schedule", schedule]
-    ours = train(tmp_path / schedule, impl, num_gpus, *words, ranks=ranks, layers=layers)
-    compare(ours, own, record_property)
+    batch = 2 * ranks  # two microbatches for each pipeline rank, on every replica
+
+    def run(folder: str, *words: str) -> Run:
+        return train(
+            tmp_path / folder, impl, num_gpus, *layout, *words, ranks=ranks, layers=layers, batch=batch
+        )
+
+    own = run("1f1b")
+    compare(run(schedule, "--pipeline-schedule", schedule), own, record_property)
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4, 8])
