@@ -82,6 +82,7 @@ def test_the_cap_is_never_passed(cap, deferred) -> None:
     bound = zigzag_lower_bound(3, 9, 2, costs, cap, deferred)
     assert bound <= simulate(table, costs).makespan
     # What was dealt by a clock is what the simulator says of the table: no rank waits where it was not foreseen.
+    # And it is never longer under these times than what is dealt by even ones.
     free = build_schedule("zigzag", 3, 9, costs=UNIT, memory_cap=cap, deferred=deferred)
     assert simulate(table, costs).makespan <= simulate(free, costs).makespan
 
