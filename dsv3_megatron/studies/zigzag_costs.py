@@ -71,6 +71,7 @@ def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=args.ranks)
     p2p = PipelineP2P(range(args.ranks), lambda _: (MESSAGE_SHAPE, MESSAGE_DTYPE), timeout_s=120)
     nominal = build_schedule("zigzag", args.ranks, args.microbatches, chunks=args.chunks)
+    _run(nominal, rank, p2p, args, args.unit_ms / 50)  # warm: what is made or loaded at its first use
     events, before = _run(nominal, rank, p2p, args)
     folder = Path(tempfile.gettempdir())
     file = folder / f"zigzag_costs_{port}_{rank}.json"
@@ -100,13 +101,19 @@ def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
 
 
 def _run(
-    schedule: Schedule, rank: int, p2p: PipelineP2P, args: argparse.Namespace
+    schedule: Schedule,
+    rank: int,
+    p2p: PipelineP2P,
+    args: argparse.Namespace,
+    unit_ms: float | None = None,
 ) -> tuple[list[Event], float]:
     """One step; the events of all ranks, and seconds from the common start to the last of them."""
+    if unit_ms is not None:
+        args = argparse.Namespace(**(vars(args) | {"unit_ms": unit_ms}))
     stages = {number: _stage(number, schedule.num_stages, args) for number, _ in schedule.stages_of(rank)}
     runner = PipelineRunner(schedule, rank, stages, p2p, overlap=as_one_block)
+    dist.barrier()  # they do not deal their tables in the same time
     moment = torch.tensor([time.perf_counter() + 0.2], dtype=torch.float64)
-    dist.barrier()
     dist.broadcast(moment, 0)
     start = moment.item()
     time.sleep(max(0.0, start - time.perf_counter()))

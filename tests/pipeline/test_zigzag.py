@@ -78,10 +78,11 @@ def test_the_cap_is_never_passed(cap, deferred) -> None:
     costs = Costs(f=(3, 1, 1, 2, 1, 1), b=(4, 2, 2, 3, 2, 5), w=(1, 1, 0.5, 1, 1, 2), fb=4, p2p=0.25)
     table = build_schedule("zigzag", 3, 9, costs=costs, memory_cap=cap, deferred=deferred)
     validate(table)
-    assert max(Budget(cap, deferred).peaks(table.ranks, 6)) <= cap
+    assert max(Budget(cap, deferred).peaks(table.ranks, 6)) <= cap * (1 + 1e-12)  # sums of 1.8
     bound = zigzag_lower_bound(3, 9, 2, costs, cap, deferred)
     assert bound <= simulate(table, costs).makespan
     # What was dealt by a clock is what the simulator says of the table: no rank waits where it was not foreseen.
+    # And it is never longer under these times than what is dealt by even ones.
     free = build_schedule("zigzag", 3, 9, costs=UNIT, memory_cap=cap, deferred=deferred)
     assert simulate(table, costs).makespan <= simulate(free, costs).makespan
 
@@ -135,9 +136,7 @@ def test_other_schedules_take_none_of_it(option) -> None:
 
 
 def test_show_prints_the_ratio(capsys, tmp_path) -> None:
-    show(["zigzag", "--ranks", "8", "--microbatches", "20", "--output-dir", str(tmp_path)])
+    show(["zigzag", "--ranks", "2", "--microbatches", "4", "--output-dir", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert (
-        "makespan 127" in printed and "lower bound 127, ratio 1.0000; peak memory 18 of 18 chunks" in printed
-    )
+    assert "makespan 25" in printed and "lower bound 25, ratio 1.0000; peak memory 6 of 6 chunks" in printed
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".svg"]
