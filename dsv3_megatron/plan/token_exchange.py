@@ -86,7 +86,8 @@ def _shares(job: Job, gpu: Gpu, beside: bool, back: bool) -> tuple[float, float]
     a = gpu.achieved
     wide = min(nvlink_domain(job, gpu), job.layout.expert_ranks) > _NARROW
     if job.dispatcher in ("alltoall", "two_hop"):
-        return a.nccl_ib if job.dispatcher == "two_hop" else _all_to_all_of(job, gpu), a.nccl_nvlink
+        alone = a.nccl_ib if job.dispatcher == "two_hop" else _all_to_all_of(job, gpu)
+        return min(alone, a.beside_ib) if beside else alone, a.nccl_nvlink
     if job.dispatcher == "allgather":
         return a.ib, a.nvlink
     ib = a.beside_ib if beside else a.ib
