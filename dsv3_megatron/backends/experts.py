@@ -58,7 +58,8 @@ class LocalExperts(SequentialMLP):
             for i, weight in enumerate(layer)
         ):
             found = None
-            if _grouped_mm_serves(weights[0][0]) and all(map(_has_own_storage, (*weights[0], *weights[1]))):
+            every = (*weights[0], *weights[1])
+            if all(map(_grouped_mm_serves, every)) and all(map(_has_own_storage, every)):
                 found = _stack(weights[0]), _stack(weights[1])
             self.__dict__["_stacks"] = found
         return found

@@ -6,7 +6,7 @@ this file.
 """
 
 from dsv3_megatron.conf.argv import to_argv, to_command
-from dsv3_megatron.conf.compose import compose, groups
+from dsv3_megatron.conf.compose import compose, groups, training_layouts
 from dsv3_megatron.conf.errors import ConfigError
 
-__all__ = ["ConfigError", "compose", "groups", "to_argv", "to_command"]
+__all__ = ["ConfigError", "compose", "groups", "to_argv", "to_command", "training_layouts"]

@@ -47,6 +47,12 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+def training_layouts() -> list[str]:
+    """Options of the group `layout` that are not for serving."""
+    of_file = {name: OmegaConf.load(CONF_DIR / "layout" / f"{name}.yaml") for name in groups()["layout"]}
+    return [name for name, layout in of_file.items() if "serving" not in layout]
+
+
 def compose(overrides: list[str], processes: int | None = None, serving: bool = False) -> DictConfig:
     """The configuration that `overrides` ask for, with every `auto` resolved.
 

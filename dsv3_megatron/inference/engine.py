@@ -79,7 +79,7 @@ class Sampling:
         """Raise `RefusedArgument` where a value is impossible."""
         for name, holds, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
             ("top_k", self.top_k >= 0, "0 (no limit) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (no limit)"),
             ("stop", all(self.stop), "no empty string"),

@@ -154,6 +154,8 @@ def open_model(options: argparse.Namespace) -> Source:
     for name in ("max_batch", "max_step_tokens"):
         if getattr(options, name) < 1:
             raise RefusedArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
+    if options.cache_gb is not None and not 0 < options.cache_gb < float("inf"):
+        raise RefusedArgument(f"--cache-gb {options.cache_gb}: must be a number above 0")
     if options.rebalance_interval < 0 or (options.rebalance_interval and not options.redundant_experts):
         raise RefusedArgument(
             f"--rebalance-interval {options.rebalance_interval}: 0 or more, and with --redundant-experts only"

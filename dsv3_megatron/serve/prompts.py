@@ -52,6 +52,10 @@ def _prompt(line: str, source: Source, max_length: int) -> Prompt:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or len(value.keys() & {"prompt", "tokens"}) != 1:
         raise ValueError('give {"prompt": text} or {"tokens": [ids]}')
+    if others := sorted(value.keys() - {"prompt", "tokens"}):
+        raise ValueError(
+            f'{others[0]!r} would do nothing: give {{"prompt": text}} or {{"tokens": [ids]}} alone'
+        )
     if "tokens" in value:
         given: str | list[int] = value["tokens"]
         tokens = _checked_ids(value["tokens"], source.architecture.vocab_size)

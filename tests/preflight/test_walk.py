@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_megatron.conf import groups
+from dsv3_megatron.conf import training_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 TE = ("absent", "2.8", "2.12", "2.20")
@@ -44,7 +44,7 @@ LAYOUTS = {
     layout: [f"model={model_of(layout)}", f"layout={layout}"]
     + (["recipe=longctx_32k", "pretrained_checkpoint=x"] if "_cp" in layout else [])
     + ([] if layout.startswith("cpu_") or "_cp" in layout else ["global_batch_size=15360"])
-    for layout in groups()["layout"]
+    for layout in training_layouts()
 }
 SCRIPTS = {
     script.name: ["corpus" if "hydra" in script.name else "data/train", "checkpoints", "checkpoints"]
