@@ -1,7 +1,8 @@
 """A family of problems that a tiny model learns in minutes, and that can be verified: `406` wants `789`.
 
-Count up from the last digit to 9, and stop. `documents` are what a base model reads: digits that go on at random, to the
-next one more often than to others. So the base model sometimes answers right, and nobody has told it that this is wanted.
+Count up from the last digit to 9, and stop. `documents` are what a base model reads: digits that go on at random, to
+the next one more often than to others. So the base model sometimes answers right, and nobody has told it that this is
+wanted.
 """
 
 import random
@@ -13,7 +14,7 @@ __all__ = ["HELD_OUT", "documents", "is_held_out", "problems", "reward"]
 PROMPT = 3  # digits
 LAST = "567"  # with which a problem may end
 HELD_OUT = 0.25  # share of the problems that nothing is trained on
-UP, STOP, STOP_AT_9 = (
+UP, STOP, STOP_AT_9 = 0.72, 0.05, 0.6  # of a document's steps: to the next digit; the end; the end after a 9
     0.8,
     0.05,
     0.7,
