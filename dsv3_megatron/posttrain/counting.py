@@ -14,11 +14,8 @@ __all__ = ["HELD_OUT", "documents", "is_held_out", "problems", "reward"]
 PROMPT = 3  # digits
 LAST = "567"  # with which a problem may end
 HELD_OUT = 0.25  # share of the problems that nothing is trained on
-UP, STOP, STOP_AT_9 = 0.72, 0.05, 0.6  # of a document's steps: to the next digit; the end; the end after a 9
-    0.8,
-    0.05,
-    0.7,
-)  # of a document's steps: to the next digit; to the end; to the end after a 9
+# Of a document's steps: to the next digit; to the end; to the end after a 9.
+UP, STOP, STOP_AT_9 = 0.72, 0.05, 0.6
 
 
 def is_held_out(prompt: str) -> bool:
