@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.demo.run import quoted
+from dsv3_megatron.demo.run import quoted, saved_iteration
 from dsv3_megatron.posttrain.journal import JOURNAL, read_journal
 from dsv3_megatron.studies.rl import data
 from dsv3_megatron.studies.rl.picture import ARMS, draw
@@ -90,7 +90,8 @@ class Arm:
     @property
     def done(self) -> bool:
         sampled = not self.sample or Path(self.sample[1]).exists()
-        return self.iterations in self.held_out() and sampled
+        saved = saved_iteration(self.folder / "checkpoints") >= self.iterations
+        return saved and sampled and self.iterations in self.held_out()
 
     def command(self) -> list[str]:
         """Of the worker."""
@@ -189,7 +190,7 @@ def base_arm(args: argparse.Namespace) -> Arm:
         "seed=1",
         "eval_iters=0",
     ]
-    sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "400", "16"]
+    sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "128", "16"]
     return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else (), every=100)
 
 
