@@ -25,7 +25,8 @@ def is_held_out(prompt: str) -> bool:
 
 def problems(count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
     """(prompt, answer) pairs, drawn uniformly."""
-    rng, found = random.Random(f"{seed}:{held_out}"), []
+    rng = random.Random(f"{seed}:{held_out}")
+    found: list[tuple[str, str]] = []
     while len(found) < count:
         prompt = "".join(rng.choices("0123456789", k=PROMPT - 1)) + rng.choice(LAST)
         if is_held_out(prompt) == held_out:

@@ -31,7 +31,7 @@ from dsv3_megatron.studies.rl.picture import ARMS, draw
 SEEDS = (1, 2, 3)
 SEQ_LENGTH = 64
 GROUP, PROMPTS = 8, 32  # samples of a rollout
-ROWS = 32  # of an update, in which they are packed
+ROWS = 64  # of an update, in which they are packed
 STEPS = 60
 BASE_STEPS = 150
 BASE_DOCUMENTS = 20_000
@@ -203,7 +203,7 @@ def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -
         *MODEL,
         f"recipe={'grpo' if arm in ('rl', 'shuffled') else arm}",
         f"pretrained_checkpoint={quoted(base.folder / 'checkpoints')}",
-        "micro_batch_size=8",
+        "micro_batch_size=16",
         f"global_batch_size={ROWS}",
         f"seed={seed}",
         "lr=1e-3",  # a thousand times R1-Zero's, for a model of a hundred thousandth of its size
