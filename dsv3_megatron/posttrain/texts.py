@@ -2,5 +2,5 @@
 
 __all__ = ["TEXT_BEGINS"]
 
-# The begin token, or the end token of a document before it: what a model trained on dsv3 data's documents has seen there.
+# The begin token, or the end token of a document before it, which is what a model trained on documents has seen there.
 TEXT_BEGINS = ("begin", "end")
