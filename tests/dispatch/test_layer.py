@@ -170,7 +170,9 @@ def in_turn(rank: int, world_size: int, jobs: list[dict[str, Any]]) -> list[dict
 @functools.cache
 def together() -> list[list[dict[str, Any]]]:
     """Of each of these jobs the results by rank."""
-    return list(zip(*run_distributed(in_turn, 4, timeout=240, jobs=TOGETHER), strict=True))
+    return [
+        list(ranks) for ranks in zip(*run_distributed(in_turn, 4, timeout=240, jobs=TOGETHER), strict=True)
+    ]
 
 
 def on_two_nodes_of_two(**job: Any) -> Any:
