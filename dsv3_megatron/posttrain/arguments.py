@@ -10,9 +10,9 @@ from typing import Any
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.policy_loss import REDUCTIONS
 from dsv3_megatron.posttrain.preference_loss import LOSSES
+from dsv3_megatron.posttrain.texts import TEXT_BEGINS
 
 METHODS = ("dpo", "grpo")
-TEXT_BEGINS = ("begin", "end")
 Reward = Callable[[str, str, str], float]
 
 

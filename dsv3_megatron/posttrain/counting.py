@@ -1,7 +1,8 @@
 """A family of problems that a tiny model learns in minutes, and that can be verified: `406` wants `789`.
 
-Count up from the last digit to 9, and stop. `documents` are what a base model reads: digits that go on at random, to the
-next one more often than to others. So the base model sometimes answers right, and nobody has told it that this is wanted.
+Count up from the last digit to 9, and stop. `documents` are what a base model reads: digits that go on at random, to
+the next one more often than to others. So the base model sometimes answers right, and nobody has told it that this is
+wanted.
 """
 
 import random
@@ -13,11 +14,8 @@ __all__ = ["HELD_OUT", "documents", "is_held_out", "problems", "reward"]
 PROMPT = 3  # digits
 LAST = "567"  # with which a problem may end
 HELD_OUT = 0.25  # share of the problems that nothing is trained on
-UP, STOP, STOP_AT_9 = (
-    0.8,
-    0.05,
-    0.7,
-)  # of a document's steps: to the next digit; to the end; to the end after a 9
+# Of a document's steps: to the next digit; to the end; to the end after a 9.
+UP, STOP, STOP_AT_9 = 0.72, 0.05, 0.6
 
 
 def is_held_out(prompt: str) -> bool:
@@ -27,7 +25,8 @@ def is_held_out(prompt: str) -> bool:
 
 def problems(count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
     """(prompt, answer) pairs, drawn uniformly."""
-    rng, found = random.Random(f"{seed}:{held_out}"), []
+    rng = random.Random(f"{seed}:{held_out}")
+    found: list[tuple[str, str]] = []
     while len(found) < count:
         prompt = "".join(rng.choices("0123456789", k=PROMPT - 1)) + rng.choice(LAST)
         if is_held_out(prompt) == held_out:

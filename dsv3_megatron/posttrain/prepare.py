@@ -24,8 +24,8 @@ from dsv3_megatron.data.encode import token_dtype
 from dsv3_megatron.data.records import records
 from dsv3_megatron.data.tokenizer_files import copy_files, tokenizer_files
 from dsv3_megatron.data.vocabulary import BOS, EOS, DocumentEncoder
-from dsv3_megatron.posttrain.arguments import TEXT_BEGINS
 from dsv3_megatron.posttrain.preferences import ConversationPair, TextPair, preference
+from dsv3_megatron.posttrain.texts import TEXT_BEGINS
 from dsv3_megatron.sft.conversation import BadConversation, Conversation
 from dsv3_megatron.sft.pack import pack
 from dsv3_megatron.sft.prepare import GLOBS, SPLITS, split

@@ -96,8 +96,9 @@ def fitting_combinations() -> list[list[str]]:
                 continue
             fitting.append([f"model={model}", f"layout={layout}"])
     for group in ("precision", "data", "recipe", "schedule"):
-        # Fine-tuning is refused without its prepared conversations: tests/sft
-        fitting += [[f"{group}={option}"] for option in groups()[group] if option != "sft"]
+        # Fine-tuning and post-training are refused without their prepared data: tests/sft, tests/posttrain
+        needing = ("sft", "dpo", "grpo", "preference", "prompts")
+        fitting += [[f"{group}={option}"] for option in groups()[group] if option not in needing]
     for overrides in fitting:
         if OmegaConf.is_missing(compose(overrides), "pretrained_checkpoint"):
             overrides.append("pretrained_checkpoint=checkpoints")

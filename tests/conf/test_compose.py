@@ -246,6 +246,7 @@ def test_every_model_with_every_layout_and_cluster(all_models: bool) -> None:
 def test_every_recipe_with_every_precision_and_data(recipe: str, precision: str, data: str) -> None:
     cfg = compose([f"recipe={recipe}", f"precision={precision}", f"data={data}"])
     lengths = {"small": 128, "v3_pretrain": 4096, "longctx_32k": 32768, "longctx_128k": 131072, "sft": None}
+    lengths |= {"dpo": None, "grpo": 4096}
     assert cfg.get("seq_length") == lengths[recipe]
     assert cfg.get("bf16") == (None if precision == "fp32" else True)
     assert ("mock_data" in cfg) == (data == "mock")

@@ -282,7 +282,8 @@ DPO_LAYOUTS = [
     ("zb1p", 4, 2, 2, ""),
     ("dualpipe", 4, 2, 2, ""),
     ("dualpipev", 2, 2, 1, ""),
-    ("1f1b", 2, 1, 1, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    # The vocabulary is filled up to the same size as without tensor parallelism.
+    ("1f1b", 2, 1, 1, "--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64"),
     ("dualpipe", 4, 2, 2, "--dpo-reference live"),
     ("dualpipe", 2, 2, 1, "--posttrain-mtp-loss"),
 ]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.demo.run import quoted
+from dsv3_megatron.demo.run import quoted, saved_iteration
 from dsv3_megatron.posttrain.journal import JOURNAL, read_journal
 from dsv3_megatron.studies.rl import data
 from dsv3_megatron.studies.rl.picture import ARMS, draw
@@ -31,11 +31,11 @@ from dsv3_megatron.studies.rl.picture import ARMS, draw
 SEEDS = (1, 2, 3)
 SEQ_LENGTH = 64
 GROUP, PROMPTS = 8, 32  # samples of a rollout
-ROWS = 32  # of an update, in which they are packed
-STEPS = 60
+ROWS = 64  # of an update, in which they are packed
+STEPS = 40
 BASE_STEPS = 150
 BASE_DOCUMENTS = 20_000
-EVERY = 20  # updates between measurements
+EVERY = 10  # updates between measurements
 MODEL = (
     "model=micro",
     "layout=cpu_single",
@@ -90,7 +90,8 @@ class Arm:
     @property
     def done(self) -> bool:
         sampled = not self.sample or Path(self.sample[1]).exists()
-        return self.iterations in self.held_out() and sampled
+        saved = saved_iteration(self.folder / "checkpoints") >= self.iterations
+        return saved and sampled and self.iterations in self.held_out()
 
     def command(self) -> list[str]:
         """Of the worker."""
@@ -189,7 +190,7 @@ def base_arm(args: argparse.Namespace) -> Arm:
         "seed=1",
         "eval_iters=0",
     ]
-    sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "400", "16"]
+    sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "128", "16"]
     return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else (), every=100)
 
 
@@ -202,7 +203,7 @@ def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -
         *MODEL,
         f"recipe={'grpo' if arm in ('rl', 'shuffled') else arm}",
         f"pretrained_checkpoint={quoted(base.folder / 'checkpoints')}",
-        "micro_batch_size=8",
+        "micro_batch_size=16",
         f"global_batch_size={ROWS}",
         f"seed={seed}",
         "lr=1e-3",  # a thousand times R1-Zero's, for a model of a hundred thousandth of its size
