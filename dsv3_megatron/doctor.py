@@ -12,17 +12,19 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsv3_megatron import patching
 from dsv3_megatron.arguments import requirements
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, NCCL, TE, TORCH, oldest
 from dsv3_megatron.arguments.requirements import version_key as key
 from dsv3_megatron.arguments.surroundings import SUPPORTED_MEGATRON
 
 State = Literal["ok", "absent", "missing", "wrong"]
+SCREEN = 49  # lines of a report that one looks at without scrolling, the verdict among them
 
 # (distribution, module, lowest version, first unsupported version, what it is for)
 NEEDED = (
@@ -81,15 +83,30 @@ def examine() -> list[Finding]:
 
 
 def on_one_screen(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings with the repairs that match in one line; `--json` has a line for each."""
+    """The findings with patches that match in one line: all repairs, then feature by feature, those with the most
+    first, until the report fits. What does not match keeps its line, and `--json` has a line for each.
+    """
     from dsv3_megatron.patching.repairs import REPAIRS
 
-    names = [f"patch {name}" for name in REPAIRS]
-    matching = [f for f in findings if f.name in names and f.state == "ok"]
-    if not matching:
+    shown = _folded(findings, "repairs of Megatron", REPAIRS)
+    features: dict[str, list[str]] = {}
+    for name, module in patching.modules().items():
+        if name not in REPAIRS:
+            features.setdefault(module.split(".")[1], []).append(name)
+    for feature, names in sorted(features.items(), key=lambda item: (-len(item[1]), item[0])):
+        if len(shown) < SCREEN:
+            break
+        shown = _folded(shown, f"patches of {feature}", names)
+    return shown
+
+
+def _folded(findings: Sequence[Finding], title: str, patches: Collection[str]) -> list[Finding]:
+    """With those of these patches that match in one line, at the end."""
+    matching = [f for f in findings if f.state == "ok" and f.name.removeprefix("patch ") in patches]
+    if len(matching) < 2:
         return list(findings)
     listed = ", ".join(finding.name.removeprefix("patch ") for finding in matching)
-    together = Finding("repairs of Megatron", "ok", f"signatures match: {listed}")
+    together = Finding(title, "ok", f"signatures match: {listed}")
     return [*(finding for finding in findings if finding not in matching), together]
 
 
@@ -254,8 +271,6 @@ def cpu_runtime_finding() -> Finding:
 
 def patch_findings() -> list[Finding]:
     """Every patch with the state of its signature check."""
-    from dsv3_megatron import patching
-
     found = []
     for row in patching.status():
         matches = row.state != "mismatch"

@@ -2,6 +2,7 @@
 
 eplb.py        `rebalance_experts`: the published algorithm for redundant experts
 placement.py   experts without copies, for training: which rank holds which
+logged.py      the load of each expert from a run's log
 plan.py        the load of each GPU under a plan, before and after
 show.py        `dsv3 balance`
 """

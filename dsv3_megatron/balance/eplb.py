@@ -31,6 +31,11 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The experts that each slot holds, for every layer.
 
+    Exactly the published algorithm, which is greedy: "never worse than the same copies in the experts' order" is not
+    true of it. Of 30,000 random cases on nodes of 8 GPUs 5 were worse, by at most 2%; of 30,000 on 1 to 16 GPUs, with
+    few experts on each, 366 were, by at most 13% (tests/balance/test_eplb.py). Training's placement
+    (`placement.balanced`) refines its packing and is never worse than what it starts from.
+
     Args:
         weight: [L, E], load of each logical expert in any unit, finite and not negative; a tensor or lists.
         num_replicas: R, slots of all GPUs together, a multiple of `num_gpus` and at least E.
@@ -45,7 +50,7 @@ def rebalance_experts(
         All int64, on the CPU.
 
     Raises:
-        ValueError: the numbers do not divide, or a weight is negative or not finite.
+        ValueError: the numbers do not divide, or `weight` is no table of loads: negative, not finite, of another shape.
     """
     weight_LE = _checked(weight, num_replicas, num_gpus)
     num_experts = weight_LE.shape[1]
@@ -60,7 +65,7 @@ def rebalance_experts(
 
     phy2log_LR, copy_LR, logcnt_LE = _hierarchical(weight_LE, num_replicas, num_groups, num_nodes, num_gpus)
 
-    num_layers, most = len(weight_LE), int(logcnt_LE.max()) if len(weight_LE) else 1
+    num_layers, most = len(weight_LE), int(logcnt_LE.max())
     log2phy_LEC = torch.full((num_layers, num_experts, most), -1, dtype=torch.int64)
     slots_LR = torch.arange(num_replicas).expand(num_layers, -1)
     log2phy_LEC.view(num_layers, -1).scatter_(1, phy2log_LR * most + copy_LR, slots_LR)
@@ -83,15 +88,16 @@ def pack(weight_BN: Tensor, num_packs: int) -> tuple[Tensor, Tensor]:
         )
     order_BN = weight_BN.sort(dim=1, descending=True, stable=True).indices
     pack_BN, place_BN = torch.empty_like(order_BN), torch.empty_like(order_BN)
-    load = weight_BN.new_zeros(num_rows, num_packs)  # infinite where a pack is full
+    load = weight_BN.new_zeros(num_rows, num_packs)  # infinite where a pack is full, and nowhere else
     filled = torch.zeros(num_rows, num_packs, dtype=torch.int64)
+    largest = torch.finfo(load.dtype).max
     for item in order_BN.split(1, dim=1):
         lightest = load.argmin(dim=1, keepdim=True)
         place = filled.gather(1, lightest)
         pack_BN.scatter_(1, item, lightest)
         place_BN.scatter_(1, item, place)
-        added = weight_BN.gather(1, item).masked_fill(place + 1 == room, torch.inf)
-        load.scatter_add_(1, lightest, added)
+        after = (load.gather(1, lightest) + weight_BN.gather(1, item)).clamp(max=largest)
+        load.scatter_(1, lightest, after.masked_fill(place + 1 == room, torch.inf))
         filled.scatter_(1, lightest, place + 1)
     return pack_BN, place_BN
 
@@ -154,8 +160,14 @@ def _inverse(permutation_BN: Tensor) -> Tensor:
 
 def _checked(weight: Tensor | Sequence[Sequence[float]], num_replicas: int, num_gpus: int) -> Tensor:
     """The weights as fp32 on the CPU."""
-    weight_LE = torch.as_tensor(weight).detach().cpu().float()
-    if weight_LE.dim() != 2 or weight_LE.shape[1] == 0:
+    try:
+        given = torch.as_tensor(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"weight is no table of numbers ({error}): give [layers, experts]") from error
+    if given.is_complex():
+        raise ValueError(f"weight is {given.dtype}: a load is a count of tokens")
+    weight_LE = given.detach().cpu().float()
+    if weight_LE.dim() != 2 or weight_LE.numel() == 0:
         raise ValueError(f"weight has the shape {list(weight_LE.shape)}: give [layers, experts]")
     if not bool((torch.isfinite(weight_LE) & (weight_LE >= 0)).all()):
         raise ValueError("weight has an entry that is negative or not finite: a load is a count of tokens")

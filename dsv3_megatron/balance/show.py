@@ -11,7 +11,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from dsv3_megatron.balance.logged import read_load
 from dsv3_megatron.balance.plan import Plan, make_plan, max_over_mean
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 
@@ -27,9 +29,13 @@ def main(words: Sequence[str] | None = None) -> None:
     options = _parser().parse_args([word for word in given if word not in named])
     if output not in OUTPUTS:
         raise RefusedArgument(f"output={output}: use output={' or output='.join(OUTPUTS)}")
-    load, logged_groups = read_load(options.load, options.last)
+    if options.file is not None and output != "png":
+        raise RefusedArgument(
+            f"--file {options.file}: output={output} goes to the terminal: use output=png or no --file"
+        )
+    picture = _picture(options.file)
+    load, groups = read_load(options.load, options.last, options.groups)
     experts = len(next(iter(load.values())))
-    groups = options.groups if options.groups is not None else logged_groups
     replicas = options.replicas if options.replicas is not None else experts
     try:
         plan = make_plan(load, replicas, groups, options.nodes, options.gpus)
@@ -43,12 +49,15 @@ def main(words: Sequence[str] | None = None) -> None:
     else:
         from dsv3_megatron.balance.picture import draw
 
-        draw(plan, options.file)
-        print(options.file)
+        try:
+            draw(plan, picture)
+        except OSError as error:
+            raise RefusedArgument(f"--file {picture}: {error.strerror or error}") from error
+        print(picture)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dsv3 balance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,50 +69,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=_count, help="slots of all GPUs together (default: no copies)")
     parser.add_argument("--groups", type=_count, help="expert groups of the router (default: as logged)")
     parser.add_argument("--last", type=_count, help="records to add up, from the end (default: all)")
-    parser.add_argument(
-        "--file", type=Path, default=Path("balance.png"), help="picture (default balance.png)"
-    )
+    parser.add_argument("--file", type=Path, help="the picture of output=png (default balance.png)")
     return parser
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text} is not a count: give 1 or more")
-    return number
+    return int(text)
 
 
-def read_load(path: Path, last: int | None = None) -> tuple[dict[int, list[float]], int]:
-    """Tokens of each expert, layers by number, summed over the last records of a `metrics.jsonl`; expert groups.
+def _picture(said: Path | None) -> Path:
+    """Where the picture goes; refused before anything is read or drawn."""
+    path = Path("balance.png") if said is None else said
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise RefusedArgument(f"--file {path}: the picture is a PNG: give a name that ends in .png")
+    return path
 
-    Raises:
-        RefusedArgument: the file is missing, is not such a file, or holds no loads.
-    """
-    try:
-        lines = path.read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-    except OSError as error:
-        raise RefusedArgument(f"--load {path}: {error.strerror or error}") from error
-    except ValueError as error:  # a broken last line, another format
-        raise RefusedArgument(f"--load {path}: not a metrics.jsonl of the trainer ({error})") from error
-    wanted = [record for record in records if isinstance(record, dict) and record.get("layers")]
-    total: dict[int, list[float]] = {}
-    for record in wanted if last is None else wanted[-last:]:
-        for number, figures in record["layers"].items():
-            counts = figures.get("tokens_per_expert")
-            if counts is None:
-                raise RefusedArgument(
-                    f"--load {path}: no tokens_per_expert in it: log with --tensorboard-dir and this version"
-                )
-            before = total.get(int(number), [0.0] * len(counts))
-            if len(before) != len(counts):
-                raise RefusedArgument(f"--load {path}: runs with different numbers of experts in one file")
-            total[int(number)] = [a + b for a, b in zip(before, counts, strict=True)]
-    if not total:
-        raise RefusedArgument(
-            f"--load {path}: no record with MoE layers: give the metrics.jsonl of an MoE run"
-        )
-    return dict(sorted(total.items())), int(wanted[-1].get("expert_groups") or 1)
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RefusedArgument(f"{message} (all options: dsv3 balance --help)")
 
 
 def table(plan: Plan) -> str:
@@ -113,12 +99,23 @@ def table(plan: Plan) -> str:
         f"{'hierarchical' if plan.hierarchical else 'global'} policy",
         f"{'layer':>5}  {'max/mean before':>15}  {'after':>6}  {'experts copied':>14}  {'most copies':>11}",
     ]
-    rows = zip(
-        plan.layers, max_over_mean(plan.before), max_over_mean(plan.after), plan.logcnt.tolist(), strict=True
+    rows = list(
+        zip(
+            plan.layers,
+            max_over_mean(plan.before),
+            max_over_mean(plan.after),
+            plan.logcnt.tolist(),
+            strict=True,
+        )
     )
     for number, before, after, counts in rows:
         copied = sum(count > 1 for count in counts)
         lines.append(f"{number:>5}  {before:>15.3f}  {after:>6.3f}  {copied:>14}  {max(counts):>11}")
+    fuller = [str(number) for number, before, after, _ in rows if after > before * (1 + 1e-6)]
+    if fuller:
+        lines.append(
+            f"layer {', '.join(fuller)}: better as before; the published packing is greedy (docs/balance.md)"
+        )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ A copy is a row of the hidden size and what goes with it: weights, and for two_h
 import functools
 from dataclasses import dataclass
 from math import comb
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:  # only what draws or counts a routing needs it at run time
     import torch
@@ -24,6 +24,7 @@ __all__ = ["Layout", "LinkBytes", "Row", "counted_bytes", "expected_bytes", "exp
 Dispatcher = Literal["two_hop", "alltoall", "flex"]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _TORCH = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.float64": "fp64"}
+_TORCH["torch.float8_e4m3fn"] = "fp8"
 _DRAWS = 20_000  # tokens that are drawn where no closed form is known: three digits
 
 
@@ -120,15 +121,28 @@ def expected_bytes(
     Args:
         topk: experts of a token.
         nodes: that the expert-parallel group lies on.
-        node_limit: groups of experts that a token may choose from (`--moe-router-group-topk`); None: all.
+        node_limit: groups of experts that a token may choose from (`--moe-router-group-topk`); None: all. Where
+            `groups` are not given: nodes, and as many as there are is no limit.
         dtype: see `Row`; a torch dtype is taken too.
         groups: groups of experts (`--moe-router-num-groups`), one per node by default.
+
+    Raises:
+        ValueError: a number, the dtype or the dispatcher is none, or experts do not lie evenly on ranks and groups.
     """
+    counts = {"topk": topk, "nodes": nodes, "node_limit": node_limit, "hidden": hidden, "experts": experts}
+    counts |= {"ranks_per_node": ranks_per_node, "groups": groups}
+    if tokens < 0:
+        raise ValueError(f"{tokens=}: give 0 or more")
+    for argument, number in counts.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{argument}={number}: give 1 or more")
     name = _TORCH.get(str(dtype), str(dtype))
     if name != "fp8" and name not in _SIZES:
         raise ValueError(f"dtype={dtype}: use fp8, {', '.join(_SIZES)} or a torch dtype of these")
     layout = Layout(experts, nodes, ranks_per_node)
-    copies = expected_copies(layout, topk, groups or nodes, node_limit or groups or nodes)
+    if groups is None:
+        groups, node_limit = nodes, min(node_limit or nodes, nodes)
+    copies = expected_copies(layout, topk, groups, node_limit or groups)
     return _bytes(tokens, topk, layout, copies, Row(hidden, name), dispatcher)
 
 
@@ -223,6 +237,8 @@ def _distinct(
 def _bytes(
     tokens: int, topk: int, layout: Layout, copies: Copies, row: Row, dispatcher: Dispatcher
 ) -> LinkBytes:
+    if dispatcher not in get_args(Dispatcher):
+        raise ValueError(f"dispatcher={dispatcher}: use {', '.join(get_args(Dispatcher))}")
     there, back, weight = row.to_experts, row.back, row.weight
     if dispatcher == "alltoall":
         links = (tokens * copies.far, tokens * copies.near)

@@ -31,6 +31,12 @@ class PlacedLayer:
         self.parameters = _by_slot(module)
         if isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher):
             placed(module.token_dispatcher)
+        if not hasattr(
+            module.token_dispatcher, "expert_of_slot"
+        ):  # it would go on sending tokens to the old ranks
+            raise ValueError(
+                f"--expert-placement balanced: {type(module.token_dispatcher).__name__} knows no slots"
+            )
 
     @property
     def per_rank(self) -> int:

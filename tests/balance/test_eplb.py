@@ -77,10 +77,11 @@ def random_case(draw: random.Random) -> tuple[int, int, int, int, int]:
     )
 
 
-def test_equal_to_the_plain_version_on_random_cases():
-    torch.manual_seed(0)
-    draw = random.Random(0)
-    for case in range(1000):
+@pytest.mark.parametrize("cases", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_equal_to_the_plain_version_on_random_cases(cases):
+    torch.manual_seed(cases)
+    draw = random.Random(cases)
+    for case in range(cases):
         experts, *numbers = random_case(draw)
         load = random_load(case % 3, 2, experts)
         phy2log, log2phy, logcnt = rebalance_experts(load, *numbers)
@@ -120,28 +121,39 @@ def loads_of_gpus(load: Tensor, phy2log: Tensor, logcnt: Tensor, gpus: int) -> T
     return (load / logcnt).gather(1, phy2log).view(len(load), gpus, -1).sum(2)
 
 
-def test_against_the_naive_packing_on_10000_cases():
-    """The same copies in the order of the experts, nodes of 8 GPUs with two experts or more.
+def nodes_of_eight(draw: random.Random) -> tuple[int, int, int, int, int]:
+    """Experts, replicas, groups, nodes, GPUs; two experts or more on each."""
+    nodes = draw.choice([1, 2, 4])
+    groups, gpus = nodes * draw.choice([1, 2]), nodes * 8
+    experts = gpus * draw.choice([2, 4, 8])
+    return experts, gpus * (experts // gpus + draw.choice([0, 1, 2])), groups, nodes, gpus
 
-    The published packing is greedy, so "never worse" is not a theorem (next test): it may be worse in one case of a
-    thousand and by 2%. Here it is, once or twice in ten thousand.
+
+@pytest.mark.parametrize(
+    ("layout", "seed", "worse", "by", "mean"),
+    [(nodes_of_eight, 2, 10, 1.02, 0.85), (random_case, 2, 200, 1.15, 0.95)],
+    ids=["nodes of eight", "any"],
+)
+def test_against_the_naive_packing_on_10000_cases(layout, seed, worse, by, mean):
+    """The same copies in the order of the experts.
+
+    The published packing is greedy, so "never worse" is not a theorem (next test): on nodes of eight GPUs it is worse
+    in a case of some thousands, by up to 2%; with few GPUs and experts in one of a hundred, by up to 13%.
     """
-    torch.manual_seed(2)
-    draw = random.Random(2)
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
     layers, ratios = 20, []
     for case in range(10_000 // layers):
-        nodes = draw.choice([1, 2, 4])
-        groups, gpus = nodes * draw.choice([1, 2]), nodes * 8
-        experts = gpus * draw.choice([2, 4, 8])
-        slots = experts // gpus + draw.choice([0, 1, 2])
+        experts, replicas, groups, nodes, gpus = layout(draw)
         load = random_load(case % 3, layers, experts) + 0.01
-        phy2log, _, logcnt = rebalance_experts(load, gpus * slots, groups, nodes, gpus)
-        naive = phy2log.view(layers, nodes, -1).sort(2).values.flatten(1)
+        phy2log, _, logcnt = rebalance_experts(load, replicas, groups, nodes, gpus)
+        parts = nodes if groups % nodes == 0 else 1
+        naive = phy2log.view(layers, parts, -1).sort(2).values.flatten(1)
         here, there = (loads_of_gpus(load, slots, logcnt, gpus).amax(1) for slots in (phy2log, naive))
         ratios.append(here / there)
     ratio = torch.cat(ratios)
-    assert (ratio > 1 + 1e-6).sum() <= 10 and ratio.max() < 1.02
-    assert ratio.mean() < 0.85
+    assert 0 < (ratio > 1 + 1e-6).sum() <= worse and ratio.max() < by
+    assert ratio.mean() < mean
 
 
 def test_the_published_packing_is_greedy_and_can_lose_to_the_naive_one():
@@ -172,3 +184,11 @@ def test_wrong_loads(wrong):
         rebalance_experts([[1.0, 2.0, wrong, 4.0]], 4, 1, 1, 2)
     with pytest.raises(ValueError, match="give \\[layers, experts\\]"):
         rebalance_experts(torch.ones(4), 4, 1, 1, 2)
+    for none in ([], [[]], torch.zeros(0, 4), "loads", None, [[1, 2], [3]]):
+        with pytest.raises(ValueError, match="give \\[layers, experts\\]"):
+            rebalance_experts(none, 4, 1, 1, 2)
+
+
+def test_loads_whose_sum_is_beyond_fp32_lose_no_expert():
+    phy2log, _, logcnt = rebalance_experts([[3e38, 3e38, 3e38, 3e38, 1, 1, 1, 1]], 8, 1, 1, 2)
+    assert sorted(phy2log[0].tolist()) == list(range(8)) and logcnt.tolist() == [[1] * 8]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dsv3_megatron.balance.show import main, read_load
+from dsv3_megatron.balance.logged import read_load
+from dsv3_megatron.balance.show import main
 from tests.balance.test_eplb import PUBLISHED
 
 
@@ -68,7 +69,14 @@ def test_table_picture_and_options(log, tmp_path, capsys):
         (["output=svg"], "output=svg: use output=json or output=table or output=png"),
         (["--replicas", "17"], "--replicas 17 --groups 4: num_replicas=17 is not a multiple of num_gpus=8"),
         (["--load", "/nowhere/metrics.jsonl"], "--load /nowhere/metrics.jsonl: No such file"),
-        (["--load", __file__], "not a metrics.jsonl"),
+        (["--load", __file__], "line 1: not a metrics.jsonl"),
+        (["--replicas", "8"], "num_replicas=8 is fewer than the 12 experts"),
+        (["--nodes", "0"], "argument --nodes: 0 is not a count: give 1 or more"),
+        (["--replicas", "x"], "argument --replicas: x is not a count"),
+        (["--output", "json"], "unrecognized arguments: --output json"),
+        (["output=json", "--file", "plan.png"], "--file plan.png: output=json goes to the terminal"),
+        (["output=png", "--file", "plan.txt"], "--file plan.txt: the picture is a PNG"),
+        (["output=png", "--file", "/proc/nowhere/plan.png"], "--file /proc/nowhere/plan.png: "),
     ],
 )
 def test_refusals_are_one_line(log, change, message, capsys):
@@ -78,16 +86,59 @@ def test_refusals_are_one_line(log, change, message, capsys):
     assert stopped.value.code == 2 and message in error and "\n" not in error
 
 
+def layers(counts, **more):
+    return {"layers": {"3": {"tokens_per_expert": counts}}, **more}
+
+
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("records", "message"),
     [
-        ({"iteration": 1}, "no record with MoE layers"),
-        ({"layers": {"3": {"dead": 0}}}, "no tokens_per_expert"),
+        ([{"iteration": 1}], "no record with MoE layers"),
+        ([[1, 2], [3, 4]], "line 1: not a metrics.jsonl of the trainer: no record"),
+        ([5], "line 1: not a metrics.jsonl of the trainer: no record"),
+        ([{"layers": [[1, 2], [3, 4]]}], 'line 1: "layers" is no table'),
+        ([{"layers": {"3": [1, 2]}}], "entry '3' that is no layer by its number"),
+        ([{"layers": {"a": {"tokens_per_expert": [1]}}}], "entry 'a' that is no layer by its number"),
+        ([{"layers": {"3": {"dead": 0}}}], "no tokens_per_expert in layer 3"),
+        ([layers(4)], "tokens_per_expert of layer 3 is no list of counts"),
+        ([layers([])], "tokens_per_expert of layer 3 is no list of counts"),
+        ([layers([[1, 2], [3, 4]])], "expert 0 of layer 3 has [1, 2] tokens"),
+        ([layers([1, None])], "expert 1 of layer 3 has None tokens"),
+        ([layers([True, 1])], "expert 0 of layer 3 has True tokens"),
+        ([layers([1, 2]), layers([1, -1])], "line 2: expert 1 of layer 3 has -1 tokens"),
+        ([layers([1, float("nan")])], "expert 1 of layer 3 has nan tokens"),
+        ([layers([1, 10**400])], "expert 1 of layer 3 has 1000"),
+        ([layers([1, 2]), layers([1, 2, 3])], "line 2: 3 experts in layer 3, others have 2"),
+        ([layers([1, 2], expert_groups="two")], "expert_groups 'two' is no count: use --groups N"),
+        (
+            [layers([1, 2], expert_groups=1), layers([1, 2], expert_groups=2)],
+            "runs with [1, 2] expert groups",
+        ),
     ],
 )
-def test_files_without_loads(tmp_path, record, message, capsys):
+def test_files_without_loads(tmp_path, records, message, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(record) + "\n")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--load", str(path), "--gpus", "1"])
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and f"--load {path}" in error and message in error and "\n" not in error
+
+
+def test_a_line_that_was_cut_off_is_named_and_groups_can_be_said(log, tmp_path, capsys):
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(log.read_text() + '{"iteration": 3, "lay')
     with pytest.raises(SystemExit):
-        main(words(path))
-    assert message in capsys.readouterr().err
+        main(words(cut))
+    assert "line 4: not a metrics.jsonl of the trainer: no JSON (cut off" in capsys.readouterr().err
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(layers([1, 2], expert_groups=n)) + "\n" for n in (1, 2)))
+    assert read_load(mixed, groups=2) == ({3: [2, 4]}, 2)
+
+
+def test_a_layer_that_would_get_fuller_is_named(tmp_path, capsys):
+    """Greedy packing: 3 + 2 + 2 and 5 + 1 + 1 in their order; the heaviest first, 5 + 2 + 1."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"layers": {"7": {"tokens_per_expert": [5, 1, 1, 3, 2, 2]}}}) + "\n")
+    main(["--load", str(path), "--gpus", "2"])
+    assert "layer 7: better as before" in capsys.readouterr().out.splitlines()[-1]

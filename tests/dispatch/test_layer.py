@@ -1,5 +1,6 @@
 """One dispatch and combine against plain arithmetic in one process: outputs and every gradient."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -125,16 +126,17 @@ def by_dispatch(
 def start(
     world_size: int, node_size: int, chunks: int = 3, tp: int = 1, experts: int = EXPERTS, **_: Any
 ) -> Any:
-    """Process groups and a configuration."""
+    """Process groups, unless an earlier case has made them, and a configuration."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from dsv3_megatron import dispatch
     from tests.specs.models import micro_config
 
-    parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=world_size // tp, expert_tensor_parallel_size=tp
-    )
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=world_size // tp, expert_tensor_parallel_size=tp
+        )
     model_parallel_cuda_manual_seed(1)
     dispatch.activate(node_size, chunks)
     fields = {
@@ -143,6 +145,39 @@ def start(
         "expert_model_parallel_size": world_size // tp,
     }
     return micro_config(**fields, expert_tensor_parallel_size=tp).transformer
+
+
+FP32, FP64 = torch.float32, torch.float64
+PLACED = (5, 2, 7, 0, 1, 6, 3, 4, 12, 8, 15, 14, 9, 13, 11, 10)
+CHUNKS = (1, 4, 30)  # also more than there are tokens
+# What the default tests need of 2 nodes × 2, all in one go: processes and their groups are what takes time.
+TOGETHER = [
+    *(
+        {"kind": kind, "dtype": dtype, "dispatcher": dispatcher}
+        for dtype, kind in ((FP64, "uneven"), (FP64, "one node"), (FP32, "empty experts"))
+        for dispatcher in ("two_hop", "alltoall")
+    ),
+    *({"kind": "uneven", "dtype": FP32, "dispatcher": "two_hop", "chunks": c} for c in (3, *CHUNKS)),
+    {"kind": "uneven", "dtype": FP32, "dispatcher": "two_hop", "chunks": 3, "placed": PLACED},
+    {"kind": "even", "dtype": FP64, "dispatcher": "two_hop", "pad": 4},
+]
+
+
+def in_turn(rank: int, world_size: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [by_dispatch(rank, world_size, node_size=2, **job) for job in jobs]
+
+
+@functools.cache
+def together() -> list[list[dict[str, Any]]]:
+    """Of each of these jobs the results by rank."""
+    return list(zip(*run_distributed(in_turn, 4, timeout=240, jobs=TOGETHER), strict=True))
+
+
+def on_two_nodes_of_two(**job: Any) -> Any:
+    """Results by rank."""
+    if job in TOGETHER:
+        return together()[TOGETHER.index(job)]
+    return run_distributed(by_dispatch, 4, node_size=2, **job)
 
 
 def assert_equal_to_one_process(
@@ -160,7 +195,7 @@ def assert_equal_to_one_process(
 
 
 KINDS = ["even", "uneven", "one node", "empty experts", "nothing"]
-OFTEN = [(torch.float64, "uneven"), (torch.float64, "one node"), (torch.float32, "empty experts")]
+OFTEN = [(job["dtype"], job["kind"]) for job in TOGETHER if job["dispatcher"] == "alltoall"]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +206,9 @@ OFTEN = [(torch.float64, "uneven"), (torch.float64, "one node"), (torch.float32,
     ],
 )
 def test_two_nodes_of_two(kind, dtype):
-    ranks = run_distributed(by_dispatch, 4, kind=kind, dtype=dtype, dispatcher="two_hop", node_size=2)
+    ranks = on_two_nodes_of_two(kind=kind, dtype=dtype, dispatcher="two_hop")
     assert_equal_to_one_process(ranks, kind, dtype, EXPERTS)
-    theirs = run_distributed(by_dispatch, 4, kind=kind, dtype=dtype, dispatcher="alltoall", node_size=2)
+    theirs = on_two_nodes_of_two(kind=kind, dtype=dtype, dispatcher="alltoall")
     for got, expected in zip(ranks, theirs, strict=True):
         for name in ("output", "tokens", "probs"):
             assert relative_difference(got[name], expected[name]) <= TOLERANCE[dtype]
@@ -218,10 +253,8 @@ def test_other_shapes(world_size, layout):
 
 def test_experts_that_are_not_at_home_change_no_bit():
     """Inside their nodes; in fp32, where an order of addition would be seen."""
-    placed = [5, 2, 7, 0, 1, 6, 3, 4, 12, 8, 15, 14, 9, 13, 11, 10]
-    job: dict[str, Any] = {"kind": "uneven", "dtype": torch.float32, "dispatcher": "two_hop", "node_size": 2}
-    home = run_distributed(by_dispatch, 4, **job)
-    moved = run_distributed(by_dispatch, 4, **job, placed=placed)
+    job: dict[str, Any] = {"kind": "uneven", "dtype": FP32, "dispatcher": "two_hop", "chunks": 3}
+    home, moved = on_two_nodes_of_two(**job), on_two_nodes_of_two(**job, placed=PLACED)
     for name in ("output", "tokens", "probs"):
         assert all(torch.equal(a[name], b[name]) for a, b in zip(home, moved, strict=True)), name
     for name in ("weight", "inputs"):
@@ -231,20 +264,17 @@ def test_experts_that_are_not_at_home_change_no_bit():
 
 
 def test_the_order_of_sums_does_not_depend_on_chunks_or_runs():
-    job: dict[str, Any] = {"kind": "uneven", "dtype": torch.float32, "dispatcher": "two_hop", "node_size": 2}
-    first = run_distributed(by_dispatch, 4, **job, chunks=1)
-    for chunks in (1, 4, 30):  # more chunks than tokens too
-        again = run_distributed(by_dispatch, 4, **job, chunks=chunks)
+    job: dict[str, Any] = {"kind": "uneven", "dtype": FP32, "dispatcher": "two_hop"}
+    first = on_two_nodes_of_two(**job, chunks=1)
+    again = run_distributed(by_dispatch, 4, node_size=2, **job, chunks=1)  # in processes of its own
+    for other in (again, *(on_two_nodes_of_two(**job, chunks=chunks) for chunks in CHUNKS)):
         for name in ("output", "tokens", "probs"):
-            assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again, strict=True))
+            assert all(torch.equal(a[name], b[name]) for a, b in zip(first, other, strict=True))
 
 
 def test_padding_for_quantisation():
     """Every rank's tokens for an expert are a multiple of four; what was added has no weight and changes nothing."""
-    dtype = torch.float64
-    ranks = run_distributed(
-        by_dispatch, 4, kind="even", dtype=dtype, dispatcher="two_hop", node_size=2, pad=4
-    )
+    ranks = on_two_nodes_of_two(kind="even", dtype=FP64, dispatcher="two_hop", pad=4)
     assert all(count % 4 == 0 for rank in ranks for count in rank["counts"])
     assert sum(sum(rank["counts"]) for rank in ranks) > 4 * 9 * TOPK
-    assert_equal_to_one_process(ranks, "even", dtype, EXPERTS)
+    assert_equal_to_one_process(ranks, "even", FP64, EXPERTS)

@@ -93,3 +93,28 @@ def test_wrong_numbers():
         expected_copies(Layout(16, 2, 2), 9, 4, 2)
     with pytest.raises(ValueError, match="dtype=fp7: use fp8"):
         expected_bytes(1, 1, 1, None, "fp7")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tokens": -1}, "tokens=-1: give 0 or more"),
+        *(
+            ({name: 0}, f"{name}=0: give 1 or more")
+            for name in ("topk", "nodes", "node_limit", "hidden", "experts", "ranks_per_node", "groups")
+        ),
+        ({"nodes": 3}, "256 experts do not lie evenly on 3 × 8 ranks"),
+        ({"groups": 3}, "8 of 256 experts in 4 of 3 groups: impossible"),
+        ({"dispatcher": "deepep"}, "dispatcher=deepep: use two_hop, alltoall, flex"),
+    ],
+)
+def test_what_is_no_layout_is_refused(wrong, message):
+    right = {"tokens": 16, "topk": 8, "nodes": 8, "node_limit": 4, "dtype": "bf16"}
+    expected_bytes(**right)
+    with pytest.raises(ValueError, match=message):
+        expected_bytes(**{**right, **wrong})
+
+
+def test_no_tokens_and_a_limit_that_does_not_bind():
+    assert expected_bytes(0, 8, 8, 4, "bf16").step == (0, 0)
+    assert expected_bytes(16, 8, 2, 4, torch.float8_e4m3fn) == expected_bytes(16, 8, 2, None, "fp8")

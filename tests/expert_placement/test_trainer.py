@@ -85,7 +85,9 @@ def moved(ranks: list[dict[str, Any]]) -> bool:
     return any(slots != list(range(16)) for rank in ranks for step in rank["slots"] for slots in step)
 
 
+OFTEN = "fp32, a rank for four experts"  # the default tests' own
 LAYOUTS = {
+    OFTEN: (4, ["--expert-model-parallel-size", "4", *ZERO1]),
     "fp32, two copies": (4, ["--expert-model-parallel-size", "2", *ZERO1]),
     "bf16, dualpipe": (
         4,
@@ -118,25 +120,38 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "fp32, two hops" else [pytest.mark.slow]) for name in LAYOUTS],
-)
-def test_nothing_in_the_mathematics_changes(name, tmp_path):
+def run_both(name: str, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the ranks saw with experts that stay and with experts that move; checkpoints and log are in `folder`."""
     world_size, words = LAYOUTS[name]
     words = [*words, "--ema-decay", "0.9"]
-    fixed = run(world_size, tmp_path / "fixed", *words)
-    balanced = run(world_size, tmp_path / "balanced", *words, *BALANCED)
+    fixed = run(world_size, folder / "fixed", *words)
+    log = ["--tensorboard-dir", str(folder / "log")]
+    return fixed, run(world_size, folder / "balanced", *words, *BALANCED, *log)
+
+
+@pytest.fixture(scope="module")
+def often(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("often")
+    return folder, run_both(OFTEN, folder)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == OFTEN else [pytest.mark.slow]) for name in LAYOUTS]
+)
+def test_nothing_in_the_mathematics_changes(name, tmp_path, request):
+    if name == OFTEN:
+        folder, (fixed, balanced) = request.getfixturevalue("often")
+    else:
+        folder, (fixed, balanced) = tmp_path, run_both(name, tmp_path)
     assert moved(balanced) and not moved(fixed)
     assert [rank["losses"] for rank in balanced] == [rank["losses"] for rank in fixed]
     assert any(losses for rank in fixed for losses in rank["losses"])
-    assert_same_checkpoint(tmp_path / "balanced", tmp_path / "fixed")
+    assert_same_checkpoint(folder / "balanced", folder / "fixed")
 
 
-def test_the_fullest_rank_gets_emptier_and_moves_are_cheap(tmp_path):
-    words = ["--expert-model-parallel-size", "4", "--tensorboard-dir", str(tmp_path / "log")]
-    ranks = run(4, tmp_path / "run", *words, *BALANCED)
-    records = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+def test_the_fullest_rank_gets_emptier(often):
+    folder, (_, ranks) = often
+    records = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
     fullest = [record["max_over_mean_rank_load"] for record in records]
     # The first step is not logged. From step 3 on experts are placed by the load of the two steps before; that of the
     # step itself is another one, of 64 tokens per expert.

@@ -1,11 +1,13 @@
 """The doctor: what is needed, what may be absent, and the exit status."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dsv3_megatron import doctor, patching
 from dsv3_megatron.patching import PatchStatus
+from dsv3_megatron.patching.repairs import REPAIRS
 
 
 def run(capsys, *words):
@@ -16,8 +18,34 @@ def run(capsys, *words):
 def test_this_machine_is_ready(capsys):
     status, out = run(capsys)
     lines = out.splitlines()
-    assert status == 0 and lines[-1] == "ready" and len(lines) < 60
+    assert status == 0 and lines[-1] == "ready" and len(lines) < 50
     assert any(line.startswith("patch mtp_block_spec") and "signature matches" in line for line in lines)
+
+
+def test_folded_lines_hide_nothing(monkeypatch):
+    """Every patch is named once, by its own line or its feature's; what does not match is never folded."""
+    findings = doctor.patch_findings()
+    names = {finding.name.removeprefix("patch ") for finding in findings}
+    monkeypatch.setattr(doctor, "SCREEN", 0)  # everything that can be folded is
+    for broken in ("mtp_block_spec", "compile_helpers"):
+        odd = [
+            f if f.name != f"patch {broken}" else replace(f, state="wrong", found="changed") for f in findings
+        ]
+        shown = doctor.on_one_screen(odd)
+        assert len(shown) < len(findings) / 2
+        listed = [
+            word
+            for f in shown
+            if f.found.startswith("signatures match: ")
+            for word in f.found[18:].split(", ")
+        ]
+        alone = [f.name.removeprefix("patch ") for f in shown if f.name.startswith("patch ")]
+        assert sorted([*listed, *alone]) == sorted(names) and broken in alone
+        assert [f.name for f in shown if f.state == "wrong"] == [f"patch {broken}"]
+    monkeypatch.setattr(doctor, "SCREEN", 1000)
+    assert (
+        len(findings) - len(doctor.on_one_screen(findings)) == len(REPAIRS) - 1
+    )  # room enough: features stay
 
 
 def test_json_is_the_last_line(capsys):

@@ -104,7 +104,8 @@ def test_b_unpatched_pretrain_gpt(trainer_losses, script):
 
 def test_b_missing_settings_are_listed(script):
     words = ["--spec", "dsv3_megatron.specs", "dsv3", *CPU_FLAGS, *MICRO, *LAYOUT]
-    output = launch(script, [*words, "--max-position-embeddings", "32", "--tokenizer-type", "NullTokenizer"])
+    words += ["--max-position-embeddings", "32", "--tokenizer-type", "NullTokenizer"]
+    output = launch(script, words, num_ranks=1)  # refused before ranks meet
     assert "RefusedArgument" in output
     assert "--multi-latent-attention" in output and "--moe-router-score-function sigmoid" in output
     assert "initialized tensor model parallel" not in output
@@ -129,6 +130,7 @@ def test_c_patched_pretrain_gpt(trainer_losses, script, patched_megatron):
     assert losses(output)[3] == pytest.approx(trainer_losses, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_c_under_dualpipe(trainer_losses, script, patched_megatron):
     """Megatron's own entry point, builder and forward step under our schedule."""
     words = [*LAYOUT, "--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "1"]

@@ -96,6 +96,18 @@ ROWS = (
         f"{ON} --fp8-param-gather",
     ),
     Refusal(
+        "placement_scaled_moments",
+        FEATURE,
+        ARGUMENT,
+        "balanced",
+        lambda a, s: (
+            _on(a) and not {a.exp_avg_dtype, a.exp_avg_sq_dtype, a.main_params_dtype} <= {"fp32", "bf16"}
+        ),
+        "FP8 and fp16 moments or masters have scales, kept in the optimizer, that do not move with them",
+        "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --main-params-dtype fp32",
+        f"{ON} --bf16 --use-distributed-optimizer --use-precision-aware-optimizer --exp-avg-dtype fp8",
+    ),
+    Refusal(
         "placement_optimizer_offload",
         FEATURE,
         "--optimizer-cpu-offload",

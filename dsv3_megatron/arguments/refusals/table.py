@@ -42,7 +42,8 @@ class Refusal:
     def message(self, args: Namespace, around: Surroundings) -> str:
         """The error text: argument, value, reason, what to use."""
         names = {**vars(around), **vars(args)}
-        given = f"{self.argument} {self.value.format(**names)}".strip()
+        value = self.value.format(**names)
+        given = f"{self.argument} {'(not given)' if value == 'None' else value}".strip()
         reason = self.reason.format(**names)
         if self.detail is not None:
             reason += f" ({self.detail(args, around)})"
