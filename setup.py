@@ -36,7 +36,15 @@ setup(
         # installed.
         "te": ["transformer-engine[pytorch]>=2.8"],
         "serve": SERVE,
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "transformers>=4.53", "safetensors", *SERVE, *REWARDS],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "transformers>=4.53",
+            "safetensors",
+            *SERVE,
+            *REWARDS,
+        ],
         "rewards": REWARDS,
         "dev": ["ruff", "mypy", "pre-commit", "types-PyYAML", "import-linter>=2.4"],
     },
