@@ -15,6 +15,7 @@ from dsv3_megatron.convert.progress import Progress
 from dsv3_megatron.convert.to_hf import MegatronWeights, megatron_to_hf
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
 from dsv3_megatron.convert.verify import _difference
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.fp8.tiles import TILE
 from dsv3_megatron.prove.checkpoint import LOGITS_BOUND, _places
 from dsv3_megatron.prove.forward import Forward, memory_needed, of_megatron, of_transformers
@@ -23,8 +24,7 @@ from dsv3_megatron.prove.report import Check, Report
 __all__ = ["prove_fp8"]
 
 RELATIVE, ABSOLUTE = 2.0**-4, 2.0**-10  # of an element, of its block's scale: half a step of E4M3
-BF16 = 2.0**-8  # what is read back is rounded to bf16 once more
-ARGMAX_BOUND = 0.95  # of the first choices that stay
+ROUNDING = 1 + 2.0**-20  # the quotient and the product are fp32
 DRIFT_BOUND = 0.1  # ‖a − b‖ / ‖b‖ of the logits of all positions
 
 
@@ -49,7 +49,11 @@ def prove_fp8(
         ],
         settings={"bound of the drift": bound},
     )
-    folder = Path(tempfile.mkdtemp(prefix="dsv3-prove-", dir=(megatron or hf or Path()).resolve().parent))
+    beside = (megatron or hf or Path()).resolve().parent
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dsv3-prove-", dir=beside))
+    except OSError as error:
+        raise RefusedArgument(f"{beside}: the copies are made beside the model: {error.strerror}") from error
     try:
         if megatron is None:
             assert hf is not None
@@ -136,7 +140,7 @@ def _errors(name: str, original: Tensor, exported: HFDirectory) -> dict[str, Any
     rows, columns = original.shape
     spread = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
     error = (exported.tensor(name, torch.float32) - original).abs()
-    bound = torch.maximum(RELATIVE * original.abs(), ABSOLUTE * spread)
+    bound = ROUNDING * torch.maximum(RELATIVE * original.abs(), ABSOLUTE * spread)
     ratio = torch.where(error == 0, 0.0, error / bound)
     norm = float(original.norm())
     return {
