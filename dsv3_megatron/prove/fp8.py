@@ -15,16 +15,16 @@ from dsv3_megatron.convert.progress import Progress
 from dsv3_megatron.convert.to_hf import MegatronWeights, megatron_to_hf
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
 from dsv3_megatron.convert.verify import _difference
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.fp8.tiles import TILE
-from dsv3_megatron.prove.checkpoint import _places
-from dsv3_megatron.prove.forward import Forward, of_megatron, of_transformers
+from dsv3_megatron.prove.checkpoint import LOGITS_BOUND, _places
+from dsv3_megatron.prove.forward import Forward, memory_needed, of_megatron, of_transformers
 from dsv3_megatron.prove.report import Check, Report
 
 __all__ = ["prove_fp8"]
 
 RELATIVE, ABSOLUTE = 2.0**-4, 2.0**-10  # of an element, of its block's scale: half a step of E4M3
-BF16 = 2.0**-8  # what is read back is rounded to bf16 once more
-ARGMAX_BOUND = 0.95  # of the first choices that stay
+ROUNDING = 1 + 2.0**-20  # the quotient and the product are fp32
 DRIFT_BOUND = 0.1  # ‖a − b‖ / ‖b‖ of the logits of all positions
 
 
@@ -49,7 +49,11 @@ def prove_fp8(
         ],
         settings={"bound of the drift": bound},
     )
-    folder = Path(tempfile.mkdtemp(prefix="dsv3-prove-", dir=(megatron or hf or Path()).resolve().parent))
+    beside = (megatron or hf or Path()).resolve().parent
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dsv3-prove-", dir=beside))
+    except OSError as error:
+        raise RefusedArgument(f"{beside}: the copies are made beside the model: {error.strerror}") from error
     try:
         if megatron is None:
             assert hf is not None
@@ -61,13 +65,18 @@ def prove_fp8(
             _double_scale(folder / "fp8", spoil)
         exported = HFDirectory(folder / "fp8")
         report.checks += _tensors(before, exported, report)
-        hf_to_megatron(folder / "fp8", folder / "back")
+        needed, free = memory_needed(exported)
+        logits_fit = logits and needed <= free
+        # In fp32 the import has the products as they are, so that only FP8 shows in the logits.
+        hf_to_megatron(folder / "fp8", folder / "back", dtype="fp32" if logits_fit else "keep")
         back = MegatronWeights(folder / "back")
         report.checks.append(_round_trip(exported, back))
-        if logits:
+        if logits_fit:
             report.checks += _drift(before, back, folder / "fp8", bound, report)
         else:
-            report.checks.append(Check("logits", "", "", None, detail="left out by --no-logits"))
+            short = f"two fp32 models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            why = short if logits else "left out by --no-logits"
+            report.checks.append(Check("logits", "before and after", "", None, detail=why))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return report
@@ -131,7 +140,7 @@ def _errors(name: str, original: Tensor, exported: HFDirectory) -> dict[str, Any
     rows, columns = original.shape
     spread = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
     error = (exported.tensor(name, torch.float32) - original).abs()
-    bound = torch.maximum(RELATIVE * original.abs(), ABSOLUTE * spread)
+    bound = ROUNDING * torch.maximum(RELATIVE * original.abs(), ABSOLUTE * spread)
     ratio = torch.where(error == 0, 0.0, error / bound)
     norm = float(original.norm())
     return {
@@ -164,12 +173,8 @@ def _round_trip(exported: HFDirectory, back: MegatronWeights) -> Check:
 def _drift(
     before: MegatronWeights, back: MegatronWeights, fp8: Path, bound: float, report: Report
 ) -> list[Check]:
-    from dsv3_megatron.convert.logits import free_memory, prompt_tokens
+    from dsv3_megatron.convert.logits import prompt_tokens
 
-    needed = 2 * 4 * sum(torch.Size(weight.shape).numel() for weight in before.weights.values())
-    if needed > free_memory():
-        detail = f"two fp32 models need {needed / 1e9:.1f} GB, {free_memory() / 1e9:.1f} GB are free"
-        return [Check("logits", "before and after", "", None, detail=detail)]
     tokens = prompt_tokens(fp8, before.architecture.vocab_size, None)
     a, b = of_megatron(before, tokens), of_megatron(back, tokens)
     # The FP8 directory itself, read by transformers: a second reader of the same file.
@@ -204,8 +209,8 @@ def _second_reader(b: list[Forward], c: list[Forward]) -> Check:
     return Check(
         "a second reader",
         "the FP8 directory computed by transformers, against its import into Megatron",
-        "max |a − b| / max |a|, at most 0.02 (bf16 in the checkpoint)",
-        worst <= 0.02,
+        f"max |a − b| / max |a|, at most {LOGITS_BOUND:g}, fp32",
+        worst <= LOGITS_BOUND,
         sum(len(one.logits) for one in b),
         worst,
     )

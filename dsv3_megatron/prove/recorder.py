@@ -12,13 +12,13 @@ import json
 import os
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [place for place in sys.path if os.path.abspath(place or ".") != HERE]
+if __name__ == "__main__":  # a script's own folder stands first on the path: its modules are no packages
+    HERE = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [place for place in sys.path if os.path.abspath(place or ".") != HERE]
 
 
-def main():
-    with open(sys.argv[1]) as file:
-        job = json.load(file)
+def record(job):
+    """Train this rank as the job says, and write down what it computes."""
     rank = int(os.environ.get("RANK", "0"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from dsv3_megatron import cpu
@@ -87,4 +87,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with open(sys.argv[1]) as words:
+        record(json.load(words))

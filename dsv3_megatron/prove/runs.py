@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Recorded", "RunFailed", "gradients", "run"]
+__all__ = ["Recorded", "RunFailed", "gradients", "launch", "run"]
 
 RECORDER = Path(__file__).with_name("recorder.py")
 TIME_S = 1200.0
@@ -67,19 +67,37 @@ def run(
     """
     output = folder / name.replace(" ", "-")
     output.mkdir(parents=True)
-    job = output / "job.json"
-    job.write_text(
-        json.dumps({"words": list(words), "output": str(output), "gradients": gradients, "spoil": spoil})
+    job = {"words": list(words), "output": str(output), "gradients": gradients, "spoil": spoil}
+    begin = time.monotonic()
+    print(f"prove: {name}: {world_size} process{'es' * (world_size > 1)} …", file=sys.stderr, flush=True)
+    try:
+        launch(job, world_size, first_on_path)
+    except RunFailed as error:
+        raise RunFailed(f"{name}: {error}") from None
+    ranks = [json.loads((output / f"rank-{rank}.json").read_text())["steps"] for rank in range(world_size)]
+    steps = max(ranks, key=lambda rows: len(rows[0]) if rows else 0)
+    print(
+        f"prove: {name}: {len(steps)} steps in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True
     )
+    return Recorded(steps, output)
+
+
+def launch(job: dict[str, Any], world_size: int, first_on_path: Path | None = None) -> None:
+    """Run a job's ranks under torchrun; their words go to a file `log` in its output folder.
+
+    Raises:
+        RunFailed: they ended with an error, or took too long.
+    """
+    output = Path(job["output"])
+    file = output / "job.json"
+    file.write_text(json.dumps(job))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
-        str(RECORDER), str(job),
+        str(RECORDER), str(file),
     ]  # fmt: skip
     places = [first_on_path or "", *sys.path]
     paths = os.pathsep.join(os.path.abspath(place) for place in places if place and os.path.isdir(place))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    begin = time.monotonic()
-    print(f"prove: {name}: {world_size} process{'es' * (world_size > 1)} …", file=sys.stderr, flush=True)
     with open(output / "log", "wb") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True, cwd=output
@@ -97,15 +115,9 @@ def run(
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
     if status is None:
-        raise RunFailed(f"{name}: not done after {TIME_S:.0f} s")
+        raise RunFailed(f"not done after {TIME_S:.0f} s")
     if status:
-        raise RunFailed(f"{name}: {_last_words(output / 'log')}")
-    ranks = [json.loads((output / f"rank-{rank}.json").read_text())["steps"] for rank in range(world_size)]
-    steps = max(ranks, key=lambda rows: len(rows[0]) if rows else 0)
-    print(
-        f"prove: {name}: {len(steps)} steps in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True
-    )
-    return Recorded(steps, output)
+        raise RunFailed(_last_words(output / "log"))
 
 
 def gradients(folder: Path) -> tuple[dict[str, Tensor], int]:
