@@ -1,9 +1,7 @@
 """`--posttrain dpo|grpo` and its options, and what they mean as Megatron's own arguments."""
 
-import importlib
 import math
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.policy_loss import REDUCTIONS
 from dsv3_megatron.posttrain.preference_loss import LOSSES
 from dsv3_megatron.posttrain.texts import TEXT_BEGINS
+from dsv3_megatron.rewards import resolve
 
 METHODS = ("dpo", "grpo")
-Reward = Callable[[str, str, str], float]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -59,7 +57,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     dpo("--dpo-reference-dir", metavar="DIR", help="where they are kept (default: --preference-data)")
     grpo = parser.add_argument_group("dsv3 rewards (--posttrain grpo)").add_argument
     grpo("--prompt-data", metavar="FILE", help='JSON Lines of {"prompt", "answer"}')
-    grpo("--reward", metavar="MODULE:FUNCTION", help="reward(prompt, response, answer) -> float")
+    grpo(
+        "--reward",
+        metavar="NAME",
+        help="module:function, reward(prompt, response, answer) -> float; a shipped one; or name=weight,… of several",
+    )
     grpo(
         "--samples-per-prompt",
         type=int,
@@ -155,24 +157,6 @@ def train_iters(args: Namespace) -> int | None:
     return max(1, report["train"]["rows"] * getattr(args, "preference_epochs", 1) // batch)
 
 
-def reward_function(name: str) -> Reward:
-    """The function that `module:function` names.
-
-    Raises:
-        RefusedArgument: there is none.
-    """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise RefusedArgument(f"--reward {name}: write MODULE:FUNCTION")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RefusedArgument(f"--reward {name}: {error}") from None
-    if not callable(found):
-        raise RefusedArgument(f"--reward {name}: is no function")
-    return found
-
-
 def check(args: Namespace) -> None:
     """Whether numbers and data of post-training fit each other; Megatron has validated the rest.
 
@@ -238,7 +222,10 @@ def _check_policy(args: Namespace) -> None:
             f"{samples} samples do not divide into --global-batch-size {args.global_batch_size} × "
             f"--updates-per-rollout {args.updates_per_rollout} rows. Use a multiple of {rows}"
         )
-    reward_function(args.reward)
+    try:
+        resolve(args.reward)
+    except RefusedArgument as error:
+        raise RefusedArgument(f"--reward {args.reward}: {error}") from None
 
 
 def _at_least(args: Namespace, *bounds: tuple[str, float]) -> None:

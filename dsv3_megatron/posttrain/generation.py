@@ -11,9 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from dsv3_megatron.errors import RefusedArgument
-from dsv3_megatron.posttrain.reward_worker import RewardWorker
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample
 from dsv3_megatron.posttrain.routes import RouteRecorder
+from dsv3_megatron.rewards import Scorer
 
 __all__ = ["Generator"]
 
@@ -29,7 +29,7 @@ class Generator:
         from dsv3_megatron.data.vocabulary import EOS
 
         self.args, self.encoder, self.end = args, encoder, encoder.special_ids[EOS]
-        self.reward = RewardWorker(args.reward, args.reward_timeout)
+        self.scorer = Scorer(args.reward, timeout_s=args.reward_timeout, on_failure=args.bad_reward)
         self._engine: Any = None
         self._copy: Any = None
         self.recorder: RouteRecorder | None = None
@@ -56,32 +56,45 @@ class Generator:
                 Sampling(max_new_tokens=args.max_response_length, log_probs=True),
                 seeds=[request_seed(seed, i) for i in mine],
             )
-        found: dict[int, tuple[Sample, bool]] = {}
-        if self._answers:
-            for place, (i, result) in enumerate(zip(mine, results, strict=True)):
-                number = i // args.samples_per_prompt
-                routing = None
-                if self.recorder is not None:
-                    length = len(prompts[number].tokens) + len(result.tokens) - 1
-                    routing = self.recorder.routes(first + place, length)
-                found[i] = self._judged(prompts, number, result, routing)
+        found = self._judged(prompts, mine, results, first) if self._answers else {}
         shared: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shared, found)
         everything = {i: entry for part in shared for i, entry in part.items()}
         return [everything[i][0] for i in range(count)], sum(everything[i][1] for i in range(count))
 
     def _judged(
-        self, prompts: Sequence[Prompt], number: int, result: Any, routing: Any
-    ) -> tuple[Sample, bool]:
-        prompt, tokens = prompts[number], list(result.tokens)
+        self, prompts: Sequence[Prompt], mine: Sequence[int], results: Sequence[Any], first: int
+    ) -> dict[int, tuple[Sample, bool]]:
+        """Samples by their number, and whether a reward failed, which costs the sample and never the run."""
+        asked = [prompts[i // self.args.samples_per_prompt] for i in mine]
+        scores = self.scorer.score(
+            [prompt.text for prompt in asked],
+            [self._text(result) for result in results],
+            [prompt.answer for prompt in asked],
+        )
+        found = {}
+        for place, (i, prompt, result, score) in enumerate(zip(mine, asked, results, scores, strict=True)):
+            routing = None
+            if self.recorder is not None:
+                routing = self.recorder.routes(first + place, len(prompt.tokens) + len(result.tokens) - 1)
+            finished = result.finish_reason == "stop"
+            number = i // self.args.samples_per_prompt
+            sample = Sample(
+                number, list(result.tokens), list(result.log_probs), finished, score.value, routing
+            )
+            found[i] = sample, not score.ok
+            if not score.ok:
+                print(
+                    f"> grpo: --bad-reward {score.value:g} for a sample: {score.outcome}, {score.detail}",
+                    flush=True,
+                )
+        return found
+
+    def _text(self, result: Any) -> str:
+        """A response without the token that ended it."""
+        tokens = list(result.tokens)
         finished = result.finish_reason == "stop"
-        text = self.encoder.decode(tokens[:-1] if finished and tokens[-1] == self.end else tokens)
-        reward, problem = self.reward(prompt.text, text, prompt.answer)
-        if reward is None:
-            print(f"> grpo: --bad-reward {self.args.bad_reward} for a sample: {problem}", flush=True)
-            reward = self.args.bad_reward
-        sample = Sample(number, tokens, list(result.log_probs), finished, reward, routing)
-        return sample, bool(problem)
+        return self.encoder.decode(tokens[:-1] if finished and tokens[-1] == self.end else tokens)
 
     # --- who generates what
 

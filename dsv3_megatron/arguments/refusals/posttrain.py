@@ -9,7 +9,7 @@ from dsv3_megatron.posttrain.arguments import report_of
 FEATURE = "Post-training"
 METHOD = "--posttrain"
 DPO = "--posttrain dpo --preference-data nowhere"
-GRPO = "--posttrain grpo --prompt-data nowhere --reward builtins:len"
+GRPO = "--posttrain grpo --prompt-data nowhere --reward answer"
 
 
 def _on(a: Namespace) -> bool:
@@ -67,7 +67,7 @@ ROWS = (
         "",
         lambda a, s: _grpo(a) and a.reward is None,
         "nothing says what a response is worth",
-        "--reward MODULE:FUNCTION, a function reward(prompt, response, answer) -> float",
+        "--reward MODULE:FUNCTION, reward(prompt, response, answer) -> float, or a shipped one (docs/rewards.md)",
         "--posttrain grpo --prompt-data nowhere",
     ),
     Refusal(

@@ -1,4 +1,4 @@
-"""Rewards in their own process, whatever they do; rollouts as rows."""
+"""The demonstration's family; prompts; rollouts as rows."""
 
 import math
 from pathlib import Path
@@ -7,35 +7,8 @@ import pytest
 import torch
 
 from dsv3_megatron.posttrain import counting
-from dsv3_megatron.posttrain.reward_worker import RewardWorker
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.training.batch import PADDING
-
-
-@pytest.fixture(scope="module")
-def worker():
-    worker = RewardWorker("tests.posttrain.moody:reward", limit_s=5.0)
-    yield worker
-    worker.close()
-
-
-@pytest.mark.parametrize(
-    "response, problem",
-    [
-        ("raise", "ValueError: no such response"),
-        ("nan", "the reward is nan"),
-        ("inf", "the reward is inf"),
-        ("die", "exit status 3"),
-        pytest.param("hang", "within 5 s", marks=pytest.mark.slow),
-    ],
-)
-def test_a_bad_reward_is_none_and_the_next_one_is_right(
-    worker: RewardWorker, response: str, problem: str
-) -> None:
-    value, why = worker("p", response, "yes")
-    assert value is None and problem in why
-    assert worker("p", "yes", "yes") == (1.0, "")
-    assert worker("p", "no", "yes") == (0.0, "")
 
 
 def test_counting_has_held_out_problems_of_its_own() -> None:
