@@ -50,7 +50,7 @@ class Leg:
 
 
 ONE_PROCESS = Leg("1f1b", pp=1, world_size=1)
-TWO_VS = ("--pipeline-zigzag-chunks", "4", "--pipeline-model-parallel-layout", "Et||t||t||t|L")
+TWO_VS = ("--pipeline-zigzag-chunks", "4", "--pipeline-model-parallel-layout", "Et||t||t||t|mL")
 RELAY = [
     Leg("1f1b"),
     Leg("dualpipe"),
