@@ -110,7 +110,7 @@ def group_limited_topk(
     with torch.no_grad():
         biased = scores if bias is None else scores + bias
         if num_groups is not None and group_topk is not None:
-            grouped_TGe = biased.view(num_tokens, num_groups, -1)
+            grouped_TGe = biased.view(num_tokens, num_groups, num_experts // num_groups)
             group_score_TG = grouped_TGe.topk(2, dim=-1).values.sum(dim=-1)
             kept = stable_topk(group_score_TG, group_topk)
             dropped_TG = torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(1, kept, False)
