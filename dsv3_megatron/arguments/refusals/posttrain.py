@@ -57,7 +57,7 @@ ROWS = (
         "{prompt_data}",
         lambda a, s: _grpo(a) and (a.prompt_data is None or not Path(a.prompt_data).is_file()),
         "there are no prompts to answer",
-        'a file of {{"prompt": …, "answer": …}} lines',
+        "a file with a prompt and its answer in each line",
         GRPO,
     ),
     Refusal(
