@@ -58,7 +58,7 @@ def prove_commit(
         for side, version in (("old", old), ("new", new)):
             path, told = _installed(side, version, folder)
             report.settings[f"{side} installed"] = told
-            course = ["--train-iters", str(steps), "--lr-decay-iters", str(steps), "--lr-warmup-iters", "1"]
+            course = ["--train-iters", str(steps), "--lr-decay-iters", str(steps), "--lr-warmup-iters", "0"]
             words = [*small.words, *course, *(spoil if side == "new" else ())]
             try:
                 runs[side] = run(f"{side} version", words, small.world_size, folder, first_on_path=path)

@@ -1,6 +1,7 @@
 """Prompts from a JSONL file: `{"prompt": text}` or `{"tokens": [ids]}` in each line."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ class Prompt:
     tokens: list[int]
 
 
-def read_prompts(file: Path, source: Source, max_length: int) -> list[Prompt]:
+def read_prompts(file: Path, source: Source, max_length: int, also: Sequence[str] = ()) -> list[Prompt]:
     """All prompts, checked.
 
     Args:
         max_length: tokens of prompt and answer together; at least one token of it is the answer's.
+        also: keys of a line that the caller reads by itself.
 
     Raises:
         RefusedArgument: names file and line.
@@ -37,7 +39,7 @@ def read_prompts(file: Path, source: Source, max_length: int) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt(line, source, max_length))
+            prompts.append(_prompt(line, source, max_length, also))
         except ValueError as error:
             raise RefusedArgument(f"{file}:{number}: {error}") from error
     if not prompts:
@@ -45,14 +47,14 @@ def read_prompts(file: Path, source: Source, max_length: int) -> list[Prompt]:
     return prompts
 
 
-def _prompt(line: str, source: Source, max_length: int) -> Prompt:
+def _prompt(line: str, source: Source, max_length: int, also: Sequence[str]) -> Prompt:
     try:
         value: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or len(value.keys() & {"prompt", "tokens"}) != 1:
         raise ValueError('give {"prompt": text} or {"tokens": [ids]}')
-    if others := sorted(value.keys() - {"prompt", "tokens"}):
+    if others := sorted(value.keys() - {"prompt", "tokens", *also}):
         raise ValueError(
             f'{others[0]!r} would do nothing: give {{"prompt": text}} or {{"tokens": [ids]}} alone'
         )

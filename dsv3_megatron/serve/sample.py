@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--temperature 0 with --samples {options.samples}: all would be the same; raise it"
         )
     sampling = sampling_of(options, source)
-    prompts = read_prompts(options.prompts, source, options.max_length)
+    prompts = read_prompts(options.prompts, source, options.max_length, also=("answer",))
     given = _answers_of(options.prompts)
     asked = [prompt for prompt in prompts for _ in range(options.samples)]
     answers = None

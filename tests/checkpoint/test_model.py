@@ -179,7 +179,7 @@ def test_sequence_length(words: str, part: str, parser: Any, tmp_path: Path) -> 
     ("words", "part"),
     [
         ("--load {}", "--mtp-num-layers 1 (this run: none)"),
-        ("--load {} --checkpoint-changes mtp_num_layers", "--mtp-num-layers None: with --load"),
+        ("--load {} --checkpoint-changes mtp_num_layers", "--mtp-num-layers (not given): with --load"),
         ("--load {} --checkpoint-changes mtp_num_layers --no-load-optim", ""),
         ("--load {} --checkpoint-changes mtp-num-layers --finetune", ""),
         ("--pretrained-checkpoint {} --checkpoint-changes mtp_num_layers", ""),

@@ -84,11 +84,11 @@ def test_wrong_arguments_name_the_nearest_valid_one(override: str, message: str)
     assert message in str(error.value)
 
 
-def fitting_combinations() -> list[list[str]]:
-    """Every model with every layout it fits, its cluster, recipe and precision coming with them; and the
+def fitting_combinations(models: list[str]) -> list[list[str]]:
+    """Every one of the models with every layout it fits, its cluster, recipe and precision coming with them; and the
     rest of the options on the default model."""
     fitting = []
-    for model in groups()["model"]:
+    for model in models:
         for layout in groups()["layout"]:
             try:
                 compose([f"model={model}", f"layout={layout}"])
@@ -107,12 +107,17 @@ def fitting_combinations() -> list[list[str]]:
     return fitting
 
 
-def test_every_combination_is_a_deepseek_v3() -> None:
+@pytest.mark.parametrize(
+    "models",
+    [["micro", "v3_671b"], pytest.param(groups()["model"], marks=pytest.mark.slow)],
+    ids=["two models", "all models"],
+)
+def test_every_combination_is_a_deepseek_v3(models: list[str]) -> None:
     """None contradicts a DeepSeek-V3 setting or is refused on its own cluster: `complete` is what the
     trainer runs.
     """
-    combinations = fitting_combinations()
-    assert len(combinations) >= 25
+    combinations = fitting_combinations(models)
+    assert len(combinations) >= 8 + 5 * len(models)
     for overrides in combinations:
         cfg = compose(overrides)
         on_cpu = cfg.get("device") == "cpu"

@@ -20,10 +20,10 @@ class TwoHopLayout(Layout):
     """`node_size` ranks to a node, by their global number."""
 
     node_size: int = 2
-    chunks: int = 3
+    hops: int = 3  # parts of a dispatch; `chunks` are those of a zigzag
 
     def initialize(self) -> None:
-        two_hop(self.node_size, self.chunks)
+        two_hop(self.node_size, self.hops)
         super().initialize()
 
 
@@ -32,8 +32,8 @@ class ScheduledTwoHopLayout(ScheduledLayout):
     """The same under one of our schedules."""
 
     node_size: int = 2
-    chunks: int = 3
+    hops: int = 3  # parts of a dispatch; `chunks` are those of a zigzag
 
     def initialize(self) -> None:
-        two_hop(self.node_size, self.chunks)
+        two_hop(self.node_size, self.hops)
         super().initialize()

@@ -29,7 +29,7 @@ def test_two_nodes_of_two(dtype, tolerance):
 
 
 LAYOUTS = {
-    "2 × 4": TwoHopLayout(8, ep=8, node_size=4, chunks=10),
+    "2 × 4": TwoHopLayout(8, ep=8, node_size=4, hops=10),
     "4 × 2": TwoHopLayout(8, ep=8, node_size=2),
     "context parallel": TwoHopLayout(4, cp=2, ep=4),
     "two groups": TwoHopLayout(8, ep=4, node_size=2),

@@ -149,6 +149,7 @@ def test_tasks_that_are_not_possible_in_training_are_named(task, named, tmp_path
 def test_pretrain_gpt_does_not_ignore_it():
     others = {
         "sft_data": None,
+        "posttrain": None,
         "loss_spike_factor": None,
         "moe_token_dispatcher_type": "alltoall",
         "on_bad_step": "stop",

@@ -200,4 +200,4 @@ def test_show_prints_what_messages_cost_on_one_stream(capsys):
     assert "makespan 375.21, +0.32% of the 374 with free messages" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         show(["dualpipe", "--text-only", "--message", "-1"])
-    assert "p2p=-1.0 is not a duration" in capsys.readouterr().err
+    assert "--message -1.0 is not a duration" in capsys.readouterr().err

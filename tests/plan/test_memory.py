@@ -134,7 +134,6 @@ def _cases() -> list:
     default = {
         ("1f1b", True, False),
         ("zb1p", False, False),
-        ("zb1p", True, True),
         ("dualpipe", True, False),
         ("dualpipev", False, False),
     }

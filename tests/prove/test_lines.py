@@ -181,6 +181,7 @@ def test_resume(precision, tmp_path, capsys, forked):
     assert report["checks"][1]["count"] > 100
 
 
+@pytest.mark.slow
 def test_a_dropped_optimizer_state_is_refuted(forked):
     from dsv3_megatron.prove.resume import prove_resume
 

@@ -192,6 +192,7 @@ def test_a_child_that_ends_gives_up_nothing(tmp_path: Path) -> None:
         assert (tmp_path / NAME).exists()
 
 
+@pytest.mark.slow
 def test_megatrons_own_entry_point_holds_it_as_well(tmp_path: Path) -> None:
     save = tmp_path / "new" / "save"
     code = (

@@ -1,5 +1,6 @@
 """Rewards that raise, hang, lie or die: a value and an outcome for each sample, and the run goes on."""
 
+import logging
 import math
 import os
 import sys
@@ -44,7 +45,10 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def test_every_failure_has_an_outcome_and_costs_its_sample_only(caplog):
+def test_every_failure_has_an_outcome_and_costs_its_sample_only(caplog, monkeypatch):
+    # Whatever other tests of this process have configured.
+    monkeypatch.setattr(logging.getLogger("dsv3_megatron.rewards.runner"), "disabled", False)
+    caplog.set_level(logging.WARNING, logger="dsv3_megatron.rewards.runner")
     responses = [word for pair in zip(EXPECTED, ["fine"] * len(EXPECTED), strict=True) for word in pair]
     answers = [float(place) for place in range(len(responses))]
     with rewards.Scorer(HERE, workers=2, timeout_s=2.0, on_failure=-7.0) as scorer:

@@ -109,6 +109,7 @@ class TransformerEngineLike(torch.nn.Module):
         super().__init__()
         one_rank = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
         self.pg_collection = SimpleNamespace(tp=one_rank, expt_tp=one_rank)
+        self.config = SimpleNamespace(num_moe_experts=8)
         paths = [
             "0.mlp.linear_fc1.layer_norm_weight",
             "0.self_attention.linear_q_up_proj.layer_norm_weight",
