@@ -66,6 +66,7 @@ def install(limit_s: float = LIMIT_S) -> None:
     _originals["batch_isend_irecv"] = dist.batch_isend_irecv
     dist.batch_isend_irecv = _batch
     streams.waits = _Waits()
+    record.WORKS.append(Work)
 
 
 @contextlib.contextmanager
@@ -220,7 +221,15 @@ def _batch(p2p_op_list: list[dist.P2POp]) -> list[Work]:
     receives = [(op.tensor, op.group_peer) for op in p2p_op_list if op.op is dist.irecv]
     what = f"batch of {len(sends)} sends and {len(receives)} receives on group {group.group_name}"
     run = lambda: _exchange(group, sends, receives, _BATCH_TAGS)  # noqa: E731
-    return [_communicator(group, None).submit(what, run)]
+    submit = lambda: _communicator(group, None).submit(what, run)  # noqa: E731
+    if streams.recorder is None:
+        return [submit()]
+    stream, reads, writes = f"group {group.group_name}, sends and receives", *_tensors(sends, receives)
+    return [streams.recorder.collective(stream, what, reads, writes, submit)]
+
+
+def _tensors(*ends: list[tuple[torch.Tensor, int]]) -> list[list[torch.Tensor]]:
+    return [[tensor for tensor, _ in end] for end in ends]
 
 
 def _exchange(

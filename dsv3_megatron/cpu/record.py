@@ -21,7 +21,7 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -46,6 +46,9 @@ OUTPUT_INPUT = (
     "alltoall_base", "all_to_all_single", "gather", "gather_single", "scatter",
 )  # fmt: skip
 SEND, RECEIVE = ("send",), ("recv", "recv_anysource")
+
+# Classes whose `wait` orders a stream; `like_nccl` adds its own.
+WORKS: list[type] = [torch.distributed.Work]
 
 # On a GPU these wait for their stream before they return to the host.
 HOST_WAITS = (
@@ -349,6 +352,22 @@ def _recorded_method(recorder: Recorder, name: str) -> Callable:
 
 
 @contextmanager
+def _recorded_waits(recorder: Recorder) -> Iterator[None]:
+    def replacement(wait: Callable) -> Callable:
+        def recorded_wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = recorder.in_backend(lambda: wait(self, *args, **kwargs))
+            recorder.work_waited(self)
+            return result
+
+        return recorded_wait
+
+    with ExitStack() as stack:
+        for work in WORKS:
+            stack.enter_context(mock.patch.object(work, "wait", replacement(work.wait)))  # type: ignore[attr-defined]
+        yield
+
+
+@contextmanager
 def record_streams() -> Iterator[Recorder]:
     """Record stream accesses in this thread until the end of the block.
 
@@ -358,19 +377,14 @@ def record_streams() -> Iterator[Recorder]:
     if streams.recorder is not None:
         raise RuntimeError("record_streams() does not nest.")
     recorder = Recorder()
-    group, work = torch.distributed.ProcessGroup, torch.distributed.Work
+    group = torch.distributed.ProcessGroup
     methods = [n for n in IN_PLACE + OUTPUT_INPUT + SEND + RECEIVE if hasattr(group, n)]
     replaced = {name: _recorded_method(recorder, name) for name in methods}
-    wait, engine = work.wait, Variable._execution_engine
-
-    def recorded_wait(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = recorder.in_backend(lambda: wait(self, *args, **kwargs))
-        recorder.work_waited(self)
-        return result
+    engine = Variable._execution_engine
 
     with (
         mock.patch.multiple(group, **replaced),  # type: ignore[call-overload]
-        mock.patch.object(work, "wait", recorded_wait),
+        _recorded_waits(recorder),
         mock.patch.object(Variable, "_execution_engine", _Engine(engine, recorder)),
         mock.patch.object(streams, "recorder", recorder),
         _Operations(recorder),
