@@ -106,6 +106,8 @@ def deal(
 
 
 class _Clock:
+    durations = Durations
+
     def __init__(
         self,
         order: Sequence[Sequence[Action]],
@@ -115,7 +117,7 @@ class _Clock:
         patience: float,
         limit: float,
     ) -> None:
-        self.cost = Durations(costs, num_stages)
+        self.cost = self.durations(costs, num_stages)
         self.kept, self.deferred = (budget.per_stage(name, num_stages) for name in ("kept", "deferred"))
         self.cap = budget.cap * (1 + 1e-12)
         self.patience = patience

@@ -28,7 +28,7 @@ from dsv3_megatron.posttrain.preferences import ConversationPair, TextPair, pref
 from dsv3_megatron.posttrain.texts import TEXT_BEGINS
 from dsv3_megatron.sft.conversation import BadConversation, Conversation
 from dsv3_megatron.sft.pack import pack
-from dsv3_megatron.sft.prepare import GLOBS, SPLITS, split
+from dsv3_megatron.sft.prepare import GLOBS, SPLITS, check_options, split
 from dsv3_megatron.sft.rendering import OURS, Rendering, Rows
 
 __all__ = ["REPORT_FILE", "main", "prepare", "read_preferences", "read_report"]
@@ -263,14 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234, help="of the packing (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        if not 0 <= args.valid_fraction < 1:
-            raise BadConversation(
-                f"--valid-fraction {args.valid_fraction}: must be at least 0 and less than 1"
-            )
-        if args.chat_template not in (None, OURS) and not Path(args.chat_template).is_file():
-            raise BadConversation(
-                f"--chat-template {args.chat_template}: no such file (ours is called {OURS})"
-            )
+        check_options(args.valid_fraction, args.chat_template)
         pairs = split_pairs(
             read_preferences(find_files(args.input, GLOBS), set(args.ignore_key)), args.valid_fraction
         )

@@ -40,7 +40,7 @@ PROGRESS_S = 2.0
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = parser_of("dsv3 generate", __doc__, max_new_tokens=128).parse_args(argv)
     source = open_model(options)
     sampling = sampling_of(options, source)
     prompts = read_prompts(options.prompts, source, options.max_length)
@@ -60,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser_of(prog: str, description: str | None, max_new_tokens: int) -> argparse.ArgumentParser:
+    """Options of a command that answers the prompts of a file."""
     parser = argparse.ArgumentParser(
-        prog="dsv3 generate",
-        description=__doc__,
+        prog=prog,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     add_model_options(parser)
-    add_sampling_options(parser, temperature=1.0, max_new_tokens=128)
+    add_sampling_options(parser, temperature=1.0, max_new_tokens=max_new_tokens)
     add_engine_options(parser, max_batch=64)
     return parser
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ __all__ = ["Prompt", "read_prompts"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line: the prompt as it was given, and its token ids."""
+    """A line: the prompt as it was given, its token ids, and the keys that the caller asked for beside them."""
 
     given: str | list[int]
     tokens: list[int]
+    also: dict[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(file: Path, source: Source, max_length: int, also: Sequence[str] = ()) -> list[Prompt]:
@@ -25,7 +26,7 @@ def read_prompts(file: Path, source: Source, max_length: int, also: Sequence[str
 
     Args:
         max_length: tokens of prompt and answer together; at least one token of it is the answer's.
-        also: keys of a line that the caller reads by itself.
+        also: further keys that a line may have, kept with its prompt.
 
     Raises:
         RefusedArgument: names file and line.
@@ -70,7 +71,7 @@ def _prompt(line: str, source: Source, max_length: int, also: Sequence[str]) -> 
         raise ValueError("the prompt is empty: give at least one token")
     if len(tokens) >= max_length:
         raise ValueError(f"{len(tokens)} tokens leave no room for an answer in --max-length {max_length}")
-    return Prompt(given, tokens)
+    return Prompt(given, tokens, {key: value[key] for key in also if key in value})
 
 
 def _checked_ids(ids: Any, vocab_size: int) -> list[int]:

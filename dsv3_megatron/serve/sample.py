@@ -24,11 +24,8 @@ from typing import Any
 from dsv3_megatron import rewards
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.rewards.named import parts_of
-from dsv3_megatron.serve.generate import answer_all, settings_of
+from dsv3_megatron.serve.generate import answer_all, parser_of, settings_of
 from dsv3_megatron.serve.options import (
-    add_engine_options,
-    add_model_options,
-    add_sampling_options,
     is_first_rank,
     open_model,
     sampling_of,
@@ -68,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     sampling = sampling_of(options, source)
     prompts = read_prompts(options.prompts, source, options.max_length, also=("answer",))
-    given = _answers_of(options.prompts)
+    given = [prompt.also.get("answer") for prompt in prompts]
     asked = [prompt for prompt in prompts for _ in range(options.samples)]
     answers = None
     if is_first_rank():
@@ -99,14 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsv3 sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser = parser_of("dsv3 sample", __doc__, max_new_tokens=1024)
     parser.add_argument("--samples", type=int, required=True, metavar="N", help="per prompt")
     parser.add_argument(
         "--reward", default="answer", help="name, module:function, or name=weight,… (default: %(default)s)"
@@ -122,10 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reward-timeout", type=float, default=30.0, metavar="S", help="of one sample (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    add_model_options(parser)
-    add_sampling_options(parser, temperature=1.0, max_new_tokens=1024)
-    add_engine_options(parser, max_batch=64)
     return parser
 
 
@@ -155,12 +141,6 @@ def read_filter(text: str, parts: Sequence[str]) -> Callable[[float, dict[str, f
         )
     only = len(parts) == 1  # a reward alone has no parts
     return lambda value, each: compare(value if only else each[name], bound)
-
-
-def _answers_of(file: Path) -> list[Any]:
-    """The "answer" of each line that `read_prompts` reads."""
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line).get("answer") for line in lines if line.strip()]
 
 
 def _keep(

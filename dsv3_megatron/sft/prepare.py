@@ -37,6 +37,7 @@ __all__ = [
     "REPORT_FILE",
     "SPLITS",
     "Conversation",
+    "check_options",
     "main",
     "prepare",
     "read_conversations",
@@ -196,6 +197,18 @@ def read_report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / REPORT_FILE).read_text())
 
 
+def check_options(valid_fraction: float, chat_template: str | None) -> None:
+    """What is asked of conversations and of preferences alike.
+
+    Raises:
+        BadConversation: a share that is none, or a template that is not there.
+    """
+    if not 0 <= valid_fraction < 1:
+        raise BadConversation(f"--valid-fraction {valid_fraction}: must be at least 0 and less than 1")
+    if chat_template not in (None, OURS) and not Path(chat_template).is_file():
+        raise BadConversation(f"--chat-template {chat_template}: no such file (ours is called {OURS})")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_megatron.sft.prepare", description=__doc__.split("\n\n")[0]
@@ -246,14 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234, help="of the packing (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        if not 0 <= args.valid_fraction < 1:
-            raise BadConversation(
-                f"--valid-fraction {args.valid_fraction}: must be at least 0 and less than 1"
-            )
-        if args.chat_template not in (None, OURS) and not Path(args.chat_template).is_file():
-            raise BadConversation(
-                f"--chat-template {args.chat_template}: no such file (ours is called {OURS})"
-            )
+        check_options(args.valid_fraction, args.chat_template)
         if args.workers < 1:
             raise BadConversation(f"--workers {args.workers}: must be at least 1")
         rendering = Rendering(

@@ -7,7 +7,6 @@ The same search over the same orders, simulated with DeepSeek's times; one JSON 
 """
 
 import json
-from collections.abc import Sequence
 from math import inf
 
 from dsv3_megatron.pipeline.actions import Action, Kind
@@ -34,17 +33,7 @@ class _Pieces(Durations):
 class _GranularClock(_Clock):
     """Deals the two pieces of a weight gradient one by one."""
 
-    def __init__(
-        self,
-        order: Sequence[Sequence[Action]],
-        num_stages: int,
-        costs: Costs,
-        budget: Budget,
-        patience: float,
-        limit: float,
-    ) -> None:
-        super().__init__(order, num_stages, costs, budget, patience, limit)
-        self.cost = _Pieces(costs, num_stages)
+    durations = _Pieces
 
     def _run(self, rank: int, part: Action, end: float) -> int:
         stage = part.stage
