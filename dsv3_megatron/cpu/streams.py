@@ -5,6 +5,7 @@ While `record.record_streams()` is active they also tell the recorder who waits 
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Optional, Protocol
 
 
@@ -17,6 +18,9 @@ class Recorder(Protocol):
     def current_stream(self) -> Any: ...
     def stream_was_set(self) -> None: ...
     def synchronize(self) -> None: ...
+    def collective(
+        self, stream: Any, name: str, reads: Any, writes: Any, issue: Callable[[], Any]
+    ) -> Any: ...
 
 
 class Waits(Protocol):
