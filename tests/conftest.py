@@ -4,6 +4,17 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.harness.runtime import activate_runtime
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.runtime import activate_runtime, forget_the_trainer
 
 activate_runtime()
+
+
+@pytest.fixture(autouse=True)
+def untouched_globals() -> Iterator[None]:
+    """Whatever order tests run in, each begins without the arguments of a trainer that an earlier one started."""
+    yield
+    forget_the_trainer()

@@ -26,6 +26,7 @@ from dsv3_megatron.arguments.settings import BY_DEST
 from dsv3_megatron.conf.compose import groups
 from tests.arguments.lines import MICRO
 from tests.arguments.test_options import words_of
+from tests.harness.runtime import forget_the_trainer
 
 COUNT, LIMIT_S = 200, 60
 HYDRA = ["model=micro", "layout=cpu_single", "device=cpu", "seq_length=32", "max_position_embeddings=32"]
@@ -229,14 +230,6 @@ def _hangs(*_: Any) -> None:
     raise TimeoutError(f"nothing for {LIMIT_S} s")
 
 
-def _forget_the_start() -> None:
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.training.global_vars import destroy_global_vars
-
-    destroy_global_vars()
-    destroy_num_microbatches_calculator()
-
-
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, _hangs)
@@ -267,8 +260,9 @@ def outcome(
             except SystemExit as left:
                 status = left.code
             except Started:
-                _forget_the_start()
                 status = "started"
+            finally:
+                forget_the_trainer()
     return status, [line for line in said.getvalue().splitlines() if line.strip()]
 
 

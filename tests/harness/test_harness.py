@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dsv3_megatron.errors import RefusedArgument
+from tests.arguments.lines import MICRO
 from tests.harness import DistributedFailure, run_distributed
+from tests.harness.runtime import forget_the_trainer
 
 
 def total(rank: int, world_size: int, start: int) -> int:
@@ -67,3 +70,18 @@ def test_what_a_rank_starts_ends_with_it() -> None:
             for _ in range(50):  # killed, and reaped soon after
                 os.kill(pid, 0)
                 time.sleep(0.1)
+
+
+def test_a_start_that_was_refused_is_forgotten() -> None:
+    """A folder is looked at after Megatron has set its arguments: the second start must not hear of the first."""
+    from megatron.training import global_vars
+
+    from dsv3_megatron import train
+
+    words = ["--spec", "dsv3", "--device", "cpu", *MICRO, "--save", "/proc/nowhere", "--save-interval", "1"]
+    for _ in range(2):
+        with pytest.raises(RefusedArgument, match="/proc/nowhere"):
+            train.main(words)
+        assert global_vars._GLOBAL_ARGS is not None
+        forget_the_trainer()
+        assert global_vars._GLOBAL_ARGS is None
