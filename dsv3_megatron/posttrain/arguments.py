@@ -72,6 +72,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     grpo("--prompts-per-rollout", type=int, default=32, help="groups of a rollout (default: %(default)s)")
     grpo("--max-response-length", type=int, default=1024, help="tokens at most (default: %(default)s)")
     grpo(
+        "--rollout-temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="π is softmax(logits / T): for the engine that draws, the trainer and the reference (default: %(default)s)",
+    )
+    grpo(
         "--updates-per-rollout",
         type=int,
         default=1,
@@ -204,9 +211,10 @@ def _check_policy(args: Namespace) -> None:
         ("policy_beta", 0),
         ("importance_limit", 0),
     )
-    for name in ("policy_clip", "reward_timeout"):
-        if not getattr(args, name) > 0:
-            raise RefusedArgument(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    for name, most in (("policy_clip", math.nan), ("reward_timeout", math.inf), ("rollout_temperature", math.inf)):
+        value = getattr(args, name)
+        if not value > 0 or value == most:
+            raise RefusedArgument(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     if not math.isfinite(args.bad_reward):
         raise RefusedArgument(f"--bad-reward {args.bad_reward}: must be a number")
     if args.rollout_batch % args.tensor_model_parallel_size:

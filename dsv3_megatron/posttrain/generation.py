@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample
 from dsv3_megatron.posttrain.routes import RouteRecorder
+from dsv3_megatron.posttrain.temperature import Temperature
 from dsv3_megatron.rewards import Scorer
 
 __all__ = ["Generator"]
@@ -23,12 +24,14 @@ class Generator:
 
     Args:
         encoder: the tokenizer, with `decode` and `special_ids`.
+        temperature: of the trained model's logits; the engine's own stays 1.
     """
 
-    def __init__(self, args: Any, encoder: Any) -> None:
+    def __init__(self, args: Any, encoder: Any, temperature: Temperature) -> None:
         from dsv3_megatron.data.vocabulary import EOS
 
         self.args, self.encoder, self.end = args, encoder, encoder.special_ids[EOS]
+        self.temperature = temperature
         self.scorer = Scorer(args.reward, timeout_s=args.reward_timeout, on_failure=args.bad_reward)
         self._engine: Any = None
         self._copy: Any = None
@@ -132,6 +135,7 @@ class Generator:
         if needs_copy(model):
             self._copy = WholeCopy(model, self.args)
             served = self._copy.model
+            self.temperature.follow([served])
         settings = EngineSettings(
             max_length=self.args.seq_length,
             max_batch=self.args.rollout_batch,

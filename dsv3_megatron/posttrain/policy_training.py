@@ -19,6 +19,7 @@ from dsv3_megatron.posttrain.reference import ReferenceWeights
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.posttrain.routes import replayed, routes_of_tokens
 from dsv3_megatron.posttrain.run import FOLDER, Run, repeated
+from dsv3_megatron.posttrain.temperature import Temperature
 
 __all__ = ["PolicyTraining", "placeholder"]
 
@@ -68,7 +69,8 @@ class PolicyTraining(Run):
         self.encoder.require((BOS, EOS), "--tokenizer-model")
         self.per_row = samples_per_row(args)
         self.prompts = self._read_prompts()
-        self.generator = Generator(args, self.encoder)
+        self.temperature = Temperature(args.rollout_temperature)
+        self.generator = Generator(args, self.encoder, self.temperature)
         self.reference: ReferenceWeights | None = None
         self.rollout: Rollout | None = None
         self._balance = 1.0
@@ -107,11 +109,16 @@ class PolicyTraining(Run):
     # --- rollouts
 
     def after_load(self, call: dict[str, Any], iteration: int) -> None:
+        self.temperature.follow(call["ddp_model"])
         if self.args.policy_beta:
             self.reference = ReferenceWeights(call["ddp_model"])
             self.keep_reference(self.reference, iteration)
 
+    def before_update(self, call: dict[str, Any]) -> None:
+        self.temperature.on = False
+
     def before_step(self, call: dict[str, Any]) -> None:
+        self.temperature.on = True
         iteration, updates = call["iteration"], self.args.updates_per_rollout
         phase = iteration % updates
         if phase == 0:

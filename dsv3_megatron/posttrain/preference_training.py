@@ -13,8 +13,7 @@ from torch import Tensor
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.arguments import report_of
 from dsv3_megatron.posttrain.dataset import PreferenceRows
-from dsv3_megatron.posttrain.log_probs import sequence_sums
-from dsv3_megatron.posttrain.preference_loss import dpo_terms
+from dsv3_megatron.posttrain.preference_loss import dpo_terms, sequence_sums
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 from dsv3_megatron.posttrain.run import Run, repeated
 

@@ -60,6 +60,9 @@ class Run(ABC):
         self.before_step(call)
         self._set_alpha(call["model"])
 
+    def before_update(self, call: dict[str, Any]) -> None:  # noqa: B027 - DPO has nothing to do there
+        """As `hooks.before_update`."""
+
     def after_step(self, call: dict[str, Any], result: Any) -> None:
         """As `hooks.after_step`: the journal, where Megatron logs."""
         iteration = call["iteration"] + 1
