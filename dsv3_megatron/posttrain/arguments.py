@@ -76,7 +76,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="T",
-        help="π is softmax(logits / T): for the engine that draws, the trainer and the reference (default: %(default)s)",
+        help="π is softmax(logits / T) for the engine that draws, the trainer and the reference (default: %(default)s)",
     )
     grpo(
         "--updates-per-rollout",
@@ -211,7 +211,11 @@ def _check_policy(args: Namespace) -> None:
         ("policy_beta", 0),
         ("importance_limit", 0),
     )
-    for name, most in (("policy_clip", math.nan), ("reward_timeout", math.inf), ("rollout_temperature", math.inf)):
+    for name, most in (
+        ("policy_clip", math.nan),
+        ("reward_timeout", math.inf),
+        ("rollout_temperature", math.inf),
+    ):
         value = getattr(args, name)
         if not value > 0 or value == most:
             raise RefusedArgument(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")

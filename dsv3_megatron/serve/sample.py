@@ -5,9 +5,9 @@
 
 A line of the input is {"prompt": text or messages} with the "answer" that the reward needs (docs/rewards.md). A line
 of the output is {"messages": [user, assistant], "prompt_id", "sample", "response", "reward", "parts", "answer"},
-prompt by prompt; `dsv3 sft --ignore-key sample response reward parts answer` reads it. All samples, with the reward of each,
-stand in OUTPUT.samples.jsonl and OUTPUT.rewards.jsonl: the same command again goes on there, and another --filter
-costs no sampling.
+prompt by prompt; `dsv3 sft --ignore-key sample response reward parts answer` reads it. All samples, with the reward
+of each, stand in OUTPUT.samples.jsonl and OUTPUT.rewards.jsonl: the same command again goes on there, and another
+--filter costs no sampling.
 """
 
 import argparse
