@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.posttrain.bridge import split_address
 from dsv3_megatron.posttrain.policy_loss import REDUCTIONS
 from dsv3_megatron.posttrain.preference_loss import LOSSES
 from dsv3_megatron.posttrain.texts import TEXT_BEGINS
@@ -90,6 +91,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=64,
         help="requests that a rank generates at once (default: %(default)s)",
+    )
+    grpo(
+        "--rollout-address",
+        metavar="HOST:PORT",
+        help="where this job's first rank waits for another job, dsv3 rollouts --connect HOST:PORT, that draws the "
+        "responses (default: the trainer's own ranks do)",
     )
     grpo("--policy-clip", type=float, default=0.2, help="ε of the clipped ratio (default: %(default)s)")
     grpo(
@@ -221,6 +228,11 @@ def _check_policy(args: Namespace) -> None:
             raise RefusedArgument(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     if not math.isfinite(args.bad_reward):
         raise RefusedArgument(f"--bad-reward {args.bad_reward}: must be a number")
+    if args.rollout_address is not None:
+        try:
+            split_address(args.rollout_address)
+        except RefusedArgument as error:
+            raise RefusedArgument(f"--rollout-address {error}") from None
     if args.rollout_batch % args.tensor_model_parallel_size:
         raise RefusedArgument(
             f"--rollout-batch {args.rollout_batch}: must be a multiple of --tensor-model-parallel-size "

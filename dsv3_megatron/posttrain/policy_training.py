@@ -116,6 +116,8 @@ class PolicyTraining(Run):
 
     def before_update(self, call: dict[str, Any]) -> None:
         self.temperature.on = False
+        if call["iteration"] + 1 == self.args.train_iters:
+            self.generator.end()
 
     def before_step(self, call: dict[str, Any]) -> None:
         self.temperature.on = True
