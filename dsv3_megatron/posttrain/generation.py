@@ -82,7 +82,7 @@ class Generator:
             )
         return mine, drawn, first
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """After the last rollout."""
         if self._apart is not None:
             self._apart.end()

@@ -40,7 +40,7 @@ class PreferenceTraining(Run):
     def after_load(self, call: dict[str, Any], iteration: int) -> None:
         if self.args.dpo_reference == "live":
             self.reference = ReferenceWeights(call["ddp_model"])
-            self.keep_reference(self.reference, iteration)
+            self.begin_reference(self.reference, iteration)
 
     def before_step(self, call: dict[str, Any]) -> None:
         if self.reference is not None:

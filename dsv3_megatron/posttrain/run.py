@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv3_megatron.posttrain.journal import Journal
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 
-__all__ = ["Run", "repeated"]
+__all__ = ["FOLDER", "Kept", "Run", "newest_checkpoint", "repeated"]
 
 FOLDER = "posttrain"  # in --save
 
@@ -101,21 +101,27 @@ class Run(ABC):
 
         print_rank_0(f"> {self.args.posttrain}: {text}")
 
-    def keep_reference(self, reference: ReferenceWeights, iteration: int) -> None:
-        """Write the reference where the run begins, read it where it goes on."""
-        if self.args.save is None:
-            if iteration:
-                reference.load(Path(self.args.load) / FOLDER / self._reference_name())
+    def begin_reference(self, reference: ReferenceWeights, iteration: int) -> None:
+        """Write the reference where the run begins; where it goes on, read the one that it had there."""
+        if not iteration:
+            self.keep_reference(reference, 0)
             return
-        file = Path(self.args.save) / FOLDER / self._reference_name()
-        if iteration:
-            reference.load(file)
-        else:
-            reference.save(file)
+        kept = Kept(Path(self.args.save or self.args.load) / FOLDER, self._reference_name())
+        # A later one is of a run that came further than the checkpoint from which this one goes on.
+        reference.load(kept.file(max((i for i in kept.iterations() if i < iteration), default=0)))
+
+    def keep_reference(self, reference: ReferenceWeights, iteration: int) -> None:
+        """Write the reference that begins at this iteration."""
+        if self.args.save is None:
+            return
+        kept = Kept(Path(self.args.save) / FOLDER, self._reference_name())
+        reference.save(kept.file(iteration))
+        saved = newest_checkpoint(self.args.save)
+        kept.forget_before(max((i for i in kept.iterations() if i < saved), default=0))
 
     @staticmethod
     def _reference_name() -> str:
-        return f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}.pt"
+        return f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}"
 
     def first_weights(self) -> str:
         """Which weights the run began with: the checkpoint's place, step and date."""
@@ -146,6 +152,35 @@ class Run(ABC):
             if self._alpha is None:
                 self._alpha = config.moe_aux_loss_coeff
             config.moe_aux_loss_coeff = self._alpha * self.balance_scale()
+
+
+class Kept:
+    """Files of a run that a checkpoint needs beside it, one for each iteration at which such a thing began."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def file(self, iteration: int) -> Path:
+        """Of the thing that began at this iteration."""
+        return self.folder / f"{self.name}_from_{iteration}.pt"
+
+    def iterations(self) -> list[int]:
+        """Of the files that are there."""
+        found = (file.stem.rpartition("_from_") for file in self.folder.glob(f"{self.name}_from_*.pt"))
+        return sorted(int(number) for name, _, number in found if name == self.name and number.isdecimal())
+
+    def forget_before(self, iteration: int) -> None:
+        """Remove what no checkpoint from the newest on needs."""
+        for earlier in self.iterations():
+            if earlier < iteration:
+                self.file(earlier).unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: str) -> int:
+    """Iteration of the newest complete checkpoint in `--save`, 0 without one."""
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def repeated(batches: list[dict[str, Tensor]] | None, like: Any) -> Any:

@@ -186,7 +186,8 @@ def posttraining_arm(arm: str, seed: int, run_dir: Path, settings: RLSettings, b
         f"recipe={'grpo' if arm in ('rl', 'shuffled') else arm}",
         f"pretrained_checkpoint={quoted(base.checkpoints)}",
         "micro_batch_size=16",
-        f"global_batch_size={ROWS}",
+        # The same number of samples for each arm: rows of post-training's other data are full.
+        f"global_batch_size={ROWS if arm in ('rl', 'shuffled') else ROWS // 2}",
         f"seed={seed}",
         "lr=1e-3",  # a thousand times R1-Zero's, for a model of a hundred thousandth of its size
         "min_lr=1e-3",

@@ -83,7 +83,8 @@ def run_arms(arms: Sequence[Arm], at_once: int) -> None:
     Raises:
         DemoFailed: an arm failed; the others have been ended.
     """
-    waiting, running = [arm for arm in arms if not arm.done], []
+    waiting = [arm for arm in arms if not arm.done]
+    running: list[_Running] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:

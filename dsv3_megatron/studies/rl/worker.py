@@ -4,6 +4,7 @@ An arm with `samples` also writes, after the last step, responses to training pr
 """
 
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,4 +96,6 @@ def work(arm: "Arm") -> None:
     held_out = HeldOut(arm)
     hooks.before_step(held_out.before_step)
     hooks.after_step(held_out.after_step)
-    train.main(to_argv(compose(list(arm.all_overrides()))))
+    train.main(to_argv(compose(arm.all_overrides())))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(f"[demo] {used.ru_utime + used.ru_stime:.0f} s of processor time", flush=True)
