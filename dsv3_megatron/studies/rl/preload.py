@@ -9,10 +9,17 @@ import torch
 
 torch.set_num_threads(1)
 
+import hydra
+import matplotlib
 import megatron.core
 import megatron.core.tokenizers.text
 import megatron.training
 
+matplotlib.use("Agg")
+
+import matplotlib.pyplot
+
+import dsv3_megatron.checkpoint.recorded
 import dsv3_megatron.conf
 import dsv3_megatron.inference
 import dsv3_megatron.resilience
