@@ -23,7 +23,8 @@ from typing import Any
 from dsv3_megatron.demo.run import keep_settings, quoted
 from dsv3_megatron.posttrain.journal import JOURNAL, read_journal
 from dsv3_megatron.studies.rl import data
-from dsv3_megatron.studies.rl.arms import Arm, DemoFailed, run_arms
+from dsv3_megatron.studies.rl.arm import Arm
+from dsv3_megatron.studies.rl.arms import DemoFailed, run_arms
 from dsv3_megatron.studies.rl.picture import ARMS, draw
 
 SEQ_LENGTH = 64

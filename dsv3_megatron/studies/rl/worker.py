@@ -7,12 +7,10 @@ import json
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv3_megatron.posttrain import counting
-
-if TYPE_CHECKING:
-    from dsv3_megatron.studies.rl.arms import Arm
+from dsv3_megatron.studies.rl.arm import Arm
 
 HELD_OUT_PROBLEMS = 384
 HELD_OUT_SEED = 7
@@ -22,7 +20,7 @@ RESPONSE = 8  # tokens at most
 class HeldOut:
     """Hooks around the steps; writes {iteration: {"reward", "length"}} to a file."""
 
-    def __init__(self, arm: "Arm") -> None:
+    def __init__(self, arm: Arm) -> None:
         self.arm = arm
         self.curve: dict[str, Any] = {str(iteration): values for iteration, values in arm.held_out().items()}
         self._engine: Any = None
@@ -87,7 +85,7 @@ class HeldOut:
         return found
 
 
-def work(arm: "Arm") -> None:
+def work(arm: Arm) -> None:
     """Train an arm from where it is to its end."""
     from dsv3_megatron import train
     from dsv3_megatron.conf import compose, to_argv
