@@ -203,6 +203,19 @@ def test_what_is_masked_is_never_looked_at() -> None:
         assert value == 0 and not slope.any()
 
 
+@pytest.mark.parametrize("far", [(-1.0, -300.0, -1.0), (-300.0, -1.0, -1.0), (-300.0, -300.0, -1.0)])
+def test_tokens_that_have_become_impossible_or_certain_give_numbers(far: tuple[float, float, float]) -> None:
+    """Policy, old policy, reference are 299 nats apart: in fp32 exp of that is infinite, and times advantage 0 NaN."""
+    new, old, ref = (torch.full((2, 3), value) for value in far)
+    for advantages in (torch.zeros(2), torch.tensor([1.0, -1.0])):
+        value, (slope,) = with_gradients(
+            lambda logp, a=advantages: grpo_loss(logp, old, ref, a, torch.ones(2, 3), clip=0.2, beta=0.0), new
+        )
+        assert math.isfinite(value) and torch.isfinite(slope).all()
+        assert advantages.any() or (value == 0 and not slope.any())
+    assert torch.isfinite(grpo_terms(new, old, ref, torch.zeros(2), torch.ones(2, 3), 0.2, 0.04).kl).all()
+
+
 def _rest(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "logp"}
 
