@@ -18,7 +18,7 @@ from dsv3_megatron.posttrain.policy_loss import group_advantages, grpo_terms, tr
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.posttrain.routes import replayed, routes_of_tokens
-from dsv3_megatron.posttrain.run import FOLDER, Kept, Run, newest_checkpoint, repeated
+from dsv3_megatron.posttrain.run import FOLDER, Kept, Run, checkpoints, repeated
 from dsv3_megatron.posttrain.temperature import Temperature
 
 __all__ = ["PolicyTraining", "placeholder"]
@@ -224,8 +224,7 @@ class PolicyTraining(Run):
         unfinished = file.with_suffix(".part")
         torch.save(vars(self.rollout), unfinished)
         unfinished.replace(file)
-        saved = newest_checkpoint(save)
-        kept.forget_before(saved - saved % updates)
+        kept.keep(saved - saved % updates for saved in checkpoints(save))
 
     def _read_rollout(self, first_iteration: int) -> Rollout:
         folder = Path(self.args.save or self.args.load) / FOLDER

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv3_megatron.posttrain.journal import Journal
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 
-__all__ = ["FOLDER", "Kept", "Run", "newest_checkpoint", "repeated"]
+__all__ = ["FOLDER", "Kept", "Run", "checkpoints", "repeated"]
 
 FOLDER = "posttrain"  # in --save
 
@@ -104,9 +104,11 @@ class Run(ABC):
     def begin_reference(self, reference: ReferenceWeights, iteration: int) -> None:
         """Write the reference where the run begins; where it goes on, read the one that it had there."""
         if not iteration:
+            if self.args.save is not None:
+                self._kept_references(self.args.save).clear()  # of a run that was there before
             self.keep_reference(reference, 0)
             return
-        kept = Kept(Path(self.args.save or self.args.load) / FOLDER, self._reference_name())
+        kept = self._kept_references(self.args.save or self.args.load)
         # A later one is of a run that came further than the checkpoint from which this one goes on.
         reference.load(kept.file(max((i for i in kept.iterations() if i < iteration), default=0)))
 
@@ -114,14 +116,15 @@ class Run(ABC):
         """Write the reference that begins at this iteration."""
         if self.args.save is None:
             return
-        kept = Kept(Path(self.args.save) / FOLDER, self._reference_name())
+        kept = self._kept_references(self.args.save)
         reference.save(kept.file(iteration))
-        saved = newest_checkpoint(self.args.save)
-        kept.forget_before(max((i for i in kept.iterations() if i < saved), default=0))
+        began = kept.iterations()
+        kept.keep(max((i for i in began if i < saved), default=0) for saved in checkpoints(self.args.save))
 
     @staticmethod
-    def _reference_name() -> str:
-        return f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}"
+    def _kept_references(folder: str) -> "Kept":
+        name = f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}"
+        return Kept(Path(folder) / FOLDER, name)
 
     def first_weights(self) -> str:
         """Which weights the run began with: the checkpoint's place, step and date."""
@@ -169,18 +172,22 @@ class Kept:
         found = (file.stem.rpartition("_from_") for file in self.folder.glob(f"{self.name}_from_*.pt"))
         return sorted(int(number) for name, _, number in found if name == self.name and number.isdecimal())
 
-    def forget_before(self, iteration: int) -> None:
-        """Remove what no checkpoint from the newest on needs."""
-        for earlier in self.iterations():
-            if earlier < iteration:
-                self.file(earlier).unlink(missing_ok=True)
+    def clear(self) -> None:
+        """Remove all."""
+        for iteration in self.iterations():
+            self.file(iteration).unlink()
+
+    def keep(self, needed: Iterable[int]) -> None:
+        """Remove all but these and the newest two, which a checkpoint that is being written may need."""
+        there = self.iterations()
+        for iteration in set(there[:-2]) - set(needed):
+            self.file(iteration).unlink(missing_ok=True)
 
 
-def newest_checkpoint(folder: str) -> int:
-    """Iteration of the newest complete checkpoint in `--save`, 0 without one."""
-    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
-    text = tracker.read_text().strip() if tracker.is_file() else ""
-    return int(text) if text.isdecimal() else 0
+def checkpoints(folder: str) -> list[int]:
+    """Iterations of the checkpoints in `--save`."""
+    names = (path.name.removeprefix("iter_") for path in Path(folder).glob("iter_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def repeated(batches: list[dict[str, Tensor]] | None, like: Any) -> Any:

@@ -8,6 +8,7 @@ each rollout, through host memory. Lengths, batch, temperature and precision are
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,6 @@ from dsv3_megatron.serve.options import (
     open_model,
     opened_engine,
 )
-from dsv3_megatron.specs.names import global_names, named_weights
 
 
 @exits_cleanly
@@ -58,13 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    import os
+    from dsv3_megatron.posttrain.bridge import Bridge
 
     options.max_length = options.cache_gb = None
     options.max_batch, options.max_step_tokens, options.speculative = 1, 2048, None
     source = open_model(options)
-    from dsv3_megatron.posttrain.bridge import Bridge
-
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bridge = Bridge(options.connect, 1 + rank, 1 + count)
     asked = bridge.told()
@@ -102,6 +100,8 @@ class _Job:
 
     def _find_weights(self, described: list[Any]) -> None:
         """Where each of the trainer's tensors goes on this rank."""
+        from dsv3_megatron.specs.names import global_names, named_weights
+
         names = global_names(self.engine.model)
         own = {
             names[local].name: (weight, names[local].shard)

@@ -13,7 +13,7 @@ from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain import counting
 from dsv3_megatron.posttrain.policy_training import PolicyTraining
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
-from dsv3_megatron.posttrain.run import Kept, newest_checkpoint
+from dsv3_megatron.posttrain.run import Kept, checkpoints
 from dsv3_megatron.training.batch import PADDING
 
 
@@ -90,15 +90,18 @@ def test_prompts_without_room_for_a_response_are_left_out(
 
 def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
     kept, other = Kept(tmp_path, "rollout"), Kept(tmp_path, "rollout_more")
-    assert kept.iterations() == [] and newest_checkpoint(str(tmp_path)) == 0
+    assert kept.iterations() == [] and checkpoints(str(tmp_path)) == []
     for iteration in (0, 16, 96, 112, 128):
         kept.file(iteration).write_text("")
     other.file(5).write_text("")
     (tmp_path / "rollout_from_144.part").write_text("")  # its writer was killed
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
-    saved = newest_checkpoint(str(tmp_path))
-    kept.forget_before(saved - saved % 16)
-    assert kept.iterations() == [96, 112, 128] and other.iterations() == [5]
+    for name in ("iter_0000020", "iter_0000100", "iter_0000112", "iter_old", "posttrain"):
+        (tmp_path / name).mkdir()
+    kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))
+    assert kept.iterations() == [16, 96, 112, 128] and other.iterations() == [5]
+    (tmp_path / "iter_0000020").rmdir()
+    kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))
+    assert kept.iterations() == [96, 112, 128]
 
 
 def test_samples_without_numbers_are_not_usable() -> None:
