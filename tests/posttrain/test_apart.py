@@ -1,6 +1,8 @@
 """Rollouts on ranks of their own: the bridge between the jobs; slow: a trainer's rollouts and gradient with both."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -81,7 +83,7 @@ def test_nobody_at_the_address_is_one_line() -> None:
     ],
 )
 def test_rollouts_of_another_job_are_the_trainers_own(
-    layout: str, world_size: int, count: int, words: list[str], setup: Setup
+    layout: str, world_size: int, count: int, words: list[str], setup: Setup, tmp_path: Path
 ) -> None:
     """Same samples, same gradient as without the other job, whatever the layouts of the two."""
     temperature = layout if "temperature" in layout else ""
@@ -101,12 +103,15 @@ def test_rollouts_of_another_job_are_the_trainers_own(
     ]
     command += ["--load", str(setup.folder / "pretrained")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    other = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        split = setup.run(setup.grpo(), f"{layout} --rollout-address {address}", world_size)
-        _, said = other.communicate(timeout=120)
-    finally:
-        other.kill()
-    assert other.returncode == 0 and "[rollouts] 1: 16 responses" in said, said[-2000:]
+    with (tmp_path / "log").open("w") as log:
+        other = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            split = setup.run(setup.grpo(), f"{layout} --rollout-address {address}", world_size)
+            other.wait(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(other.pid, signal.SIGKILL)
+            print((tmp_path / "log").read_text()[-3000:])
+    assert other.returncode == 0 and "[rollouts] 1: 16 responses" in (tmp_path / "log").read_text()
     assert_same_rollouts(split, whole)
     assert_same(grads(split), grads([whole]))
