@@ -288,6 +288,7 @@ DPO_LAYOUTS = [
     ("zb1p", 4, 2, 2, ""),
     ("dualpipe", 4, 2, 2, ""),
     ("dualpipev", 2, 2, 1, ""),
+    ("zigzag", 2, 2, 1, ""),
     # The vocabulary is filled up to the same size as without tensor parallelism.
     ("1f1b", 2, 1, 1, "--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64"),
     ("dualpipe", 4, 2, 2, "--dpo-reference live"),
@@ -380,6 +381,7 @@ def test_dualpipe_has_the_rollouts_and_the_gradient_of_one_process(
         ("1f1b", 2, 1, 2, ""),
         ("zb1p", 2, 2, 1, ""),
         ("dualpipev", 2, 2, 1, "--policy-reduction sequence"),
+        ("zigzag", 2, 2, 1, ""),
         ("1f1b", 2, 2, 1, "--num-virtual-stages-per-pipeline-rank 2"),
         # The vocabulary is filled up to the same size as without tensor parallelism.
         (
