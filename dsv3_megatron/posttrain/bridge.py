@@ -54,7 +54,7 @@ class Bridge:
                 self._store.set("size", str(size))
             self.size = int(self._store.get("size"))
             own = dist.PrefixStore("rollouts", self._store)
-            self._group = dist.ProcessGroupGloo(own, rank, self.size, PATIENCE)
+            self._group = dist.ProcessGroupGloo(own, rank, self.size, wait)
         except (dist.DistError, RuntimeError) as error:
             option = "--connect" if rank else "--rollout-address"
             other = (
@@ -82,7 +82,7 @@ class Bridge:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The trainer's tensor, on the CPU, at both ends; shape and dtype are known at both."""
         options = dist.BroadcastOptions()
-        options.rootRank = 0
+        options.rootRank, options.timeout = 0, PATIENCE
         self._wait(lambda: self._group.broadcast([tensor], options))
         return tensor
 
@@ -110,7 +110,7 @@ class Bridge:
     @staticmethod
     def _wait(start: Any) -> None:
         try:
-            start().wait()
+            start().wait(PATIENCE)
         except RuntimeError as error:
             raise BridgeClosed(
                 f"the other job's end of the bridge is closed ({str(error).splitlines()[0][:200]})"
