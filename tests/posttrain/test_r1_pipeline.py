@@ -6,6 +6,7 @@ import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ SCRIPT = ROOT / "examples" / "r1_pipeline.sh"
 STAGES = ("cold_start", "rl", "sft", "rl2")
 
 
-def pipeline(*words: str, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
+def pipeline(
+    *words: str, variables: Mapping[str, str], timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -38,7 +41,8 @@ def pipeline(*words: str, timeout: float = 60, **variables: str) -> subprocess.C
 
 
 def commands(**variables: str) -> list[list[str]]:
-    done = pipeline("base", "tok", "cold.jsonl", "p.jsonl", "out", "model=micro", DRY_RUN="1", **variables)
+    words = ("base", "tok", "cold.jsonl", "p.jsonl", "out", "model=micro")
+    done = pipeline(*words, variables={"DRY_RUN": "1", **variables})
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
@@ -141,8 +145,8 @@ def test_all_five_stages_in_small(tmp_path: Path) -> None:
         "lr=1e-3 min_lr=1e-3 policy_clip=0.2",
         "RL2": "rollout_temperature=0.7 train_iters=4",
     }
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    done = pipeline(*given, timeout=1800, **variables, **alone, MASTER_PORT=str(free_port()))
+    variables |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = pipeline(*given, variables={**variables, "MASTER_PORT": str(free_port())}, timeout=1800)
     assert done.returncode == 0, done.stderr
     first, second = journal(out / "rl"), journal(out / "rl2")
     kept = [json.loads(line) for line in (out / "rejection" / "kept.jsonl").read_text().splitlines()]
@@ -163,5 +167,5 @@ def test_all_five_stages_in_small(tmp_path: Path) -> None:
     ):
         assert f"loaded checkpoint from {before}" in " ".join((out / stage / "log").read_text().split())
     logs = [(out / stage / "log").stat().st_size for stage in STAGES]
-    assert pipeline(*given, **variables, **alone).returncode == 0  # nothing is left to do
+    assert pipeline(*given, variables=variables).returncode == 0  # nothing is left to do
     assert [(out / stage / "log").stat().st_size for stage in STAGES] == logs
