@@ -310,7 +310,10 @@ def test_dpo_in_layouts(schedule: str, world_size: int, pp: int, ep: int, words:
     whole = setup.run(setup.dpo(batch), mtp)
     split = setup.run(setup.dpo(batch), words + layout_words(schedule, pp, ep), world_size)
     assert_same(grads(split), grads(whole))
-    assert split[-1]["losses"][0] == pytest.approx(whole[0]["losses"][0], abs=1e-5)
+    found, expected = split[-1]["losses"][0], whole[0]["losses"][0]
+    for losses in (found, expected):
+        del losses["accuracy"]  # the policy is the reference: which answer leads is a matter of rounding
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -382,7 +385,6 @@ def test_dualpipe_has_the_rollouts_and_the_gradient_of_one_process(
         ("zb1p", 2, 2, 1, ""),
         ("dualpipev", 2, 2, 1, "--policy-reduction sequence"),
         ("zigzag", 2, 2, 1, ""),
-        ("1f1b", 2, 2, 1, "--num-virtual-stages-per-pipeline-rank 2"),
         # The vocabulary is filled up to the same size as without tensor parallelism.
         (
             "1f1b",
@@ -417,7 +419,7 @@ def test_routing_replay_takes_the_engines_experts(setup: Setup) -> None:
 def test_a_run_survives_rewards_that_raise_hang_die_or_are_no_numbers(setup: Setup, tmp_path: Path) -> None:
     line = setup.grpo("dreadful")
     line[line.index("--train-iters") + 1] = "2"
-    line += ["--reward-timeout", "1", "--bad-reward", "-0.5"]
+    line += ["--reward-timeout", "1"]
     (rank,) = setup.run([*line, "--save", str(tmp_path), "--save-interval", "2", "--log-interval", "1"])
     journal = [json.loads(text) for text in (tmp_path / "posttrain.jsonl").read_text().splitlines()]
     assert len(journal) == 2 and all(entry["bad rewards"] > 2 for entry in journal)
@@ -428,7 +430,9 @@ def test_a_run_survives_rewards_that_raise_hang_die_or_are_no_numbers(setup: Set
 @pytest.mark.slow
 def test_groups_that_are_all_alike_move_nothing(setup: Setup, tmp_path: Path) -> None:
     """Advantage 0, not NaN: without a KL penalty the gradient is 0."""
-    (rank,) = setup.run([*setup.grpo("alike"), "--policy-beta", "0", "--save", str(tmp_path)])
+    (rank,) = setup.run(
+        [*setup.grpo("alike"), "--policy-beta", "0", "--save", str(tmp_path), "--save-interval", "1"]
+    )
     (entry,) = [json.loads(text) for text in (tmp_path / "posttrain.jsonl").read_text().splitlines()]
     assert entry["groups alike"] == 1 and entry["reward"] == 0.25 and entry["loss"] == 0
     assert not any(grad.any() for _, grad in rank["grads"].values())
@@ -440,7 +444,7 @@ def test_at_a_temperature_both_sides_have_the_tempered_distribution(setup: Setup
     (plain,) = setup.run(setup.grpo())
     (warm,) = setup.run(setup.grpo(), "--rollout-temperature 0.6", by_hand="grpo")
     assert warm["losses"][0]["engine mismatch"] < 1e-4
-    assert warm["losses"][0]["entropy estimate"] < 0.9 * plain["losses"][0]["entropy estimate"]
+    assert warm["losses"][0]["entropy estimate"] < plain["losses"][0]["entropy estimate"] - 0.1
     assert warm["rollout"]["sequences"] != plain["rollout"]["sequences"]
     assert_same(grads([warm]), warm["by_hand"])
 

@@ -161,6 +161,19 @@ ROWS = (
         GRPO + " --routing-replay --tensor-model-parallel-size 2 --sequence-parallel",
     ),
     Refusal(
+        "grpo_interleaved",
+        FEATURE,
+        METHOD,
+        "grpo",
+        lambda a, s: (
+            _grpo(a)
+            and bool(a.num_virtual_stages_per_pipeline_rank or a.num_layers_per_virtual_pipeline_stage)
+        ),
+        "the engine's copy of the model cannot be built beside Megatron's interleaved stages",
+        "--pipeline-schedule 1f1b, zb1p, dualpipe, dualpipev or zigzag without virtual stages",
+        GRPO + " --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+    ),
+    Refusal(
         "routing_replay_rollout_ranks",
         FEATURE,
         "--routing-replay",
