@@ -117,10 +117,13 @@ def of_megatron(arch: Architecture, checkpoint: Path, tokens: Sequence[Tensor]) 
 
 
 @contextmanager
-def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
+def megatron_model(arch: Architecture, checkpoint: Path, **more: Any) -> Iterator[Any]:
     """The specs' model in fp32 in this process, in evaluation mode, its weights loaded by Megatron itself.
 
     torch.distributed must not be initialised: it is, with one rank, while the model lives.
+
+    Args:
+        more: further fields of Megatron's configuration, or other values than `transformer_fields` has.
     """
     from dsv3_megatron import cpu
 
@@ -138,7 +141,7 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
-        fields = transformer_fields(arch)
+        fields = transformer_fields(arch) | more
         config = DSV3ModelConfig(
             transformer=MLATransformerConfig(**fields),
             vocab_size=arch.vocab_size,

@@ -11,8 +11,10 @@ from torch import Tensor
 from dsv3_megatron.convert import logits as models
 from dsv3_megatron.convert.hf_directory import HFDirectory
 from dsv3_megatron.convert.to_hf import MegatronWeights
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.fp8.precision import factory_of
 
-__all__ = ["Forward", "memory_needed", "of_megatron", "of_transformers"]
+__all__ = ["Forward", "memory_needed", "of_megatron", "of_transformers", "prompt_tokens"]
 
 
 @dataclass
@@ -36,6 +38,31 @@ class Forward:
 def memory_needed(hf: HFDirectory) -> tuple[int, int]:
     """(bytes of two models in fp32, bytes that are free)."""
     return 2 * 4 * sum(hf.entry(name).numel for name in hf.weights), models.free_memory()
+
+
+def prompt_tokens(hf: HFDirectory, prompts: Sequence[str] | None) -> list[Tensor]:
+    """Ids of each prompt, int64 [1, s], by the directory's tokenizer; prompts of ours cut to the model's context.
+
+    Raises:
+        RefusedArgument: a prompt has no ids, ids that the model has not, or more than its context.
+    """
+    arch, texts = hf.architecture, prompts or models.PROMPTS
+    found = models.prompt_tokens(hf.folder, arch.vocab_size, texts)
+    if not prompts:
+        found = [ids[:, : arch.max_position_embeddings] for ids in found]
+    for text, ids in zip(texts, found, strict=True):
+        wrong = ""
+        if not ids.numel():
+            wrong = "it has no tokens"
+        elif int(ids.max()) >= arch.vocab_size:
+            wrong = (
+                f"the tokenizer makes {int(ids.max())} of it, and the model's vocabulary is {arch.vocab_size}"
+            )
+        elif ids.numel() > arch.max_position_embeddings:
+            wrong = f"it has {ids.numel()} tokens, and the model's context is {arch.max_position_embeddings}"
+        if wrong:
+            raise RefusedArgument(f"--prompt {text[:40]!r}: {wrong}")
+    return found
 
 
 @torch.no_grad()
@@ -122,15 +149,17 @@ def _routers_of_transformers(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def of_megatron(megatron: MegatronWeights, tokens: Sequence[Tensor]) -> list[Forward]:
+def of_megatron(megatron: MegatronWeights, tokens: Sequence[Tensor], fp8: str = "") -> list[Forward]:
     """The specs' model with the checkpoint's weights, MTP as the trainer computes it.
 
     Args:
         tokens: int64 [1, s] of each prompt.
+        fp8: a recipe of ours whose FP8 products are computed, as in training; "" for fp32 throughout.
     """
+    more = {"fp8_quantizer_factory": factory_of(fp8)} if fp8 else {}
     found = []
     layers = megatron.architecture.num_layers
-    with models.megatron_model(megatron.architecture, megatron.checkpoint.path) as model:
+    with models.megatron_model(megatron.architecture, megatron.checkpoint.path, **more) as model:
         for ids in tokens:
             position = torch.arange(ids.shape[1])[None]
             one = Forward(model(ids, position, attention_mask=None)[0].clone())

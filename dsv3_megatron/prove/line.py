@@ -18,6 +18,8 @@ from dsv3_megatron.preflight.line import Line, read
 __all__ = ["Shrunk", "shrink", "words_of"]
 
 MAX_PROCESSES = 8
+LAYERS = 4  # of each pipeline stage, the model's first one dense
+BATCH = 16
 # Parallel sizes: kept, at most 2 each; the later ones go to 1 first where it would still be more than MAX_PROCESSES.
 _PARALLEL = {
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
@@ -44,13 +46,16 @@ _DROPPED_PREFIXES = (
     "original-max-position-embeddings", "rotary-scaling-factor", "rope-type", "mscale", "beta-", "non-persistent",
     "one-logger", "timing", "manual-gc", "communication-sms", "moe-router-num-groups", "moe-router-group-topk",
     "transformer-impl", "recovery", "resil", "ema-", "expert-placement", "rank-timeout", "check-for",
-    "moe-enable-deepep",
+    "moe-enable-deepep", "posttrain", "preference", "dpo-", "grpo-", "prompt-data", "reward", "rl-", "langrl",
+    "app-tag", "pipeline-costs", "fault-injector", "config-logger", "memory-snapshot", "flight-recorder",
 )  # fmt: skip
+# Of whatever option: files, folders and addresses are not there on another machine.
+_DROPPED_SUFFIXES = ("-path", "-dir", "-file", "-filename", "-cfg", "-map", "-url", "-addr", "-host", "-load")
 _PRECISION = ("bf16", "fp16", "fp8", "first-last-layers-bf16", "main-grads", "main-params", "exp-avg", "grad-reduce",
               "accumulate-allreduce", "use-precision-aware", "params-dtype", "attention-softmax-in-fp32")  # fmt: skip
 # Mean nothing in one process.
 _OF_A_LAYOUT = (
-    "pipeline-schedule", "sequence-parallel", "overlap", "expert-tensor", "tp-comm", "moe-token-dispatcher-type",
+    "pipeline-", "sequence-parallel", "overlap", "expert-tensor", "tp-comm", "moe-token-dispatcher-type",
     "nvlink-domain", "align-",
 )  # fmt: skip
 
@@ -128,7 +133,7 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     for name in reversed(_PARALLEL):
         if _world(sizes) > MAX_PROCESSES:
             sizes[name] = 1
-    layers = 4 * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
+    layers = LAYERS * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
     if single:
         sizes = dict.fromkeys(sizes, 1)
     schedule = "1f1b" if single else str(given.get("pipeline_schedule") or "1f1b")
@@ -140,9 +145,8 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     result.data_parallel = result.world_size // (tp * cp * pp)
     for option, values in _groups(words):
         name = option.removeprefix("--")
-        gone = name.startswith(_DROPPED_PREFIXES) or (
-            not precision and name.removeprefix("no-").startswith(_PRECISION)
-        )
+        gone = name.startswith(_DROPPED_PREFIXES) or name.endswith(_DROPPED_SUFFIXES)
+        gone |= not precision and name.removeprefix("no-").startswith(_PRECISION)
         gone |= name in ("use-distributed-optimizer", "overlap-param-gather") and not precision
         gone |= single and name.startswith(_OF_A_LAYOUT)
         if option in _PARALLEL.values():
@@ -159,7 +163,7 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         "--num-layers": layers,
         "--moe-layer-freq": f"[0]*1+[1]*{layers - 1}",
         "--q-lora-rank": 0 if given.get("q_lora_rank", 1) in (0, None) else 16,
-        "--global-batch-size": 16,
+        "--global-batch-size": BATCH,
     }
     new |= {"--moe-router-num-groups": 4, "--moe-router-group-topk": 2} if groups != 1 else {
         "--moe-router-num-groups": 1, "--moe-router-group-topk": 1
@@ -169,6 +173,9 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
             new[option] = sizes[name]
         if asked[name] != sizes[name]:
             result.notes.append(f"{option} {asked[name]} became {sizes[name]}")
+    if schedule == "1f1b" and pp > 1 and _interleaved(given, asked["pipeline_model_parallel_size"]):
+        new["--num-virtual-stages-per-pipeline-rank"] = 2
+        result.notes.append("interleaved stages became 2 per rank")
     if schedule.startswith("dualpipe") and pp == 1:
         raise RefusedArgument(
             f"--pipeline-schedule {schedule}: needs --pipeline-model-parallel-size 2 or more"
@@ -179,6 +186,17 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     with mock.patch.dict(os.environ, {**ranks, "LOCAL_WORLD_SIZE": str(result.world_size)}):
         complete(result.words[2:])  # what is refused is refused here, before a process is started
     return result
+
+
+def _interleaved(given: dict[str, Any], stages: int) -> bool:
+    """Whether a rank has several stages, as one of Megatron's three options says it."""
+    layout = str(given.get("pipeline_model_parallel_layout") or "")
+    layers = given.get("num_layers_per_virtual_pipeline_stage")
+    return (
+        int(given.get("num_virtual_stages_per_pipeline_rank") or 1) > 1
+        or (layers is not None and layers * stages < int(given.get("num_layers") or 0))
+        or layout.count("|") + 1 > stages
+    )
 
 
 def _world(sizes: dict[str, int]) -> int:

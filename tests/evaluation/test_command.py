@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,3 +194,40 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(hf, tmp_path, cap
     assert again == whole and "evaluate score 7 of 7" in said
     again, said = run(tmp_path / "cut")
     assert again == whole and "evaluate score" not in said
+
+
+def test_answers_are_graded_by_an_endpoint(hf, endpoint, monkeypatch, capsys):
+    url, seen = endpoint
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    words = ["--hf", str(hf), "--device", "cpu", "--tasks", "dsv3_facts_en", "--limit", "2", "--json"]
+    assert main([*words, "--bootstrap-iters", "0", "--grader", url, "--grader-model", "judge"]) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out.splitlines()[-1])["results"]["dsv3_facts_en"]
+    # A model that has learned nothing answers nonsense; this grader calls it right.
+    assert len(seen) == 2 and seen[0]["model"] == "judge" and seen[0]["key"] == "Bearer secret"
+    assert figures["correct,none"] == figures["f_score,none"] == 1.0
+    assert "secret" not in captured.out + captured.err
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(hf, tmp_path, capsys):
+    """SIGKILL in the middle of the scores: the same command computes the others alone."""
+    argv = ["--hf", str(hf), "--device", "cpu", "--tasks", "dsv3_choice_en", "--max-batch", "1", "--json"]
+    argv += ["--bootstrap-iters", "0", "--output", str(tmp_path / "cut")]
+    answers = tmp_path / "cut" / "answers.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "dsv3_megatron", "evaluate", *argv])
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (answers.exists() and answers.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    done = answers.read_bytes().count(b"\n")
+    assert 8 <= done < 96 and not (tmp_path / "cut" / "results.json").exists()
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert f"evaluate score {96 - done} of {96 - done}" in captured.err
+    assert main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    assert capsys.readouterr().out == captured.out
