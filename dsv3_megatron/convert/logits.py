@@ -53,7 +53,10 @@ def prompt_tokens(folder: Path, vocab_size: int, prompts: Sequence[str] | None) 
     if path.exists():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConversionError(f"{path}: {error}") from error
         ids = [tokenizer.encode(text).ids for text in texts]
     else:
         print(f"verify: {path} is not there: bytes of the prompts serve as token ids", file=sys.stderr)

@@ -241,8 +241,9 @@ def _commit(words: list[str]) -> int:
         "--bound", type=_bound, default=1e-5, help="relative, of a loss or norm (default: %(default)s)"
     )
     before = _own(parser, words)
+    parser.parse_args(words[:before])  # --help, and what is wrong with them
     versions = list(itertools.takewhile(lambda word: not word.startswith("-"), words[before : before + 2]))
-    if len(versions) < 2:
+    if len(versions) < 2 or not all(version.strip() for version in versions):
         raise RefusedArgument(
             f"{' '.join([parser.prog, *versions])}: give OLD and NEW: what pip installs (megatron-core==0.19.1, a "
             "folder, git+https://…@commit), or here"

@@ -11,13 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3_megatron.convert.architecture import Architecture
+from dsv3_megatron.convert.dist_checkpoint import DistCheckpoint
 from dsv3_megatron.convert.errors import ConversionError
-from dsv3_megatron.convert.hf_directory import HFDirectory
+from dsv3_megatron.convert.hf_directory import CONFIG, INDEX, SINGLE, HFDirectory, _json
 from dsv3_megatron.convert.progress import Progress
 from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.convert.verify import _check_same_model, _difference
 from dsv3_megatron.errors import RefusedArgument
-from dsv3_megatron.prove.forward import Forward, memory_needed, of_megatron, of_transformers, prompt_tokens
+from dsv3_megatron.prove.forward import (
+    Forward,
+    memory_needed,
+    named,
+    of_megatron,
+    of_transformers,
+    prompt_tokens,
+)
 from dsv3_megatron.prove.measure import largest
 from dsv3_megatron.prove.report import Check, Report
 
@@ -102,6 +111,13 @@ def _opened(report: Report, hf: Path, megatron: Path) -> _Sides | None:
         "names, shapes and dtypes of each side against the model its configuration describes",
     )
     how = "exactly the model's tensors: none is missing, none is left over; same configuration on both sides"
+    # What is no model at all is no side of a comparison; what lacks a tensor, or has one too many, is a wrong one.
+    with named("--hf"):
+        Architecture.from_hf(_json(hf / CONFIG), mtp_num_layers=0)
+        if not any((hf / file).exists() for file in (INDEX, SINGLE)):
+            raise ConversionError(f"{hf}: neither {INDEX} nor {SINGLE} is there: it has no weights")
+    with named("--megatron"):
+        DistCheckpoint(megatron).arguments()
     try:
         sides = _Sides(HFDirectory(hf), MegatronWeights(megatron))
         _check_same_model(sides.megatron, sides.hf)

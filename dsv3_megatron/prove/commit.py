@@ -27,7 +27,9 @@ HERE = "here"
 BOUND = 1e-5  # relative, of each loss and norm
 # Megatron would end the run at the first one; here the gate is to say where it was.
 NAN_IS_SEEN = ("--no-check-for-nan-in-loss-and-grad",)
-LINE = ("--spec", "dsv3", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer")
+LINE = (
+    "--spec", "dsv3", "--mtp-num-layers", "1", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer",
+)  # fmt: skip
 
 
 def prove_commit(
@@ -94,7 +96,10 @@ def _installed(side: str, version: str, folder: Path) -> tuple[Path | None, str]
         raise RefusedArgument(
             f"{side.upper()} {version}: pip cannot install it: {(lines or ['no reason given'])[0]}"
         )
-    return target, ", ".join(sorted(map(_named, target.glob("*.dist-info"))))
+    found = ", ".join(sorted(map(_named, target.glob("*.dist-info"))))
+    if not found:
+        raise RefusedArgument(f"{side.upper()} {version!r}: pip installed nothing for it")
+    return target, found
 
 
 def _named(info: Path) -> str:

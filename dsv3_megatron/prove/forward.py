@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.convert import logits as models
+from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.hf_directory import HFDirectory
 from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.fp8.precision import factory_of
 
-__all__ = ["Forward", "memory_needed", "of_megatron", "of_transformers", "prompt_tokens"]
+__all__ = ["Forward", "memory_needed", "named", "of_megatron", "of_transformers", "prompt_tokens"]
 
 
 @dataclass
@@ -33,6 +34,15 @@ class Forward:
     mtp_logits: Tensor | None = None
     experts: dict[str, Tensor] = field(default_factory=dict)
     margins: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Let what is said of a folder begin with the option that gave it."""
+    try:
+        yield
+    except ConversionError as error:
+        raise RefusedArgument(f"{option} {error}") from error
 
 
 def memory_needed(hf: HFDirectory) -> tuple[int, int]:

@@ -22,7 +22,14 @@ from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.fp8.precision import recipe_of
 from dsv3_megatron.fp8.tiles import TILE
 from dsv3_megatron.prove.checkpoint import LOGITS_BOUND
-from dsv3_megatron.prove.forward import Forward, memory_needed, of_megatron, of_transformers, prompt_tokens
+from dsv3_megatron.prove.forward import (
+    Forward,
+    memory_needed,
+    named,
+    of_megatron,
+    of_transformers,
+    prompt_tokens,
+)
 from dsv3_megatron.prove.measure import largest, norm
 from dsv3_megatron.prove.report import Check, Report
 
@@ -62,6 +69,13 @@ def prove_fp8(
         ],
         settings={"bound of the drift": bound},
     )
+    for option, folder in (("--megatron", megatron), ("--beside", beside)):
+        if folder is not None:
+            with named(option):
+                MegatronWeights(folder)
+    if hf is not None:
+        with named("--hf"):
+            HFDirectory(hf)
     around = (megatron or hf or Path()).resolve().parent
     try:
         folder = Path(tempfile.mkdtemp(prefix="dsv3-prove-", dir=around))

@@ -1,7 +1,9 @@
 """What a proof found, as a folder: report.json, report.md, and lists of what was compared. No paths, no machines."""
 
 import contextlib
+import datetime
 import getpass
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -84,14 +86,24 @@ class Report:
             "not_covered": self.not_covered,
             "settings": self.settings,
             "versions": versions(),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         }
 
     def public(self, private: dict[str, str] | None = None) -> dict[str, Any]:
-        """`as_dict`, as JSON has it, without what `scrubbed` takes out."""
-        return scrubbed(_plain(self.as_dict()), private or {}) | {"word": self.word, "kind": self.kind}
+        """`as_dict`, as JSON has it, without what `scrubbed` takes out; with the tables' SHA-256 by their files."""
+        clean = scrubbed(_plain(self.as_dict()), private or {}) | {"word": self.word, "kind": self.kind}
+        sums = {name: _sha256(text) for name, text in self._table_files(private).items()}
+        return clean | {"sha256": sums}
+
+    def _table_files(self, private: dict[str, str] | None) -> dict[str, str]:
+        return {
+            f"{name}.json": json.dumps(scrubbed(_plain(table), private or {}), indent=1, ensure_ascii=False)
+            + "\n"
+            for name, table in self.tables.items()
+        }
 
     def write(self, folder: Path, private: dict[str, str] | None = None) -> None:
-        """Write the folder, whole or not at all.
+        """Write the folder, whole or not at all; report.md is signed off with the SHA-256 of report.json.
 
         Args:
             private: words that must not be in it (paths), each with what stands for it.
@@ -100,13 +112,11 @@ class Report:
             RefusedArgument: it cannot be written.
         """
         clean = self.public(private)
-        files = {
-            "report.json": json.dumps(clean, indent=2, ensure_ascii=False) + "\n",
-            "report.md": _markdown(clean),
+        whole = json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
+        files = self._table_files(private) | {
+            "report.json": whole,
+            "report.md": _markdown(clean) + _signed_off(clean, _sha256(whole)),
         }
-        for name, table in self.tables.items():
-            text = json.dumps(scrubbed(_plain(table), private or {}), indent=1, ensure_ascii=False)
-            files[f"{name}.json"] = text + "\n"
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
@@ -117,6 +127,17 @@ class Report:
                 os.replace(made, folder)  # an empty folder may be there
         except OSError as error:
             raise RefusedArgument(f"--output {folder}: {error.strerror or error}") from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _signed_off(report: dict[str, Any], digest: str) -> str:
+    """What `sha256sum` says of the folder's other files, so that a later change is seen."""
+    sums = {"report.json": digest, **report["sha256"]}
+    head = f"\n## Signed off\n\n**{report['word']}**, {report['date']}, dsv3 prove; SHA-256:\n\n"
+    return head + "".join(f"    {value}  {name}\n" for name, value in sums.items())
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from dsv3_megatron.evaluation.model import HarnessModel
 from dsv3_megatron.evaluation.scorer import Request, Row, Score
 from dsv3_megatron.evaluation.text import open_tokenizer
 from dsv3_megatron.serve.evaluate import main
+from tests.convert.releases import micro, release
 
 TASK = ("--tasks", "dsv3_choice_en")
 
@@ -39,6 +40,13 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ((), "--tasks: names no task"),
         (("--tasks", "dsv3_needel"), "--tasks dsv3_needel: no such task; did you mean dsv3_needle?"),
         (("--tasks", "dsv3_text,arc_esy"), "--tasks arc_esy: no such task; did you mean arc_easy?"),
+        (("--tasks",), "argument --tasks: expected at least one argument"),
+        ((*TASK, "--limit", "x"), "argument --limit: invalid int value: 'x'"),
+        ((*TASK, "--output", __file__), "test_command.py: is a file; name a folder"),
+        (
+            (*TASK, "--num-fewshot", "500"),
+            "--num-fewshot 500: one of dsv3_choice_en has not as many examples",
+        ),
         ((*TASK, "--load", "x"), "give --load DIR (a Megatron checkpoint) or --hf DIR"),
         ((*TASK, "--limit", "0"), "--limit 0: must be 1 or more"),
         ((*TASK, "--num-fewshot", "-1"), "--num-fewshot -1: must be 0 or more"),
@@ -64,6 +72,14 @@ def test_wrong_models_are_named(hf, tmp_path, capsys):
     assert str(empty) in refused(capsys, "--load", empty, "--device", "cpu", *TASK)
     assert "no such folder" in refused(capsys, "--load", tmp_path / "nowhere", "--device", "cpu", *TASK)
     assert "give --load DIR" in refused(capsys, "--device", "cpu", *TASK)
+    release(tmp_path / "small", micro())
+    words = ("--hf", tmp_path / "small", "--tokenizer", hf, "--device", "cpu", *TASK)
+    assert "has 400 tokens, the model 96" in refused(capsys, *words)
+    (tmp_path / "tracker").mkdir()
+    (tmp_path / "tracker" / "latest_checkpointed_iteration.txt").write_text("abc")
+    assert "'abc' is neither an iteration nor release" in refused(
+        capsys, "--load", tmp_path / "tracker", "--device", "cpu", *TASK
+    )
     shutil.copytree(hf, bare)
     config = json.loads((bare / "tokenizer_config.json").read_text())
     assert config.pop("chat_template")
@@ -170,6 +186,10 @@ def test_answers_are_kept_and_a_cut_line_is_written_again(tmp_path):
     assert file.read_bytes() == whole
     with pytest.raises(RefusedArgument, match="model 'a' there, 'b' asked"):
         Answers(tmp_path, {"model": "b"})
+    with pytest.raises(RefusedArgument, match=r"is there and holds no evaluation \(x\); name another"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "x").write_text("")
+        Answers(tmp_path / "other", {"model": "a"})
     file.write_text("nonsense\n")
     with pytest.raises(RefusedArgument, match=r"answers\.jsonl:1: was not written by this command"):
         Answers(tmp_path, {"model": "a"})

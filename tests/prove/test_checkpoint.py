@@ -1,6 +1,9 @@
 """`dsv3 prove --hf --megatron`: the same model is proved; a swapped tensor, router or MTP projection is not."""
 
+import getpass
 import json
+import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -42,12 +45,12 @@ def test_the_same_model(pair, tmp_path, capsys):
     # One folder, no weights, no paths, no machine.
     files = {file.name: file.read_text() for file in (tmp_path / "report").iterdir()}
     assert files.keys() == {"report.json", "report.md", "tensors.json"}
+    home, user, machine = Path.home(), getpass.getuser(), socket.gethostname()
     for text in files.values():
-        assert (
-            str(tmp_path) not in text
-            and str(pair[0]) not in text
-            and socket.gethostname() not in text.split()
-        )
+        for place in (tmp_path, pair[0], pair[1], Path.cwd(), home, Path(__file__).parents[2]):
+            assert not re.search(rf"(?<!\w){re.escape(str(place))}(?!\w)", text), place
+        for name in (user, machine):
+            assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), name
     assert (
         json.loads(files["report.json"])["word"] == "proved" and "# checkpoint: proved" in files["report.md"]
     )
@@ -128,6 +131,40 @@ def test_an_interrupted_audit_goes_on_and_without_logits_it_is_incomplete(
     assert len(compared) == 41 + 2 * (tensors["count"] - 20) and not (tmp_path / "report.part.jsonl").exists()
     assert (status, report["word"]) == (1, "incomplete")
     assert [check["holds"] for check in report["checks"]] == [True, True, None, None, None]
+
+
+def test_what_is_no_model_is_no_side(pair, tmp_path, capsys):
+    """One line with the option, before anything is compared; a model that lacks a tensor is refuted instead."""
+    (tmp_path / "empty").mkdir()
+    spoilt = {
+        "listed": ("config.json", "[]"), "llama": ("config.json", '{"model_type": "llama"}'),
+        "tracker": ("latest_checkpointed_iteration.txt", "abc"), "words": ("tokenizer.json", "{}"),
+    }  # fmt: skip
+    for name, (file, text) in spoilt.items():
+        shutil.copytree(pair[name == "tracker"], tmp_path / name)
+        (tmp_path / name / file).write_text(text)
+    for hf, megatron, said in (
+        ("empty", pair[1], "--hf "),
+        ("listed", pair[1], "config.json: not a JSON object"),
+        ("llama", pair[1], "model_type='llama'"),
+        (pair[0], "empty", "no Megatron checkpoint"),
+        (pair[0], "tracker", "'abc' is neither an iteration nor release"),
+        ("words", pair[1], "tokenizer.json: "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "--hf",
+                    str(tmp_path / hf),
+                    "--megatron",
+                    str(tmp_path / megatron),
+                    "--output",
+                    str(tmp_path / "x"),
+                ]
+            )
+        *_, line = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("error: ") and said in line, line
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

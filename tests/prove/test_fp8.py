@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
 from dsv3_megatron.fp8.precision import factory_of
 from dsv3_megatron.prove.__main__ import main
@@ -53,10 +54,11 @@ def test_a_doubled_scale_is_refuted(hf):
 
 def trained(checkpoint: Path, **arguments) -> None:
     """Let a conversion's arguments be those of a training."""
-    (common,) = checkpoint.rglob("common.pt")
-    state = torch.load(common, weights_only=False)
-    state["args"] = Namespace(**(vars(state["args"]) | {"consumed_train_samples": 1} | arguments))
-    torch.save(state, common)
+    weights = MegatronWeights(checkpoint)
+    found = Namespace(**(vars(weights.arguments) | {"consumed_train_samples": 1} | arguments))
+    torch.save(
+        {"args": found}, weights.checkpoint.path / "common.pt"
+    )  # counts before what is among the tensors
 
 
 @pytest.mark.slow

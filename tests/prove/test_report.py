@@ -1,5 +1,6 @@
 """Reports: the word, and what must not be in them."""
 
+import hashlib
 import json
 import math
 import socket
@@ -67,6 +68,20 @@ def test_nothing_private_is_written(tmp_path, monkeypatch, somebody):
             assert word in text or word.replace("|", "\\|") in text, word
     assert json.loads(files["report.json"])["checks"][0]["worst"] == "inf"
     assert {file.name for file in tmp_path.iterdir()} == {"report"}
+
+
+def test_it_is_signed_off(tmp_path):
+    report = Report(
+        "layout", "…", [Check("a", "b", "c", False)], tables={"gradients": [{"name": "x", "off": 1.0}]}
+    )
+    report.write(tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    last = text.split("## Signed off")[1]
+    assert "**refuted**" in last
+    rows = [line.split() for line in last.splitlines() if line.startswith("    ")]
+    assert [name for _, name in rows] == ["report.json", "gradients.json"]
+    for digest, name in rows:
+        assert digest == hashlib.sha256((tmp_path / "report" / name).read_bytes()).hexdigest()
 
 
 def test_the_word_is_no_secret(monkeypatch):
