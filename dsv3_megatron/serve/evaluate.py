@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsv3_megatron.evaluation.text import open_tokenizer
 
     tokenizer = open_tokenizer(tokenizer_folder)
-    if len(tokenizer) > source.architecture.vocab_size:
+    vocab_size = source.architecture.vocab_size
+    if len(tokenizer) > vocab_size:
         raise RefusedArgument(
-            f"the tokenizer of {tokenizer_folder} has {len(tokenizer)} tokens, the model {source.architecture.vocab_size}: "
+            f"the tokenizer of {tokenizer_folder} has {len(tokenizer)} tokens, the model {vocab_size}: "
             "give the model's own with --tokenizer DIR"
         )
     if options.apply_chat_template and not tokenizer.chat_template:
