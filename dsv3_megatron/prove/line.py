@@ -32,6 +32,7 @@ _SIZES = {
     "--hidden-size": 32, "--ffn-hidden-size": 64, "--num-attention-heads": 4, "--kv-lora-rank": 16,
     "--qk-head-dim": 16, "--qk-pos-emb-head-dim": 8, "--v-head-dim": 16, "--num-experts": 8,
     "--moe-ffn-hidden-size": 32, "--moe-router-topk": 4, "--vocab-size": 128, "--seq-length": 32,
+    "--make-vocab-size-divisible-by": 64,  # as many rows of the embedding on two tensor-parallel ranks as on one
     "--max-position-embeddings": 32, "--init-method-std": 0.02, "--micro-batch-size": 1, "--eval-iters": 0,
     "--num-workers": 0, "--log-interval": 1, "--lr": 1e-3,
 }  # fmt: skip
@@ -130,14 +131,16 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     given = vars(parse_given(parser, words))
     asked = {name: int(given.get(name) or 1) for name in _PARALLEL}
     sizes = {name: min(2, size) for name, size in asked.items()}
+    whole = int(given.get("expert_tensor_parallel_size") or 0)
+    expert_tensor = min(2, whole) or None  # the tensor-parallel size where the line does not say
     for name in reversed(_PARALLEL):
-        if _world(sizes) > MAX_PROCESSES:
+        if _world(sizes, expert_tensor) > MAX_PROCESSES:
             sizes[name] = 1
     layers = LAYERS * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
     if single:
-        sizes = dict.fromkeys(sizes, 1)
+        sizes, expert_tensor = dict.fromkeys(sizes, 1), None
     schedule = "1f1b" if single else str(given.get("pipeline_schedule") or "1f1b")
-    result = Shrunk([], _world(sizes), 1)
+    result = Shrunk([], _world(sizes, expert_tensor), 1)
     tp, cp, pp = (
         sizes[f"{name}_size"]
         for name in ("tensor_model_parallel", "context_parallel", "pipeline_model_parallel")
@@ -149,7 +152,7 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         gone |= not precision and name.removeprefix("no-").startswith(_PRECISION)
         gone |= name in ("use-distributed-optimizer", "overlap-param-gather") and not precision
         gone |= single and name.startswith(_OF_A_LAYOUT)
-        if option in _PARALLEL.values():
+        if option in (*_PARALLEL.values(), "--expert-tensor-parallel-size"):
             continue
         if option in _SIZES or (name == "lr"):
             result.set.append(option)
@@ -173,6 +176,10 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
             new[option] = sizes[name]
         if asked[name] != sizes[name]:
             result.notes.append(f"{option} {asked[name]} became {sizes[name]}")
+    if expert_tensor:
+        new["--expert-tensor-parallel-size"] = expert_tensor
+        if whole > expert_tensor:
+            result.notes.append(f"--expert-tensor-parallel-size {whole} became {expert_tensor}")
     if schedule == "1f1b" and pp > 1 and _interleaved(given, asked["pipeline_model_parallel_size"]):
         new["--num-virtual-stages-per-pipeline-rank"] = 2
         result.notes.append("interleaved stages became 2 per rank")
@@ -199,9 +206,10 @@ def _interleaved(given: dict[str, Any], stages: int) -> bool:
     )
 
 
-def _world(sizes: dict[str, int]) -> int:
+def _world(sizes: dict[str, int], expert_tensor: int | None) -> int:
     tp, cp = sizes["tensor_model_parallel_size"], sizes["context_parallel_size"]
-    return sizes["pipeline_model_parallel_size"] * math.lcm(tp * cp, sizes["expert_model_parallel_size"])
+    experts = sizes["expert_model_parallel_size"] * (expert_tensor or tp)
+    return sizes["pipeline_model_parallel_size"] * math.lcm(tp * cp, experts)
 
 
 def _groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -10,8 +10,9 @@ __all__ = ["largest", "norm", "number"]
 
 
 def largest(a: Tensor, b: Tensor, scale: float | None = None) -> float:
-    """max |a − b| / max |a|, or / `scale`; 0 where both are zero, infinite where either has what is no number."""
-    if not bool(a.isfinite().all() and b.isfinite().all()):
+    """max |a − b| / max |a|, or / `scale`; 0 where both are zero, infinite where either has what is no number, or the
+    shapes differ."""
+    if a.shape != b.shape or not bool(a.isfinite().all() and b.isfinite().all()):
         return math.inf
     return _quotient(
         float((a.float() - b.float()).abs().max()), float(a.abs().max()) if scale is None else scale
@@ -19,8 +20,9 @@ def largest(a: Tensor, b: Tensor, scale: float | None = None) -> float:
 
 
 def norm(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖, in double precision; 0 where both are zero, infinite where either has what is no number."""
-    if not bool(a.isfinite().all() and b.isfinite().all()):
+    """‖a − b‖ / ‖b‖, in double precision; 0 where both are zero, infinite where either has what is no number, or the
+    shapes differ."""
+    if a.shape != b.shape or not bool(a.isfinite().all() and b.isfinite().all()):
         return math.inf
     a, b = a.double(), b.double()
     return _quotient(float(torch.linalg.vector_norm(a - b)), float(torch.linalg.vector_norm(b)))

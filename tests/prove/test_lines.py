@@ -81,6 +81,10 @@ def test_the_shape_stays_and_the_size_goes():
         ["model=tiny", "layout=cpu_pp2_ep2", "device=cpu"],
         ["--tensor-model-parallel-size", "4", "--sequence-parallel", "--context-parallel-size", "4", "--bf16",
          "--expert-model-parallel-size", "8", "--pipeline-model-parallel-size", "4"],
+        ["--tensor-model-parallel-size", "4", "--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "8",
+         "--sequence-parallel"],
+        ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--sequence-parallel",
+         "--pipeline-model-parallel-size", "2"],
     ],
 )  # fmt: skip
 def test_other_lines(words):
@@ -166,6 +170,10 @@ LAYOUTS = {
     "TP2": ["--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "EP2": ["--spec", "dsv3", "--expert-model-parallel-size", "2", "--use-distributed-optimizer"],
     "CP2": ["--spec", "dsv3", "--context-parallel-size", "2"],
+    "TP2 × EP2, experts whole": [
+        "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
+        "2", "--expert-tensor-parallel-size", "1",
+    ],
     "PP2 × TP2 × EP2": [
         *SPLIT, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2",
     ],
