@@ -182,7 +182,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "DualPipe, bf16" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+    [name if name == "EP2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
 def test_layout(name, tmp_path, capsys, forked, smaller):
     status = main(words_of("layout", tmp_path / "report", *LAYOUTS[name]))
