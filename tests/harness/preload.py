@@ -21,24 +21,13 @@ import megatron.training
 try:
     # Megatron's tokenizers bring `transformers`, seconds in every rank that trains.
     import megatron.core.tokenizers.text  # noqa: F401
-    from megatron.training import argument_utils
 
     import dsv3_megatron.resilience
     import dsv3_megatron.specs.select
     import dsv3_megatron.train
     import dsv3_megatron.training.step  # noqa: F401
 
-    # Megatron parses its own sources again for the help texts of every parser that it builds.
-    factory = argument_utils.ArgumentGroupFactory
-    read = factory._get_field_docstrings
-    kept: dict[type, dict[str, str]] = {}
-
-    def docstrings(self: object, config: type) -> dict[str, str]:
-        if config not in kept:
-            kept[config] = read(self, config)
-        return dict(kept[config])
-
-    factory._get_field_docstrings = docstrings
+    # The help texts that Megatron reads from its own sources are read here, once (the repair `field_docstrings`).
     from dsv3_megatron.arguments.command_line import megatron_parser
 
     megatron_parser()
