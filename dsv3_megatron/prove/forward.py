@@ -1,6 +1,6 @@
 """What both models compute on the same tokens, in fp32 on the CPU: logits, MTP's logits, the routers' choices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,20 +76,28 @@ def prompt_tokens(hf: HFDirectory, prompts: Sequence[str] | None) -> list[Tensor
 
 
 @torch.no_grad()
-def of_transformers(hf: HFDirectory, tokens: Sequence[Tensor]) -> list[Forward]:
+def of_transformers(
+    hf: HFDirectory,
+    tokens: Sequence[Tensor],
+    dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
+) -> list[Forward]:
     """transformers' model with the directory's weights; its MTP layer is put together from transformers' own layer.
 
     Args:
         tokens: int64 [1, s] of each prompt.
+        dtype: by released name, what a weight is rounded to before it is computed with in fp32: that of a checkpoint
+            whose weights were converted so.
     """
+
+    def read(name: str) -> Tensor:
+        return hf.tensor(name, dtype(hf.copies.get(name, name))).float()
+
     layers = hf.architecture.num_layers
     extra = f"model.layers.{layers}."
-    weights = {
-        name: hf.tensor(name, torch.float32) for name in hf.weights if not name.startswith("model.layers.")
-    }
+    weights = {name: read(name) for name in hf.weights if not name.startswith("model.layers.")}
     main = dict(weights)
     main |= {
-        name: hf.tensor(name, torch.float32)
+        name: read(name)
         for name in hf.weights
         if name.startswith("model.layers.") and int(name.split(".")[2]) < layers
     }
@@ -104,7 +112,7 @@ def of_transformers(hf: HFDirectory, tokens: Sequence[Tensor]) -> list[Forward]:
     if not hf.architecture.mtp_num_layers:
         return found
     # MTP (report §2.2) as a model of one layer, whose input is the projection of the two norms.
-    inner = {name: hf.tensor(name, torch.float32) for name in hf.weights if name.startswith(extra)}
+    inner = {name: read(name) for name in hf.weights if name.startswith(extra)}
     projection, enorm, hnorm = (inner.pop(f"{extra}{name}.weight") for name in ("eh_proj", "enorm", "hnorm"))
     inner["model.norm.weight"] = inner.pop(f"{extra}shared_head.norm.weight")
     inner = {name.replace(extra, "model.layers.0."): value for name, value in inner.items()}
@@ -113,7 +121,7 @@ def of_transformers(hf: HFDirectory, tokens: Sequence[Tensor]) -> list[Forward]:
             (copy for copy, original in hf.copies.items() if original == kept and copy.startswith(extra)),
             kept,
         )
-        inner[kept] = hf.tensor(copy, torch.float32)
+        inner[kept] = read(copy)
     dense = not hf.architecture.is_moe(layers)
     settings = {
         "num_hidden_layers": 1,

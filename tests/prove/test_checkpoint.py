@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
 from dsv3_megatron.prove.__main__ import main
-from tests.convert.releases import micro, release
+from tests.convert.releases import micro, release, to_fp8
 
+DOWN = "model.layers.0.mlp.down_proj.weight"
 CHECKS = ["inventory", "tensors", "logits", "MTP logits", "router decisions"]
 
 
@@ -58,6 +60,21 @@ def test_the_same_model(pair, tmp_path, capsys):
     assert len(rows) == checks["tensors"]["count"] and all(
         row["sha256_hf"] == row["sha256_megatron"] for row in rows
     )
+
+
+@pytest.mark.slow
+def test_a_bf16_checkpoint_of_an_fp8_release(pair, tmp_path, capsys):
+    """Its products are rounded to BF16, and so are they on the other side."""
+    hf = tmp_path / "hf"
+    shutil.copytree(pair[0], hf)
+    to_fp8(hf)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    status, report = prove(hf, tmp_path / "megatron", tmp_path / "report", capsys)
+    assert (status, report["word"]) == (0, "proved"), report["checks"]
+    assert MegatronWeights(tmp_path / "megatron").dtype(DOWN) == torch.bfloat16
+    # Another model's: the same release without FP8.
+    status, report = prove(pair[0], tmp_path / "megatron", tmp_path / "other", capsys)
+    assert (status, report["word"]) == (1, "refuted")
 
 
 def spoiled(hf: Path, folder: Path, change) -> Path:
