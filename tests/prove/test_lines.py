@@ -174,9 +174,6 @@ LAYOUTS = {
         "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
         "2", "--expert-tensor-parallel-size", "1",
     ],
-    "PP2 × TP2 × EP2": [
-        *SPLIT, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2",
-    ],
 }  # fmt: skip
 
 
