@@ -1,17 +1,20 @@
 """How often the MTP layer's draft is right when it sees the whole context, and when it sees one position alone.
 
-    python -m dsv3_megatron.studies.draft_acceptance --run runs/demo [--prompts 24] [--new-tokens 96] [--file FILE.png]
+    python -m dsv3_megatron.studies.draft_acceptance --run runs/demo [--prompts 400] [--new-tokens 64] [--file FILE.png]
 
-The demo's model continues held-out text greedily. Three figures on the same continuations: what the engine accepts with
+The demo's model continues held-out text greedily. On the same continuations: what the engine accepts with
 `--speculative mtp`; how often the MTP layer's first choice is the token that comes, teacher-forced over the whole
-context; the same where its attention sees the last verified position alone, as in Megatron's own drafts. The picture
-has them by the place in the text. The last line on stdout is one JSON object.
+context, at the places where the engine drafted and at all; the same where its attention sees the last verified
+position alone, as in Megatron's own drafts. And on the held-out text itself: how often the layer's first choice is the
+main model's first choice. Standard errors (`_se`) are over prompts, whose continuations are independent; that of the
+difference is of pairs. The picture has the shares by the place in the text. The last line on stdout is one JSON object.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.serve.load import Layout, loaded_model, use_device
 from dsv3_megatron.serve.source import open_source
 
-__all__ = ["main"]
+__all__ = ["as_drafted", "main", "share"]
 
 PROMPT = 32  # tokens of held-out text
-BUCKET = 16  # tokens of a point in the picture
+BUCKET = 8  # tokens of a point in the picture
+MAX_BATCH = 64
 
 
 @exits_cleanly
@@ -31,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a demo's run")
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--file", type=Path, default=Path("drafts.png"))
     options = parser.parse_args(argv)
-    for name in ("prompts", "new_tokens"):
-        if getattr(options, name) < 1:
-            raise RefusedArgument(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
+    for name, least in (("prompts", 2), ("new_tokens", 2)):
+        if getattr(options, name) < least:
+            given = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise RefusedArgument(f"{given}: must be {least} or more")
     for needed in ("checkpoints", "corpus/valid.bin"):
         if not (options.run / needed).exists():
             raise RefusedArgument(f"--run {options.run}: has no {needed}; make demo writes such a folder")
@@ -49,17 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prompts(corpus: Path, count: int) -> list[list[int]]:
-    """Evenly spaced beginnings out of the held-out documents."""
+def _texts(corpus: Path, count: int, length: int) -> list[list[int]]:
+    """Evenly spaced stretches of the held-out documents."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     documents = IndexedDataset(str(corpus))
     stream = np.concatenate([documents[i] for i in range(len(documents))])
-    stride = (len(stream) - PROMPT) // count
-    if stride < PROMPT:
+    stride = (len(stream) - length) // count
+    if stride < length:
         raise RefusedArgument(f"--prompts {count}: the held-out text has {len(stream)} tokens; use fewer")
-    return [stream[i * stride : i * stride + PROMPT].tolist() for i in range(count)]
+    return [stream[i * stride : i * stride + length].tolist() for i in range(count)]
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,24 +79,66 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         raise RefusedArgument(f"--new-tokens {options.new_tokens}: the model has room for {longest}")
     how = Sampling(max_new_tokens=options.new_tokens, temperature=0, ignore_ends=True)
     with loaded_model(source, Layout(), "fp32", "local") as model:
-        prompts = _prompts(options.run / "corpus" / "valid", options.prompts)
-        engine = Engine(model, EngineSettings(length, options.prompts, speculative=True))
-        answers = [generation.tokens for generation in engine.generate(prompts, how)]
-        accepted, per_pass = engine.statistics.acceptance, engine.statistics.tokens_per_pass
+        texts = _texts(options.run / "corpus" / "valid", options.prompts, length)
+        settings = EngineSettings(length, min(options.prompts, MAX_BATCH), speculative=True)
+        engine = Engine(model, settings)
+        prompts, answers = [text[:PROMPT] for text in texts], []
+        for begin in range(0, len(prompts), MAX_BATCH):
+            some = engine.generate(prompts[begin : begin + MAX_BATCH], how)
+            answers += [generation.tokens for generation in some]
+            print(f"{len(answers)} of {len(prompts)} continued", file=sys.stderr, flush=True)
+        drafts = engine.statistics
         engine.close()
-        hits = [_teacher_forced(model, p + a) for p, a in zip(prompts, answers, strict=True)]
-    return {
+        greedy = [_choices(model, p + a) for p, a in zip(prompts, answers, strict=True)]
+        held_out = [_choices(model, text) for text in texts]
+    whole = [choices.hits(choices.whole, choices.tokens[2:]) for choices in greedy]
+    one = [choices.hits(choices.one, choices.tokens[2:]) for choices in greedy]
+    of_text = [
+        [choices.hits(draft, choices.main[1:]) for choices in held_out for draft in (getattr(choices, name),)]
+        for name in ("whole", "one")
+    ]
+    rows = {
+        "teacher_forced_where_drafted": [as_drafted(hits) for hits in whole],
+        "teacher_forced_whole": whole,
+        "teacher_forced_one": one,
+        "held_out_whole": of_text[0],
+        "held_out_one": of_text[1],
+    }
+    found: dict[str, Any] = {
         "prompts": options.prompts,
         "new_tokens": options.new_tokens,
-        "engine_acceptance": accepted,
-        "tokens_per_pass": per_pass,
-        **{f"teacher_forced_{name}": _mean([row[name] for row in hits]) for name in ("whole", "one")},
-        "by_place": {name: _by_place([row[name] for row in hits]) for name in ("whole", "one")},
+        "drafts": drafts.proposed,
+        "engine_acceptance": drafts.acceptance,
+        "tokens_per_pass": drafts.tokens_per_pass,
     }
+    for name, hits in rows.items():
+        found[name], found[f"{name}_se"] = share(hits)
+    for name, pair in (("teacher_forced", (whole, one)), ("held_out", of_text)):
+        found[f"{name}_gain"], found[f"{name}_gain_se"] = share(
+            [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*pair, strict=True)]
+        )
+    found["by_place"] = {"whole": _by_place(whole), "one": _by_place(one)}
+    return found
 
 
-def _teacher_forced(model: Any, tokens: list[int]) -> dict[str, list[bool]]:
-    """Whether the MTP layer's first choice of each answer token but the first is that token."""
+@dataclass(frozen=True)
+class _Choices:
+    """First choices over one text: at place i, `main` of token i + 1, `whole` and `one` of token i + 2."""
+
+    tokens: list[int]
+    main: list[int]
+    whole: list[int]
+    one: list[int]
+
+    def hits(self, drafts: list[int], wanted: list[int]) -> list[bool]:
+        """Whether drafts are what is wanted (of token i + 2 too), after the prompt and the first token behind it."""
+        first = PROMPT - 1
+        end = len(self.tokens) - 2
+        return [drafts[i] == wanted[i] for i in range(first, end)]
+
+
+def _choices(model: Any, tokens: list[int]) -> _Choices:
+    """Teacher-forced, by the trainer's own forward pass."""
     import torch
 
     ids = torch.tensor([tokens])
@@ -106,36 +153,42 @@ def _teacher_forced(model: Any, tokens: list[int]) -> dict[str, list[bool]]:
         with torch.no_grad():
             model(ids, positions, attention_mask=None)
             embedded = model.embedding(input_ids=ids.roll(-1, dims=1), position_ids=positions)
-            # Every position a sequence of its own: attention finds nothing but it.
-            rotary = model.rotary_pos_emb(1) if hasattr(model, "rotary_pos_emb") else None
+            # Every position a sequence of its own: attention finds nothing but it, so that its rotation is no matter.
             kept["one"] = layer._proj_and_transformer_layer(
-                hidden_states=kept["main"].transpose(0, 1),
-                decoder_input=embedded.transpose(0, 1),
-                rotary_pos_emb=rotary,
+                hidden_states=kept["main"].transpose(0, 1), decoder_input=embedded.transpose(0, 1)
             ).transpose(0, 1)
-            found = {}
-            for name in ("whole", "one"):
-                logits, _ = model.output_layer(kept[name])
-                choice = logits[:, 0].argmax(-1).tolist()  # at place i of token i + 2
-                places = range(PROMPT + 1, len(tokens))
-                found[name] = [choice[place - 2] == tokens[place] for place in places]
+            chosen = {
+                name: model.output_layer(hidden)[0][:, 0].argmax(-1).tolist() for name, hidden in kept.items()
+            }
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return _Choices(tokens, **chosen)
 
 
-def _mean(rows: list[list[bool]]) -> float:
-    flat = [hit for row in rows for hit in row]
-    return sum(flat) / len(flat)
+def as_drafted(hits: Sequence[bool]) -> list[bool]:
+    """The hits that an engine with one draft verifies: after an accepted draft comes a sample that was not drafted."""
+    verified, place = [], 0
+    while place < len(hits):
+        verified.append(hits[place])
+        place += 2 if hits[place] else 1
+    return verified
 
 
-def _by_place(rows: list[list[bool]]) -> list[tuple[int, float]]:
-    """(tokens before, share right) for stretches of the answers."""
+def share(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean over all, and its standard error where rows are independent but what is in a row is not (ratio estimate)."""
+    sizes = [len(row) for row in rows]
+    mean = sum(map(sum, rows)) / sum(sizes)
+    spread = sum((sum(row) - mean * len(row)) ** 2 for row in rows) * len(rows) / (len(rows) - 1)
+    return mean, float(spread**0.5 / sum(sizes))
+
+
+def _by_place(rows: list[list[bool]]) -> list[tuple[float, float, float]]:
+    """(tokens before, share right, standard error) for stretches of the answers."""
     points = []
     for begin in range(0, len(rows[0]), BUCKET):
         stretch = [row[begin : begin + BUCKET] for row in rows]
-        points.append((PROMPT + 1 + begin + len(stretch[0]) // 2, _mean(stretch)))
+        points.append((PROMPT + 1 + begin + len(stretch[0]) / 2, *share(stretch)))
     return points
 
 
@@ -150,16 +203,17 @@ def _draw(found: dict[str, Any], file: Path) -> None:
         ("whole", "whole context", "tab:blue"),
         ("one", "one position", "tab:orange"),
     ):
-        places, shares = zip(*found["by_place"][name], strict=True)
-        mean = found[f"teacher_forced_{name}"]
-        axis.plot(places, shares, marker="o", markersize=4, color=colour, label=f"{label}: {mean:.1%}")
+        places, shares, errors = zip(*found["by_place"][name], strict=True)
+        mean, error = found[f"teacher_forced_{name}"], found[f"teacher_forced_{name}_se"]
+        label = f"{label}: {mean:.1%} ± {error:.1%}"
+        axis.errorbar(places, shares, errors, marker="o", markersize=4, color=colour, label=label)
         axis.axhline(mean, color=colour, linewidth=0.8, linestyle="--")
     accepted = found["engine_acceptance"]
     axis.axhline(accepted, color="black", linewidth=0.8, label=f"accepted by the engine: {accepted:.1%}")
-    axis.set(xlabel="tokens before the draft", ylabel="share of drafts that are right", ylim=(0, 1))
+    axis.set(xlabel="tokens before the draft", ylabel="share of drafts that are right")
     axis.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
     pyplot.close(figure)
 
 
