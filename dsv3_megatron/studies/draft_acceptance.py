@@ -7,7 +7,8 @@ The demo's model continues held-out text greedily. On the same continuations: wh
 context, at the places where the engine drafted and at all; the same where its attention sees the last verified
 position alone, as in Megatron's own drafts. And on the held-out text itself: how often the layer's first choice is the
 main model's first choice. Standard errors (`_se`) are over prompts, whose continuations are independent; that of the
-difference is of pairs. The picture has the shares by the place in the text. The last line on stdout is one JSON object.
+difference is of pairs. The picture has the shares by the place in the text. What was measured is in FILE.jsonl, and the
+same command goes on from there. The last line on stdout is one JSON object.
 """
 
 import argparse
@@ -26,7 +27,8 @@ __all__ = ["as_drafted", "main", "share"]
 
 PROMPT = 32  # tokens of held-out text
 BUCKET = 8  # tokens of a point in the picture
-MAX_BATCH = 64
+BATCH = 20  # prompts continued together, and kept together
+KINDS = ("whole", "one", "held_out_whole", "held_out_one")
 
 
 @exits_cleanly
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (options.run / needed).exists():
             raise RefusedArgument(f"--run {options.run}: has no {needed}; make demo writes such a folder")
     use_device("cpu")
-    found = _measure(options)
+    found = _summary(options, _measure(options))
     _draw(found, options.file)
     print(options.file, file=sys.stderr)
     print(json.dumps({key: value for key, value in found.items() if key != "by_place"}))
@@ -67,9 +69,8 @@ def _texts(corpus: Path, count: int, length: int) -> list[list[int]]:
     return [stream[i * stride : i * stride + length].tolist() for i in range(count)]
 
 
-def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    from dsv3_megatron.inference import Engine, EngineSettings, Sampling
-
+def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record per batch, those of an earlier call of the same command among them."""
     source = open_source(options.run / "checkpoints", None)
     if not source.architecture.mtp_num_layers:
         raise RefusedArgument(f"--run {options.run}: its model has no MTP layer")
@@ -77,48 +78,79 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if length > source.architecture.max_position_embeddings:
         longest = source.architecture.max_position_embeddings - PROMPT
         raise RefusedArgument(f"--new-tokens {options.new_tokens}: the model has room for {longest}")
-    how = Sampling(max_new_tokens=options.new_tokens, temperature=0, ignore_ends=True)
-    with loaded_model(source, Layout(), "fp32", "local") as model:
-        texts = _texts(options.run / "corpus" / "valid", options.prompts, length)
-        settings = EngineSettings(length, min(options.prompts, MAX_BATCH), speculative=True)
-        engine = Engine(model, settings)
-        prompts, answers = [text[:PROMPT] for text in texts], []
-        for begin in range(0, len(prompts), MAX_BATCH):
-            some = engine.generate(prompts[begin : begin + MAX_BATCH], how)
-            answers += [generation.tokens for generation in some]
-            print(f"{len(answers)} of {len(prompts)} continued", file=sys.stderr, flush=True)
-        drafts = engine.statistics
-        engine.close()
-        greedy = [_choices(model, p + a) for p, a in zip(prompts, answers, strict=True)]
-        held_out = [_choices(model, text) for text in texts]
-    whole = [choices.hits(choices.whole, choices.tokens[2:]) for choices in greedy]
-    one = [choices.hits(choices.one, choices.tokens[2:]) for choices in greedy]
-    of_text = [
-        [choices.hits(draft, choices.main[1:]) for choices in held_out for draft in (getattr(choices, name),)]
-        for name in ("whole", "one")
-    ]
-    rows = {
-        "teacher_forced_where_drafted": [as_drafted(hits) for hits in whole],
-        "teacher_forced_whole": whole,
-        "teacher_forced_one": one,
-        "held_out_whole": of_text[0],
-        "held_out_one": of_text[1],
-    }
+    texts = _texts(options.run / "corpus" / "valid", options.prompts, length)
+    settings = {"checkpoint": str(source.checkpoint), "prompts": len(texts), "new_tokens": options.new_tokens}
+    file = options.file.with_suffix(".jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known, *records = (
+        [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [settings]
+    )
+    if known != settings:
+        raise RefusedArgument(f"--file {options.file}: {file} is of other settings ({known}); name another")
+    left = range(len(records) * BATCH, len(texts), BATCH)
+    if not left:
+        return records
+    with loaded_model(source, Layout(), "fp32", "local") as model, open(file, "a") as out:
+        if not file.stat().st_size:
+            out.write(json.dumps(settings) + "\n")
+        for begin in left:
+            records.append(_measure_batch(model, texts[begin : begin + BATCH], options.new_tokens))
+            out.write(json.dumps(records[-1]) + "\n")
+            out.flush()
+            done = min(begin + BATCH, len(texts))
+            print(f"{done} of {len(texts)} prompts continued", file=sys.stderr, flush=True)
+    return records
+
+
+def _measure_batch(model: Any, texts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Drafts proposed and accepted by an engine, and of each text the hits of `KINDS`."""
+    from dsv3_megatron.inference import Engine, EngineSettings, Sampling
+
+    how = Sampling(max_new_tokens=new_tokens, temperature=0, ignore_ends=True)
+    engine = Engine(model, EngineSettings(PROMPT + new_tokens, BATCH, speculative=True))
+    prompts = [text[:PROMPT] for text in texts]
+    answers = [generation.tokens for generation in engine.generate(prompts, how)]
+    record: dict[str, Any] = {"proposed": engine.statistics.proposed, "accepted": engine.statistics.accepted}
+    engine.close()
+    greedy = [_choices(model, p + a) for p, a in zip(prompts, answers, strict=True)]
+    held_out = [_choices(model, text) for text in texts]
+    hits = (
+        [choices.hits(choices.whole, choices.tokens[2:]) for choices in greedy],
+        [choices.hits(choices.one, choices.tokens[2:]) for choices in greedy],
+        [choices.hits(choices.whole, choices.main[1:]) for choices in held_out],
+        [choices.hits(choices.one, choices.main[1:]) for choices in held_out],
+    )
+    for kind, rows in zip(KINDS, hits, strict=True):
+        record[kind] = [[int(hit) for hit in row] for row in rows]
+    return record
+
+
+def _summary(options: argparse.Namespace, records: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = {kind: [row for record in records for row in record[kind]] for kind in KINDS}
+    proposed, accepted = (sum(record[key] for record in records) for key in ("proposed", "accepted"))
     found: dict[str, Any] = {
         "prompts": options.prompts,
         "new_tokens": options.new_tokens,
-        "drafts": drafts.proposed,
-        "engine_acceptance": drafts.acceptance,
-        "tokens_per_pass": drafts.tokens_per_pass,
+        "drafts": proposed,
+        "engine_acceptance": accepted / proposed,
+        "tokens_per_pass": 1 + accepted / proposed,
     }
-    for name, hits in rows.items():
+    for name, hits in (
+        ("teacher_forced_where_drafted", [as_drafted(row) for row in rows["whole"]]),
+        ("teacher_forced_whole", rows["whole"]),
+        ("teacher_forced_one", rows["one"]),
+        ("teacher_forced_gain", _differences(rows["whole"], rows["one"])),
+        ("held_out_whole", rows["held_out_whole"]),
+        ("held_out_one", rows["held_out_one"]),
+        ("held_out_gain", _differences(rows["held_out_whole"], rows["held_out_one"])),
+    ):
         found[name], found[f"{name}_se"] = share(hits)
-    for name, pair in (("teacher_forced", (whole, one)), ("held_out", of_text)):
-        found[f"{name}_gain"], found[f"{name}_gain_se"] = share(
-            [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*pair, strict=True)]
-        )
-    found["by_place"] = {"whole": _by_place(whole), "one": _by_place(one)}
+    found["by_place"] = {"whole": _by_place(rows["whole"]), "one": _by_place(rows["one"])}
     return found
+
+
+def _differences(first: list[list[int]], second: list[list[int]]) -> list[list[int]]:
+    return [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +198,7 @@ def _choices(model: Any, tokens: list[int]) -> _Choices:
     return _Choices(tokens, **chosen)
 
 
-def as_drafted(hits: Sequence[bool]) -> list[bool]:
+def as_drafted(hits: Sequence[int]) -> list[int]:
     """The hits that an engine with one draft verifies: after an accepted draft comes a sample that was not drafted."""
     verified, place = [], 0
     while place < len(hits):
@@ -183,7 +215,7 @@ def share(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
     return mean, float(spread**0.5 / sum(sizes))
 
 
-def _by_place(rows: list[list[bool]]) -> list[tuple[float, float, float]]:
+def _by_place(rows: list[list[int]]) -> list[tuple[float, float, float]]:
     """(tokens before, share right, standard error) for stretches of the answers."""
     points = []
     for begin in range(0, len(rows[0]), BUCKET):
