@@ -5,6 +5,8 @@ A verb is the `main` of a module, which is imported only when the verb is called
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -76,7 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, _, function = VERBS[name].function.partition(":")
     sys.argv = [f"dsv3 {name}", *rest]  # where a main looks for its words
-    result = getattr(importlib.import_module(f"{__package__}.{module}"), function)()
+    try:
+        result = getattr(importlib.import_module(f"{__package__}.{module}"), function)()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has read enough (`| head`). What Python still holds goes nowhere, or its end would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return result if isinstance(result, int) else 0
 
 

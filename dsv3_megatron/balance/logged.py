@@ -86,8 +86,10 @@ def _layers(layers: Any, where: str) -> Iterator[tuple[int, list[float]]]:
     if not isinstance(layers, dict):
         raise RefusedArgument(f'{where}: "layers" is no table of layers by number')
     for name, figures in layers.items():
-        if not (name.isascii() and name.isdigit() and isinstance(figures, dict)):
-            raise RefusedArgument(f'{where}: "layers" has an entry {name!r} that is no layer by its number')
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and isinstance(figures, dict)):
+            raise RefusedArgument(
+                f'{where}: "layers" has an entry {name[:20]!r} that is no layer by its number'
+            )
         if "tokens_per_expert" not in figures:
             raise RefusedArgument(
                 f"{where}: no tokens_per_expert in layer {name}: log with --tensorboard-dir and this version"

@@ -12,7 +12,7 @@ def draw(plan: Plan, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     loads = {"before": plan.before, "after": plan.after}
     relative = {name: load / load.mean(1, keepdim=True).clamp(min=1e-30) for name, load in loads.items()}
@@ -28,6 +28,7 @@ def draw(plan: Plan, path: Path) -> None:
         )
         axis.set_title(name)
         axis.set_xlabel("GPU")
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes[1], label="tokens over the mean")
     for name, load in loads.items():
         axes[2].plot(max_over_mean(load), rows, marker="o", markersize=3, label=name)

@@ -18,6 +18,7 @@ from dsv3_megatron.balance.plan import Plan, make_plan, max_over_mean
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 
 OUTPUTS = ("json", "table", "png")
+_MOST = 1_000_000  # of GPUs, slots and so on: more than there are, few enough to be dealt out
 
 
 @exits_cleanly
@@ -37,6 +38,15 @@ def main(words: Sequence[str] | None = None) -> None:
     load, groups = read_load(options.load, options.last, options.groups)
     experts = len(next(iter(load.values())))
     replicas = options.replicas if options.replicas is not None else experts
+    if options.gpus % options.nodes:
+        raise RefusedArgument(
+            f"--nodes {options.nodes}: {options.gpus} GPUs do not lie evenly on them: use a divisor of --gpus"
+        )
+    if replicas > experts * options.gpus:
+        raise RefusedArgument(
+            f"--replicas {replicas}: more than a copy of each of {experts} experts on each of {options.gpus} GPUs: "
+            f"use {experts * options.gpus} or fewer"
+        )
     try:
         plan = make_plan(load, replicas, groups, options.nodes, options.gpus)
     except ValueError as error:
@@ -74,15 +84,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+    if not (text.isascii() and text.isdigit() and text.strip("0")):
         raise argparse.ArgumentTypeError(f"{text} is not a count: give 1 or more")
-    return int(text)
+    digits = text.lstrip("0")
+    if len(digits) > len(str(_MOST)) or int(digits) > _MOST:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is too many: give {_MOST} or fewer")
+    return int(digits)
 
 
 def _picture(said: Path | None) -> Path:
     """Where the picture goes; refused before anything is read or drawn."""
     path = Path("balance.png") if said is None else said
-    if path.suffix.lower() != ".png" or path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise RefusedArgument(f"--file {path}: {error.strerror or error}") from error
+    if path.suffix.lower() != ".png" or is_folder:
         raise RefusedArgument(f"--file {path}: the picture is a PNG: give a name that ends in .png")
     return path
 

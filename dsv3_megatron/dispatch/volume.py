@@ -13,6 +13,7 @@ A copy is a row of the hidden size and what goes with it: weights, and for two_h
 import functools
 from dataclasses import dataclass
 from math import comb
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:  # only what draws or counts a routing needs it at run time
@@ -131,11 +132,11 @@ def expected_bytes(
     """
     counts = {"topk": topk, "nodes": nodes, "node_limit": node_limit, "hidden": hidden, "experts": experts}
     counts |= {"ranks_per_node": ranks_per_node, "groups": groups}
-    if tokens < 0:
-        raise ValueError(f"{tokens=}: give 0 or more")
+    if not isinstance(tokens, Integral) or tokens < 0:
+        raise ValueError(f"{tokens=}: give a whole number, 0 or more")
     for argument, number in counts.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{argument}={number}: give 1 or more")
+        if number is not None and not (isinstance(number, Integral) and number >= 1):
+            raise ValueError(f"{argument}={number!r}: give a whole number, 1 or more")
     name = _TORCH.get(str(dtype), str(dtype))
     if name != "fp8" and name not in _SIZES:
         raise ValueError(f"dtype={dtype}: use fp8, {', '.join(_SIZES)} or a torch dtype of these")

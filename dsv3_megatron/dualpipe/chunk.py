@@ -207,8 +207,9 @@ class ChunkStage:
         output = None if self.is_last else saved.output.detach()
         if not step.forward_only:
             self._saved[which.microbatch] = saved
-            if not self.is_last:
-                # What is sent keeps the storage; the graph needs only the node.
+            # What is sent keeps the storage; the graph needs only the node. (A plan without layers gives back its
+            # input, whose shape the gradient must have.)
+            if not self.is_last and saved.output is not saved.activation:
                 schedules.deallocate_output_tensor(saved.output, step.config.deallocate_pipeline_outputs)
         return output
 

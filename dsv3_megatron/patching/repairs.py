@@ -14,6 +14,7 @@ REPAIRS = (
     "own_steps_after_load",
     "step_with_the_groups",
     "preload_tensors",
+    "field_docstrings",
 )
 
 

@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show_trace(args) if args.trace else _show_schedule(args)
     except ValueError as error:
         parser.error(_in_options(str(error)))
+    except BrokenPipeError:
+        raise  # the reader has read enough: cli.py
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}; use another path")
 

@@ -1,5 +1,6 @@
 """`dsv3 preflight [NAME=VALUE ...] LAUNCH LINE`: would this job start, and would it run as it should?"""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     become(machine)
     from dsv3_megatron.preflight.check import examine
 
-    found = examine(line, machine)
+    with contextlib.redirect_stdout(sys.stderr):  # what options and Megatron say on the way: stdout is the findings'
+        found = examine(line, machine)
     _print(found, output)
     return 0 if findings.ok(found) else 1
 

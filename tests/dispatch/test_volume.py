@@ -98,9 +98,9 @@ def test_wrong_numbers():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tokens": -1}, "tokens=-1: give 0 or more"),
+        ({"tokens": -1}, "tokens=-1: give a whole number, 0 or more"),
         *(
-            ({name: 0}, f"{name}=0: give 1 or more")
+            ({name: 0}, f"{name}=0: give a whole number, 1 or more")
             for name in ("topk", "nodes", "node_limit", "hidden", "experts", "ranks_per_node", "groups")
         ),
         ({"nodes": 3}, "256 experts do not lie evenly on 3 × 8 ranks"),
@@ -118,3 +118,21 @@ def test_what_is_no_layout_is_refused(wrong, message):
 def test_no_tokens_and_a_limit_that_does_not_bind():
     assert expected_bytes(0, 8, 8, 4, "bf16").step == (0, 0)
     assert expected_bytes(16, 8, 2, 4, torch.float8_e4m3fn) == expected_bytes(16, 8, 2, None, "fp8")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens": float("nan")},
+        {"tokens": "5"},
+        {"tokens": -1},
+        {"topk": 1.5},
+        {"nodes": 0},
+        {"hidden": "7168"},
+    ],
+    ids=str,
+)
+def test_what_is_no_count_is_refused_by_name(wrong: dict) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name}=.*: give a whole number"):
+        expected_bytes(**(V3 | {"dtype": "bf16"} | wrong))

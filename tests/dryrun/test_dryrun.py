@@ -71,7 +71,7 @@ def test_a_671b_rank_takes_less_than_a_minute(last_rank) -> None:
         # A pipeline rank and its mirror are neighbouring blocks of 128 ranks.
         (0, [0, 15], [0, 1, 2, 3, 60]),
         (128 + 5, [0, 15], [0, 1, 2, 3, 60]),
-        (14 * 128, [7, 8], list(range(28, 36))),
+        pytest.param(14 * 128, [7, 8], list(range(28, 36)), marks=pytest.mark.slow),
         (2047, [7, 8], list(range(28, 36))),
     ],
 )
@@ -102,7 +102,9 @@ def test_first_rank() -> None:
     assert round(sum(weight.local_size for weight in weights) / 1e9, 2) == 3.09
 
 
-@pytest.mark.parametrize("layout", ["ep32_pp16", "pp16_ep16", "pp8_ep8"])
+@pytest.mark.parametrize(
+    "layout", ["ep32_pp16", pytest.param("pp16_ep16", marks=pytest.mark.slow), "pp8_ep8"]
+)
 def test_the_total_does_not_depend_on_the_layout(layout: str, last_rank) -> None:
     report = build_rank(compose(["model=v3_671b", f"layout={layout}"]), 0)
     assert report.total_parameters == last_rank[0].total_parameters
@@ -117,7 +119,7 @@ SMALL = ["model=micro"]
     ("layout", "overrides"),
     [
         ("cpu_single", []),
-        ("cpu_pp4_ep2", []),
+        pytest.param("cpu_pp4_ep2", [], marks=pytest.mark.slow),
         ("cpu_pp2_ep2", ["num_virtual_stages_per_pipeline_rank=2"]),
         ("cpu_pp2_ep2", ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
         ("cpu_pp2_ep2", ["context_parallel_size=2", "cp_comm_type=all_gather"]),

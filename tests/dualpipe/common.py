@@ -47,6 +47,7 @@ class ScheduledProblem(common.Problem):
         notation = layer_layout(list(self.layers) or layers_per_stage(self.num_layers, stages), 1)
         config = super().config(dataclasses.replace(layout, stages=None))
         transformer = config.transformer
+        transformer.deallocate_pipeline_outputs = True  # as in the trainer
         if layout.placement is not None:
             from dsv3_megatron.dualpipe.layout import VLayout
 

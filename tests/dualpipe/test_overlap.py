@@ -22,7 +22,7 @@ def layout(schedule: str = "dualpipe", order: str = "megatron") -> ScheduledLayo
 
 # With MTP, the two stages have 2 and 3 layers, the four of a V 1, 1, 1 and 2.
 # (test_gradients.py has the default order.)
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["dualpipe", pytest.param("dualpipev", marks=pytest.mark.slow)])
 def test_every_gradient_equals_one_process(schedule: str) -> None:
     problem = ScheduledProblem(num_sequences=16, dtype=FP64)
     assert_same_step(run_step(layout(schedule, "report"), problem), reference(problem), 1e-10)
@@ -105,7 +105,7 @@ def hidden(pairs: list[list]) -> tuple[float, float]:
     return total, covered
 
 
-@pytest.mark.parametrize("order", ["megatron", "report"])
+@pytest.mark.parametrize("order", [pytest.param("megatron", marks=pytest.mark.slow), "report"])
 def test_communication_hides_behind_the_other_half(order: str) -> None:
     """All-to-alls and computing nodes are slowed down: a pair takes less time than its nodes together."""
     for rank in measured(order=order, own_loop=True, thread=True):

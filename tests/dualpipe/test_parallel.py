@@ -23,8 +23,15 @@ def check(problem: ScheduledProblem, **layout) -> None:
     assert_same_step(got, whole(ScheduledProblem(**{**vars(problem), "ddp": ()})))
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-@pytest.mark.parametrize("sizes", [{"tp": 2}, {"cp": 2}], ids=["tp2", "cp2"])
+@pytest.mark.parametrize(
+    "sizes, schedule",
+    [
+        pytest.param({"tp": 2}, "dualpipe", id="tp2-dualpipe"),
+        pytest.param({"cp": 2}, "dualpipe", id="cp2-dualpipe", marks=pytest.mark.slow),
+        pytest.param({"tp": 2}, "dualpipev", id="tp2-dualpipev", marks=pytest.mark.slow),
+        pytest.param({"cp": 2}, "dualpipev", id="cp2-dualpipev"),
+    ],
+)
 def test_tensor_and_context_parallel(sizes: dict, schedule: str) -> None:
     """Tensor parallel with sequence parallelism."""
     check(ScheduledProblem(), world_size=4, pp=2, schedule=schedule, **sizes)
@@ -44,7 +51,9 @@ def padded_problem(per_token_loss: bool) -> ScheduledProblem:
     )
 
 
-@pytest.mark.parametrize("schedule, ep", [("dualpipe", 2), ("dualpipev", 1)])
+@pytest.mark.parametrize(
+    "schedule, ep", [("dualpipe", 2), pytest.param("dualpipev", 1, marks=pytest.mark.slow)]
+)
 def test_per_token_loss_with_padding_and_uneven_valid_tokens(schedule: str, ep: int) -> None:
     check(padded_problem(per_token_loss=True), world_size=2 * ep, pp=2, ep=ep, schedule=schedule)
 
@@ -75,7 +84,9 @@ def train(rank: int, world_size: int, layout: ScheduledLayout, problem: Schedule
         pytest.param(OVERLAPPED, id="zero1_overlapped"),
     ],
 )
-@pytest.mark.parametrize("schedule, ep", [("dualpipe", 2), ("dualpipev", 1)])
+@pytest.mark.parametrize(
+    "schedule, ep", [("dualpipe", 2), pytest.param("dualpipev", 1, marks=pytest.mark.slow)]
+)
 def test_steps_with_zero_1(schedule: str, ep: int, ddp: tuple) -> None:
     """Three steps of Adam: losses, gradient norms and weights of one process; copies of a weight are bit-equal."""
     layout = ScheduledLayout(world_size=2 * ep, pp=2, ep=ep, schedule=schedule)

@@ -19,7 +19,12 @@ WORDS = ["--spec", "dsv3", "--device", "cpu", *MICRO, "--pipeline-model-parallel
 
 @pytest.mark.parametrize(
     "schedule, ep, world_size, microbatches",
-    [("dualpipe", 2, 4, 4), ("dualpipev", 1, 2, 8), ("zb1p", 1, 2, 8), ("zigzag", 1, 2, 8)],
+    [
+        ("dualpipe", 2, 4, 4),
+        pytest.param("dualpipev", 1, 2, 8, marks=pytest.mark.slow),
+        ("zb1p", 1, 2, 8),
+        pytest.param("zigzag", 1, 2, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_measured_timeline(schedule: str, ep: int, world_size: int, microbatches: int, tmp_path) -> None:
     words = ["--pipeline-schedule", schedule, "--expert-model-parallel-size", str(ep)]

@@ -36,7 +36,7 @@ def counted(
     "schedule, ep, order",
     [
         ("zb1p", 2, "megatron"),
-        ("dualpipe", 1, "megatron"),
+        pytest.param("dualpipe", 1, "megatron", marks=pytest.mark.slow),
         ("dualpipe", 2, "megatron"),
         ("dualpipev", 2, "report"),
     ],

@@ -43,7 +43,12 @@ def layout(schedule: str, order: str) -> ScheduledLayout:
 
 
 @pytest.mark.parametrize(
-    "schedule, order", [("dualpipe", "megatron"), ("dualpipe", "report"), ("dualpipev", "report")]
+    "schedule, order",
+    [
+        pytest.param("dualpipe", "megatron", marks=pytest.mark.slow),
+        ("dualpipe", "report"),
+        pytest.param("dualpipev", "report", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_with_overlapped_pairs_has_no_missing_wait(schedule: str, order: str) -> None:
     for violations, operations in run_distributed(

@@ -85,3 +85,11 @@ def test_padding_and_uneven_valid_tokens(per_token_loss: bool, chunks: int) -> N
 def test_under_a_tight_cap_and_with_weight_gradients_that_wait_long() -> None:
     for cap, deferred in ((5.0, 1.8), (40.0, 0.0)):
         check(2, 2, ep=2, table=(("memory_cap", cap), ("deferred", deferred)))
+
+
+@pytest.mark.parametrize("schedule", ["zigzag", "dualpipev"])
+def test_a_stage_without_layers_has_its_gradient_where_pairs_overlap(schedule: str) -> None:
+    """The plan of such a chunk gives back its input: what is sent on must not be freed as an output."""
+    problem = ScheduledProblem(num_layers=2, num_sequences=8, layers=(1, 0, 1, 0))
+    layout = ScheduledLayout(world_size=4, pp=2, ep=2, schedule=schedule)
+    assert_same_step(run_step(layout, problem), whole(dataclasses.replace(problem, layers=())), 1e-5)

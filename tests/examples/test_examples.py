@@ -65,7 +65,14 @@ def option(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
-@pytest.mark.parametrize(("script", "words", "gpus", "pp", "ep", "batch"), RUNS, ids=[run[0] for run in RUNS])
+# Its command is compared with the plain script's by default, which is built.
+SLOW = "slurm_2048gpu_hydra.sh"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "gpus", "pp", "ep", "batch"),
+    [pytest.param(*run, id=run[0], marks=pytest.mark.slow if run[0] == SLOW else ()) for run in RUNS],
+)
 def test_dry_run(
     script: str, words: list[str], gpus: int, pp: int, ep: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ STEPS = 2
 SHARING_NCCL = (2, 30)
 ON_ONE_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "1"}
 # Mirrored stages are data-parallel copies: four ranks hold PP2 twice, with experts over two (pairs overlap).
-SCHEDULES = {"1f1b": 2, "zb1p": 2, "dualpipe": 4, "dualpipev": 4}
+SCHEDULES = {"1f1b": 2, "zb1p": 2, "dualpipe": 4, "dualpipev": 4, "zigzag": 4}
 GRADIENT = 2.0**-6  # a few steps of bf16: sums over microbatches and ranks in another order
 Record = Callable[[str, object], None]
 

@@ -66,3 +66,27 @@ def test_words_reach_the_verb():
 def test_the_console_script_is_the_same_function():
     setup = (Path(__file__).parents[2] / "setup.py").read_text()
     assert "dsv3 = dsv3_megatron.cli:main" in setup
+
+
+def test_a_reader_that_has_read_enough_gets_no_traceback():
+    """`dsv3 … | head`: the pipe is closed before anything is printed."""
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "dsv3_megatron",
+            "schedule",
+            "dualpipe",
+            "--ranks",
+            "4",
+            "--microbatches",
+            "8",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout and child.stderr
+    child.stdout.close()
+    said = child.stderr.read()
+    assert child.wait() == 128 + 13 and said == ""

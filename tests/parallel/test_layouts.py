@@ -34,7 +34,13 @@ def whole(problem: Problem) -> StepResult:
     return run_step(Layout(), problem)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# What other tests of this file and of test_training.py show by default, with padding or over several steps.
+ELSEWHERE = ("ep2", "tp2", "cp2", "pp2", "pp2_vpp2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ELSEWHERE else name for name in LAYOUTS]
+)
 def test_same_step_as_one_process(name) -> None:
     assert_same_step(run_step(LAYOUTS[name], Problem()), whole(Problem()))
 

@@ -91,7 +91,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "pp4" else name for name in LAYOUTS]
+)
 def test_steps_agree_with_one_process(name) -> None:
     """Under a time limit: losses logged on every step, norm of all gradients, bit-equal copies."""
     steps, ranks = train_all(LAYOUTS[name])
@@ -110,7 +112,13 @@ def test_steps_agree_with_one_process(name) -> None:
     assert max(relative_difference(last.weights[n], whole()[-1].weights[n]) for n in moved) < 1e-3
 
 
-@pytest.mark.parametrize("layout", [Layout(4, pp=2), Layout(4, tp=2, ep=2)], ids=["pp2", "tp2_ep2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout(4, pp=2), id="pp2"),
+        pytest.param(Layout(4, tp=2, ep=2), id="tp2_ep2", marks=pytest.mark.slow),
+    ],
+)
 def test_zero_1_trains_the_same_weights(layout) -> None:
     """Sharded gradients have the same norm; weights are bit-equal on all ranks that hold them."""
     sharded = Problem(ddp=(("use_distributed_optimizer", True),))

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def test_a_gpu_process_is_repaired_before_it_parses_its_arguments() -> None:
     *_, installed, implementation = done.stdout.splitlines()
     assert set(repairs.REPAIRS) <= set(eval(installed))
     assert implementation == "torch"
+
+
+def test_help_texts_are_read_once() -> None:
+    utils = importlib.import_module("megatron.training.argument_utils")
+    config = importlib.import_module("megatron.training.config").ProfilingConfig
+    with mock.patch.object(utils.inspect, "getsource", wraps=utils.inspect.getsource) as read:
+        first, second = (utils.ArgumentGroupFactory(config).field_docstrings for _ in range(2))
+        assert first == second and first is not second and any(first.values())
+        assert read.call_count <= 1  # none where a test before has read them
+        # The control: Megatron's own reads them again, and finds the same.
+        assert (
+            patching.unpatched(utils.ArgumentGroupFactory._get_field_docstrings)(mock.Mock(), config) == first
+        )
+        assert read.call_count >= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,6 +55,20 @@ def test_no_condition_stops_a_step_full_grid(name, num_ranks):
             run_on_nccl(schedule, operations, conditions)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [*range(2, 13), 16, 24, 32])
+def test_no_condition_stops_a_zigzag_full_grid(num_ranks, chunks):
+    """As above; a zigzag is searched for, not written down, so that large ones are built at three batches only."""
+    counts = list(range(2, 4 * num_ranks + 1, 2))
+    some = (counts[0], counts[len(counts) // 2], counts[-1])
+    for num_microbatches in counts if num_ranks <= 8 and chunks == 2 else some:
+        schedule = build_schedule("zigzag", num_ranks, num_microbatches, chunks=chunks)
+        operations = [host_operations(schedule, rank) for rank in range(num_ranks)]
+        for conditions in CONDITIONS if num_microbatches in some else (WORST,):
+            run_on_nccl(schedule, operations, conditions)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_receives_posted_ahead_on_communicators_made_at_first_use_hang(name, num_ranks):

@@ -37,7 +37,7 @@ def _against_the_dry_run(overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model=tiny", "layout=cpu_pp4"],
+        pytest.param(["model=tiny", "layout=cpu_pp4"], marks=pytest.mark.slow),
         ["model=tiny", "layout=cpu_pp2_ep2", "schedule=dualpipe", "global_batch_size=32"],
         ["model=tiny", "layout=cpu_pp2_ep2", "tensor_model_parallel_size=2", "sequence_parallel=true", *ETP],
     ],

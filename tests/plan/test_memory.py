@@ -135,7 +135,6 @@ def _cases() -> list:
         ("1f1b", True, False),
         ("zb1p", False, False),
         ("dualpipe", True, False),
-        ("dualpipev", False, False),
     }
     cases = []
     for case in itertools.product(("1f1b", "zb1p", "dualpipe", "dualpipev"), (False, True), (False, True)):

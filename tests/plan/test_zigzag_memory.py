@@ -54,4 +54,4 @@ def test_live_tensors_keep_to_the_cap(pp: int, chunks: int) -> None:
         assert max(map(abs, errors)) <= BOUND
         passed[one] = max(held) / cap
     assert passed[capped] <= 1 + BOUND
-    assert passed[layout] > 1.08  # the cap is what kept them
+    assert passed[layout] > 1 + BOUND  # the same check fails without the cap: that is what kept them

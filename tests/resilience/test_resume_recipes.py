@@ -68,9 +68,8 @@ def test_no_recipe_is_left_out() -> None:
     assert sorted([*RECIPES, *elsewhere]) == groups()["recipe"]
 
 
-@pytest.mark.parametrize(
-    "recipe", [name if name == "small" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow  # by default tests/parallel/test_resume.py, tests/recipe/test_trainer.py, tests/ema/test_trainer.py
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_recipe(recipe: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     needs_folder = any("{}" in word for word in RECIPES[recipe])
     folder = request.getfixturevalue("folder") if needs_folder else None

@@ -1,5 +1,6 @@
 """Initial weights depend on the seed and the global name only: any layout, either builder."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,9 +107,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def weights_of_one() -> dict[str, tuple[Shard, Tensor]]:
+    return run_distributed(weights_of_rank, world_size=1, parallel={})[0]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_start_from_the_same_weights(layout: str) -> None:
-    one = run_distributed(weights_of_rank, world_size=1, parallel={})[0]
+    one = weights_of_one()
     ranks = run_distributed(weights_of_rank, world_size=4, parallel=LAYOUTS[layout])
     assert set().union(*ranks) == set(one)
     for name, (_, expected) in one.items():

@@ -43,7 +43,11 @@ def reference() -> tuple[float, float]:
     [
         pytest.param([*PP, *TP], id="tp2_pp2"),
         pytest.param([*EP, "--context-parallel-size", "2"], id="cp2_ep2"),
-        pytest.param([*EP, *VPP, "--use-distributed-optimizer", "--overlap-grad-reduce"], id="pp2_vpp2_ep2"),
+        pytest.param(
+            [*EP, *VPP, "--use-distributed-optimizer", "--overlap-grad-reduce"],
+            id="pp2_vpp2_ep2",
+            marks=pytest.mark.slow,  # test_schedule_plans trains it in bf16
+        ),
     ],
 )
 def test_layout_has_the_loss_of_one_process(reference, words):

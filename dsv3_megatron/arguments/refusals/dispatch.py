@@ -33,6 +33,11 @@ def uneven_nodes(a: Namespace, s: Surroundings) -> bool:
     return size % ranks != 0 if ranks <= size else ranks % size != 0 or size % expert_tp != 0
 
 
+def tokens_of_a_rank(a: Namespace) -> int:
+    """Tokens of a microbatch that a rank dispatches: tensor-parallel ranks share a sequence, if at all."""
+    return a.micro_batch_size * a.seq_length // a.context_parallel_size
+
+
 ROWS = (
     Refusal(
         "two_hop_alone",
@@ -63,6 +68,16 @@ ROWS = (
         "tokens go through the hops in so many pieces",
         "1 or more (the report's channels: 10)",
         f"{ON} --moe-two-hop-chunks 0",
+    ),
+    Refusal(
+        "two_hop_more_chunks_than_tokens",
+        FEATURE,
+        "--moe-two-hop-chunks",
+        "{moe_two_hop_chunks}",
+        lambda a, s: two_hop(a) and (a.moe_two_hop_chunks or 0) > tokens_of_a_rank(a),
+        "each piece of a microbatch holds a token at least, and takes an exchange of its own",
+        "at most the tokens of a microbatch on a rank (the report's channels: 10)",
+        f"{ON} --moe-two-hop-chunks 1000000",
     ),
     Refusal(
         "communication_sms",

@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from dsv3_megatron.arguments.refusals.dispatch import two_hop, uneven_nodes
 from dsv3_megatron.arguments.refusals.table import Refusal, has_cuda_graphs
+from dsv3_megatron.dispatch.arguments import TWO_HOP
 
 FEATURE = "Expert placement"
 ARGUMENT = "--expert-placement"
@@ -74,6 +75,16 @@ ROWS = (
         "DeepEP adds up a token's experts in the order of their ranks: the losses would change when experts move",
         "two_hop or alltoall",
         f"{ON} --moe-token-dispatcher-type flex",
+    ),
+    Refusal(
+        "placement_allgather",
+        FEATURE,
+        "--moe-token-dispatcher-type",
+        "{moe_token_dispatcher_type}",
+        lambda a, s: _on(a) and a.moe_token_dispatcher_type not in ("alltoall", TWO_HOP, "flex"),
+        "gathers all tokens for the experts of each rank as if all were at home",
+        "two_hop or alltoall",
+        f"{ON} --moe-token-dispatcher-type allgather",
     ),
     Refusal(
         "placement_cuda_graphs",
