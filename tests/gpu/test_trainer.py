@@ -18,6 +18,7 @@ from tests.gpu.trainer import GLOBAL_BATCH, PRECISIONS, Run, model_words
 pytestmark = pytest.mark.gpu
 
 STEPS = 4
+WHOLE = 2.0**-4
 LAYOUTS = {
     1: [],
     2: ["--expert-model-parallel-size", "2"],
@@ -30,8 +31,12 @@ PIPELINES = {2: (4, 2), 4: (4, 2), 8: (8, 4)}
 Record = Callable[[str, object], None]
 
 
-def compare(run: Run, other: Run, record: Record) -> None:
-    """Losses within 1%, every gradient of the first step within a few steps of bf16."""
+def compare(run: Run, other: Run, record: Record, gradient: float = GRADIENT) -> None:
+    """Losses within 1%, every gradient of the first step within `gradient` (a few steps of bf16).
+
+    For runs whose forward passes round alike: where they do not, a token near the border between two experts goes to
+    another one, and these experts' gradients are others (in bf16; hardly ever in fp32).
+    """
     gaps = {name: trainer.distance(run.gradients[name], other.gradients[name]) for name in other.gradients}
     worst = max(gaps, key=lambda name: gaps[name])
     difference = trainer.largest_loss_difference(run.losses, other.losses)
@@ -40,7 +45,21 @@ def compare(run: Run, other: Run, record: Record) -> None:
     record("worst_gradient", f"{gaps[worst]:.1e} ({worst})")
     assert run.gradients.keys() == other.gradients.keys()
     assert len(run.losses) == STEPS and difference < 0.01
-    assert gaps[worst] < GRADIENT, worst
+    assert gaps[worst] < gradient, worst
+
+
+def compare_as_a_whole(run: Run, other: Run, record: Record) -> None:
+    """Losses within 1%, and the first step's gradients as one vector: for runs in bf16 that round otherwise.
+
+    Measured on CPU with two hops in bf16 against all-to-all: 0.010; with two of eight microbatches lost: 0.60.
+    """
+    gap = trainer.distance_of_all(run.gradients, other.gradients)
+    difference = trainer.largest_loss_difference(run.losses, other.losses)
+    record("losses", f"{run.losses[0]:.5f} ... {run.losses[-1]:.5f}")
+    record("largest_relative_difference", f"{difference:.1e}")
+    record("gradient", f"{gap:.1e}")
+    assert len(run.losses) == STEPS and difference < 0.01
+    assert gap < WHOLE
 
 
 def train(
@@ -51,8 +70,9 @@ def train(
     ranks: int | None = None,
     layers: int = 4,
     batch: int = GLOBAL_BATCH,
+    precision: str = "bf16",
 ) -> Run:
-    line = [*model_words(layers, batch), *PRECISIONS["bf16"], "--transformer-impl", impl, *words]
+    line = [*model_words(layers, batch), *PRECISIONS[precision], "--transformer-impl", impl, *words]
     shared = ranks is not None and ranks > num_gpus
     env = carrier(None if REHEARSAL else torch.cuda.nccl.version())[1] if shared else {}
     return trainer.train(folder, line, steps=STEPS, ranks=ranks or num_gpus, gpus=num_gpus, env=env)
@@ -114,4 +134,5 @@ def test_deepep(num_gpus: int, tmp_path: Path, record_property: Record) -> None:
     layout = ["--expert-model-parallel-size", str(num_gpus)]
     flex = ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "deepep"]
     own = train(tmp_path / "alltoall", te_impl(), num_gpus, *layout)
-    compare(train(tmp_path / "deepep", te_impl(), num_gpus, *layout, *flex), own, record_property)
+    ours = train(tmp_path / "deepep", te_impl(), num_gpus, *layout, *flex)
+    compare_as_a_whole(ours, own, record_property)

@@ -106,6 +106,13 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
+def distance_of_all(run: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The same of all tensors as one vector."""
+    assert run.keys() == other.keys()
+    gaps = sum(float((run[name].double() - other[name].double()).square().sum()) for name in other)
+    return (gaps / sum(float(tensor.double().square().sum()) for tensor in other.values())) ** 0.5
+
+
 def largest_loss_difference(a: Sequence[float], b: Sequence[float]) -> float:
     """Relative, over the steps of both, which must be as many."""
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
