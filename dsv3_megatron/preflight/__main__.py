@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     become(machine)
     from dsv3_megatron.preflight.check import examine
 
-    # What options and Megatron say on the way goes to stderr: stdout is the findings'.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # what options and Megatron say on the way: stdout is the findings'
         found = examine(line, machine)
     _print(found, output)
     return 0 if findings.ok(found) else 1
