@@ -48,6 +48,7 @@ VERBS = {
     "serve": Verb("serve.server:main", "a model behind OpenAI's API"),
     "generate": Verb("serve.generate:main", "answers to the prompts of a file, batched"),
     "sample": Verb("serve.sample:main", "answers kept where a reward says so (rejection sampling)"),
+    "rollouts": Verb("serve.rollouts:main", "responses for a GRPO trainer that is another job"),
     "evaluate": Verb("serve.evaluate:main", "benchmarks of a model, through lm-evaluation-harness"),
     "convert": Verb("convert.__main__:main", "Hugging Face checkpoints in and out of Megatron, and verify"),
     "prove": Verb(

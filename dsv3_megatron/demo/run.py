@@ -48,7 +48,7 @@ def run_demo(run_dir: Path, settings: DemoSettings, more_iters: int) -> dict[str
         RunFailed, RunInterrupted: see `launch.run_ranks`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    _keep_settings(run_dir / SETTINGS_FILE, settings)
+    keep_settings(run_dir / SETTINGS_FILE, settings)
     resumed_from = saved_iteration(run_dir / "checkpoints")
     iterations = settings.train_iters if resumed_from < settings.train_iters else resumed_from + more_iters
     overrides = trainer_overrides(run_dir, settings, iterations)
@@ -148,7 +148,12 @@ def saved_iteration(checkpoints: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def _keep_settings(path: Path, settings: DemoSettings) -> None:
+def keep_settings(path: Path, settings: Any) -> None:
+    """Write the settings (a dataclass) of a run folder that begins; refuse others in one that is there.
+
+    Raises:
+        ValueError: names what differs.
+    """
     asked = json.loads(json.dumps(asdict(settings)))
     if not path.exists():
         path.write_text(json.dumps(asked, indent=2) + "\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.posttrain.bridge import split_address
 from dsv3_megatron.posttrain.policy_loss import REDUCTIONS
 from dsv3_megatron.posttrain.preference_loss import LOSSES
 from dsv3_megatron.posttrain.texts import TEXT_BEGINS
@@ -72,6 +73,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     grpo("--prompts-per-rollout", type=int, default=32, help="groups of a rollout (default: %(default)s)")
     grpo("--max-response-length", type=int, default=1024, help="tokens at most (default: %(default)s)")
     grpo(
+        "--rollout-temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="π is softmax(logits / T) for the engine that draws, the trainer and the reference (default: %(default)s)",
+    )
+    grpo(
         "--updates-per-rollout",
         type=int,
         default=1,
@@ -83,6 +91,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=64,
         help="requests that a rank generates at once (default: %(default)s)",
+    )
+    grpo(
+        "--rollout-address",
+        metavar="HOST:PORT",
+        help="where this job's first rank waits for another job, dsv3 rollouts --connect HOST:PORT, that draws the "
+        "responses (default: the trainer's own ranks do)",
     )
     grpo("--policy-clip", type=float, default=0.2, help="ε of the clipped ratio (default: %(default)s)")
     grpo(
@@ -204,11 +218,21 @@ def _check_policy(args: Namespace) -> None:
         ("policy_beta", 0),
         ("importance_limit", 0),
     )
-    for name in ("policy_clip", "reward_timeout"):
-        if not getattr(args, name) > 0:
-            raise RefusedArgument(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    for name, most in (
+        ("policy_clip", math.nan),
+        ("reward_timeout", math.inf),
+        ("rollout_temperature", math.inf),
+    ):
+        value = getattr(args, name)
+        if not value > 0 or value == most:
+            raise RefusedArgument(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     if not math.isfinite(args.bad_reward):
         raise RefusedArgument(f"--bad-reward {args.bad_reward}: must be a number")
+    if args.rollout_address is not None:
+        try:
+            split_address(args.rollout_address)
+        except RefusedArgument as error:
+            raise RefusedArgument(f"--rollout-address {error}") from None
     if args.rollout_batch % args.tensor_model_parallel_size:
         raise RefusedArgument(
             f"--rollout-batch {args.rollout_batch}: must be a multiple of --tensor-model-parallel-size "

@@ -1,7 +1,8 @@
 """Rollouts: responses to prompts by the engine, on the weights that are trained, and what they are worth.
 
 The engine runs on the trainer's own model where there is no pipeline (no copy at all). With one, each rank keeps a
-whole copy, filled from the trainer's ranks before each rollout, never through a disk.
+whole copy, filled from the trainer's ranks before each rollout, never through a disk. With `--rollout-address` the
+engine is another job's (`apart`).
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.posttrain.apart import RolloutRanks
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample
 from dsv3_megatron.posttrain.routes import RouteRecorder
+from dsv3_megatron.posttrain.temperature import Temperature
 from dsv3_megatron.rewards import Scorer
 
 __all__ = ["Generator"]
@@ -23,15 +26,18 @@ class Generator:
 
     Args:
         encoder: the tokenizer, with `decode` and `special_ids`.
+        temperature: of the trained model's logits; the engine's own stays 1.
     """
 
-    def __init__(self, args: Any, encoder: Any) -> None:
+    def __init__(self, args: Any, encoder: Any, temperature: Temperature) -> None:
         from dsv3_megatron.data.vocabulary import EOS
 
         self.args, self.encoder, self.end = args, encoder, encoder.special_ids[EOS]
+        self.temperature = temperature
         self.scorer = Scorer(args.reward, timeout_s=args.reward_timeout, on_failure=args.bad_reward)
         self._engine: Any = None
         self._copy: Any = None
+        self._apart: RolloutRanks | None = None  # rollout ranks of their own
         self.recorder: RouteRecorder | None = None
 
     def samples(
@@ -41,26 +47,45 @@ class Generator:
 
         Sample i draws by (--seed, iteration, i) alone: layout, batching and restarts make no difference to the noise.
         """
-        from dsv3_megatron.inference import Sampling
         from dsv3_megatron.inference.sampling import request_seed
 
         args = self.args
-        engine = self._ready(model)
         count = len(prompts) * args.samples_per_prompt
-        mine = self._own(count)
         seed = request_seed(args.seed, iteration)
-        first = engine.next_number
-        with nullcontext() if self.recorder is None else self.recorder.recording():
-            results = engine.generate(
-                [prompts[i // args.samples_per_prompt].tokens for i in mine],
-                Sampling(max_new_tokens=args.max_response_length, log_probs=True),
-                seeds=[request_seed(seed, i) for i in mine],
-            )
+        asked = [prompts[i // args.samples_per_prompt].tokens for i in range(count)]
+        mine, results, first = self._drawn(model, asked, [request_seed(seed, i) for i in range(count)])
         found = self._judged(prompts, mine, results, first) if self._answers else {}
         shared: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shared, found)
         everything = {i: entry for part in shared for i, entry in part.items()}
         return [everything[i][0] for i in range(count)], sum(everything[i][1] for i in range(count))
+
+    def _drawn(
+        self, model: list[Any], asked: Sequence[list[int]], seeds: Sequence[int]
+    ) -> tuple[range, Sequence[Any], int]:
+        """Numbers of the samples that are this rank's, the engine's results, and its number of the first of them."""
+        from dsv3_megatron.inference import Sampling
+
+        if self.args.rollout_address:
+            if self._apart is None:
+                self._apart = RolloutRanks(model, self.args, [self.end])
+            results = self._apart.generate(model, asked, seeds)
+            return range(len(results)), results, 0
+        engine = self._ready(model)
+        mine = self._own(len(asked))
+        first = engine.next_number
+        with nullcontext() if self.recorder is None else self.recorder.recording():
+            drawn = engine.generate(
+                [asked[i] for i in mine],
+                Sampling(max_new_tokens=self.args.max_response_length, log_probs=True),
+                seeds=[seeds[i] for i in mine],
+            )
+        return mine, drawn, first
+
+    def finish(self) -> None:
+        """After the last rollout."""
+        if self._apart is not None:
+            self._apart.end()
 
     def _judged(
         self, prompts: Sequence[Prompt], mine: Sequence[int], results: Sequence[Any], first: int
@@ -109,6 +134,8 @@ class Generator:
     @property
     def _answers(self) -> bool:
         """Whether this rank calls the reward: one of those that have the same samples."""
+        if self._apart is not None:
+            return dist.get_rank() == 0
         if self._copy is not None:
             return True
         from megatron.core import mpu
@@ -132,6 +159,7 @@ class Generator:
         if needs_copy(model):
             self._copy = WholeCopy(model, self.args)
             served = self._copy.model
+            self.temperature.follow([served])
         settings = EngineSettings(
             max_length=self.args.seq_length,
             max_batch=self.args.rollout_batch,

@@ -21,6 +21,7 @@ def install() -> None:
     add_loss(_wanted, _loss)
     hooks.after_load(_after_load)
     hooks.before_step(_before_step)
+    hooks.before_update(_before_update)
     hooks.after_step(_after_step)
     hooks.around_forward(_around_forward)
 
@@ -58,6 +59,11 @@ def _after_load(call: dict[str, Any], iteration: int) -> None:
 def _before_step(call: dict[str, Any]) -> None:
     if _run is not None:
         _run.begin_step(call)
+
+
+def _before_update(call: dict[str, Any]) -> None:
+    if _run is not None:
+        _run.before_update(call)
 
 
 def _around_forward(model: Any, batch: dict[str, Any]) -> Any:

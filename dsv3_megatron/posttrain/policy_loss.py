@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 REDUCTIONS = ("token", "sequence")
+_LARGEST = 80.0  # nats; exp of 89 is infinite in fp32, and infinity times an advantage of 0 no number
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def grpo_terms(
         return torch.where(counts, values, zero)
 
     new, advantages = inside(logp), inside(advantages.to(logp.dtype))
-    ratio = torch.exp(new - inside(old_logp.detach()))
+    ratio = torch.exp((new - inside(old_logp.detach())).clamp(max=_LARGEST))
     free, held = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     policy = torch.minimum(free, held)
     if weights is not None:
@@ -113,7 +114,7 @@ def grpo_terms(
 def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """π_ref/π − log(π_ref/π) − 1 of tokens drawn from π: never negative, its mean is KL(π ‖ π_ref)."""
     difference = ref_logp - logp
-    return torch.expm1(difference) - difference
+    return torch.expm1(difference.clamp(max=_LARGEST)) - difference
 
 
 def truncated_weights(trainer_logp: Tensor, engine_logp: Tensor, limit: float) -> Tensor:

@@ -18,7 +18,8 @@ from dsv3_megatron.posttrain.policy_loss import group_advantages, grpo_terms, tr
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 from dsv3_megatron.posttrain.rollouts import Prompt, Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.posttrain.routes import replayed, routes_of_tokens
-from dsv3_megatron.posttrain.run import FOLDER, Run, repeated
+from dsv3_megatron.posttrain.run import FOLDER, Kept, Run, checkpoints, repeated
+from dsv3_megatron.posttrain.temperature import Temperature
 
 __all__ = ["PolicyTraining", "placeholder"]
 
@@ -68,7 +69,8 @@ class PolicyTraining(Run):
         self.encoder.require((BOS, EOS), "--tokenizer-model")
         self.per_row = samples_per_row(args)
         self.prompts = self._read_prompts()
-        self.generator = Generator(args, self.encoder)
+        self.temperature = Temperature(args.rollout_temperature)
+        self.generator = Generator(args, self.encoder, self.temperature)
         self.reference: ReferenceWeights | None = None
         self.rollout: Rollout | None = None
         self._balance = 1.0
@@ -107,11 +109,18 @@ class PolicyTraining(Run):
     # --- rollouts
 
     def after_load(self, call: dict[str, Any], iteration: int) -> None:
+        self.temperature.follow(call["ddp_model"])
         if self.args.policy_beta:
             self.reference = ReferenceWeights(call["ddp_model"])
-            self.keep_reference(self.reference, iteration)
+            self.begin_reference(self.reference, iteration)
+
+    def before_update(self, call: dict[str, Any]) -> None:
+        self.temperature.on = False
+        if call["iteration"] + 1 == self.args.train_iters:
+            self.generator.finish()
 
     def before_step(self, call: dict[str, Any]) -> None:
+        self.temperature.on = True
         iteration, updates = call["iteration"], self.args.updates_per_rollout
         phase = iteration % updates
         if phase == 0:
@@ -141,7 +150,7 @@ class PolicyTraining(Run):
         every = self.args.renew_reference
         if self.reference is not None and every and iteration and iteration % every == 0:
             self.reference.renew()
-            self.keep_reference(self.reference, 0)
+            self.keep_reference(self.reference, iteration)
             self.say(f"the reference model is that of iteration {iteration}")
 
     def _collect(self, model: list[Any], iteration: int) -> Rollout:
@@ -203,28 +212,25 @@ class PolicyTraining(Run):
         table, _ = to_table(found, tuple(self.rollout.engine.shape))  # type: ignore[arg-type]
         return table.float().cpu()
 
-    def _rollout_file(self) -> Path | None:
-        return None if self.args.save is None else Path(self.args.save) / FOLDER / "rollout.pt"
-
     def _keep_rollout(self) -> None:
         """A run that goes on in the midst of a rollout needs it: its policy is gone."""
-        file = self._rollout_file()
-        if file is None or self.args.updates_per_rollout == 1 or torch.distributed.get_rank() != 0:
+        save, updates = self.args.save, self.args.updates_per_rollout
+        if save is None or updates == 1 or torch.distributed.get_rank() != 0:
             return
+        assert self.rollout is not None
+        kept = Kept(Path(save) / FOLDER, "rollout")
+        file = kept.file(self.rollout.first_iteration)
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():  # a checkpoint before this rollout may still want it
-            file.replace(file.with_suffix(".before.pt"))
         unfinished = file.with_suffix(".part")
         torch.save(vars(self.rollout), unfinished)
         unfinished.replace(file)
+        kept.keep(saved - saved % updates for saved in checkpoints(save))
 
     def _read_rollout(self, first_iteration: int) -> Rollout:
-        file = self._rollout_file()
-        for candidate in [] if file is None else [file, file.with_suffix(".before.pt")]:
-            if candidate.is_file():
-                found = Rollout(**torch.load(candidate, map_location="cpu", weights_only=True))
-                if found.first_iteration == first_iteration:
-                    return found
+        folder = Path(self.args.save or self.args.load) / FOLDER
+        file = Kept(folder, "rollout").file(first_iteration)
+        if file.is_file():
+            return Rollout(**torch.load(file, map_location="cpu", weights_only=True))
         raise RefusedArgument(
             f"--updates-per-rollout {self.args.updates_per_rollout}: the rollout of iteration {first_iteration}, which "
             f"the run goes on with, is not in {file}. Load a checkpoint of a multiple of so many steps"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "Preference", "dpo_loss", "dpo_terms"]
+__all__ = ["LOSSES", "Preference", "dpo_loss", "dpo_terms", "sequence_sums"]
 
 LOSSES = ("sigmoid", "ipo")
 
@@ -99,6 +99,13 @@ def dpo_terms(
     else:
         per_pair = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     return Preference(per_pair, chosen.detach(), rejected.detach())
+
+
+def sequence_sums(values: Tensor, sequences: Tensor, count: int) -> Tensor:
+    """Sums of `values` by sequence: [T] and int64 [T] (below 0: of none) → [count]."""
+    inside = sequences >= 0
+    sums = values.new_zeros(count)
+    return sums.index_add(0, sequences[inside], values[inside])
 
 
 def _per_token(ratio: Tensor, lengths: Tensor | None) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.arguments import report_of
 from dsv3_megatron.posttrain.dataset import PreferenceRows
-from dsv3_megatron.posttrain.log_probs import sequence_sums
-from dsv3_megatron.posttrain.preference_loss import dpo_terms
+from dsv3_megatron.posttrain.preference_loss import dpo_terms, sequence_sums
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 from dsv3_megatron.posttrain.run import Run, repeated
 
@@ -41,7 +40,7 @@ class PreferenceTraining(Run):
     def after_load(self, call: dict[str, Any], iteration: int) -> None:
         if self.args.dpo_reference == "live":
             self.reference = ReferenceWeights(call["ddp_model"])
-            self.keep_reference(self.reference, iteration)
+            self.begin_reference(self.reference, iteration)
 
     def before_step(self, call: dict[str, Any]) -> None:
         if self.reference is not None:

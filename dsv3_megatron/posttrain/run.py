@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv3_megatron.posttrain.journal import Journal
 from dsv3_megatron.posttrain.reference import ReferenceWeights
 
-__all__ = ["Run", "repeated"]
+__all__ = ["FOLDER", "Kept", "Run", "checkpoints", "repeated"]
 
 FOLDER = "posttrain"  # in --save
 
@@ -60,6 +60,9 @@ class Run(ABC):
         self.before_step(call)
         self._set_alpha(call["model"])
 
+    def before_update(self, call: dict[str, Any]) -> None:  # noqa: B027 - DPO has nothing to do there
+        """As `hooks.before_update`."""
+
     def after_step(self, call: dict[str, Any], result: Any) -> None:
         """As `hooks.after_step`: the journal, where Megatron logs."""
         iteration = call["iteration"] + 1
@@ -98,21 +101,30 @@ class Run(ABC):
 
         print_rank_0(f"> {self.args.posttrain}: {text}")
 
-    def keep_reference(self, reference: ReferenceWeights, iteration: int) -> None:
-        """Write the reference where the run begins, read it where it goes on."""
-        if self.args.save is None:
-            if iteration:
-                reference.load(Path(self.args.load) / FOLDER / self._reference_name())
+    def begin_reference(self, reference: ReferenceWeights, iteration: int) -> None:
+        """Write the reference where the run begins; where it goes on, read the one that it had there."""
+        if not iteration:
+            if self.args.save is not None:
+                self._kept_references(self.args.save).clear()  # of a run that was there before
+            self.keep_reference(reference, 0)
             return
-        file = Path(self.args.save) / FOLDER / self._reference_name()
-        if iteration:
-            reference.load(file)
-        else:
-            reference.save(file)
+        kept = self._kept_references(self.args.save or self.args.load)
+        # A later one is of a run that came further than the checkpoint from which this one goes on.
+        reference.load(kept.file(max((i for i in kept.iterations() if i < iteration), default=0)))
+
+    def keep_reference(self, reference: ReferenceWeights, iteration: int) -> None:
+        """Write the reference that begins at this iteration."""
+        if self.args.save is None:
+            return
+        kept = self._kept_references(self.args.save)
+        reference.save(kept.file(iteration))
+        began = kept.iterations()
+        kept.keep(max((i for i in began if i < saved), default=0) for saved in checkpoints(self.args.save))
 
     @staticmethod
-    def _reference_name() -> str:
-        return f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}.pt"
+    def _kept_references(folder: str) -> "Kept":
+        name = f"reference_{torch.distributed.get_rank()}_of_{torch.distributed.get_world_size()}"
+        return Kept(Path(folder) / FOLDER, name)
 
     def first_weights(self) -> str:
         """Which weights the run began with: the checkpoint's place, step and date."""
@@ -143,6 +155,39 @@ class Run(ABC):
             if self._alpha is None:
                 self._alpha = config.moe_aux_loss_coeff
             config.moe_aux_loss_coeff = self._alpha * self.balance_scale()
+
+
+class Kept:
+    """Files of a run that a checkpoint needs beside it, one for each iteration at which such a thing began."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def file(self, iteration: int) -> Path:
+        """Of the thing that began at this iteration."""
+        return self.folder / f"{self.name}_from_{iteration}.pt"
+
+    def iterations(self) -> list[int]:
+        """Of the files that are there."""
+        found = (file.stem.rpartition("_from_") for file in self.folder.glob(f"{self.name}_from_*.pt"))
+        return sorted(int(number) for name, _, number in found if name == self.name and number.isdecimal())
+
+    def clear(self) -> None:
+        """Remove all."""
+        for iteration in self.iterations():
+            self.file(iteration).unlink()
+
+    def keep(self, needed: Iterable[int]) -> None:
+        """Remove all but these and the newest two, which a checkpoint that is being written may need."""
+        there = self.iterations()
+        for iteration in set(there[:-2]) - set(needed):
+            self.file(iteration).unlink(missing_ok=True)
+
+
+def checkpoints(folder: str) -> list[int]:
+    """Iterations of the checkpoints in `--save`."""
+    names = (path.name.removeprefix("iter_") for path in Path(folder).glob("iter_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def repeated(batches: list[dict[str, Tensor]] | None, like: Any) -> Any:

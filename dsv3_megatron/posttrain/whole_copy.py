@@ -5,7 +5,7 @@ more memory than the copy and one full tensor.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dsv3_megatron.specs.builder import DSV3ModelBuilder, DSV3ModelConfig
 from dsv3_megatron.specs.names import Shard, global_names, named_weights, unwrap
 
-__all__ = ["WholeCopy", "needs_copy"]
+__all__ = ["WholeCopy", "WholeWeights", "needs_copy"]
 
 
 def needs_copy(model: Sequence[Any]) -> bool:
@@ -45,13 +45,35 @@ class WholeCopy:
         if config.transformer.params_dtype != torch.float32:
             self.model.to(config.transformer.params_dtype)
         self.model.eval().requires_grad_(False)
-        self._plan = _plan(trained)
+        self._weights = WholeWeights(trained)
 
     @torch.no_grad()
     def fill(self, trained: Sequence[Any]) -> None:
         """Take over the weights that the trainer's ranks have now; to be called on every rank."""
-        own = _by_name(trained)
         there = {name.name: weight for name, weight in _named(self.model)}
+        for name, full in self._weights.each(trained):
+            if name in there:
+                there[name].copy_(full)
+
+
+class WholeWeights:
+    """The full tensors of a model that is spread over ranks, one after the other, on every rank.
+
+    Attributes:
+        described: (global name, shape, dtype) of each, in the order in which they come.
+    """
+
+    def __init__(self, trained: Sequence[Any]) -> None:
+        self._plan = _plan(trained)
+        self.described = [
+            (name, Shard(dim, 0, len(owners), blocks).full_shape(shape), dtype)
+            for name, (owners, shape, dtype, dim, blocks) in self._plan.items()
+        ]
+
+    @torch.no_grad()
+    def each(self, trained: Sequence[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Global names and full tensors, as the trainer's ranks have them now; to be gone through on every rank."""
+        own = _by_name(trained)
         for name, (owners, shape, dtype, dim, blocks) in self._plan.items():
             parts = []
             for owner in owners:
@@ -60,9 +82,7 @@ class WholeCopy:
                     part = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
                 dist.broadcast(part, owner)
                 parts.append(part)
-            full = Shard.join(parts, Shard(dim, 0, len(owners), blocks))
-            if name in there:
-                there[name].copy_(full)
+            yield name, Shard.join(parts, Shard(dim, 0, len(owners), blocks))
 
 
 def _named(chunk: Any) -> list[tuple[Any, Any]]:

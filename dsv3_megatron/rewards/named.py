@@ -38,6 +38,11 @@ SHIPPED: dict[str, tuple[str, str, str]] = {
     "boxed": ("answer", "boxed", "final answer in \\boxed{…} only equals the given one"),
     "format": ("formats", "think_answer", "<think>…</think> <answer>…</answer>, once, and nothing else"),
     "boxed-format": ("formats", "boxed_once", "exactly one \\boxed{…}, outside the thoughts"),
+    "language": (
+        "language",
+        "language",
+        "share of words in the scripts of the prompt (R1's language consistency)",
+    ),
     "regular": ("formats", "regular", "the whole response matches the regular expression in `answer`"),
     "code": ("code", "code", "generated Python passes the tests in `answer`, in the sandbox"),
     "gym": ("gym", "gym", "reasoning-gym's own score of a generated task (extra `rewards`)"),

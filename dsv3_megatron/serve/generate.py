@@ -3,9 +3,9 @@
     dsv3 generate --load runs/demo/checkpoints --device cpu --prompts prompts.jsonl --output answers.jsonl
     torchrun --nproc-per-node 4 -m dsv3_megatron generate --expert-model-parallel-size 4 …
 
-A line of the input is {"prompt": text} or {"tokens": [ids]}; a line of the output {"prompt", "text", "tokens"} with the
-generated ids, the one that ended the answer among them; "text" ends before a stop string, and is null without a
-tokenizer. The same command again goes on where it was interrupted.
+A line of the input is {"prompt": text or messages} or {"tokens": [ids]}; a line of the output {"prompt", "text",
+"tokens"} with the generated ids, the one that ended the answer among them; "text" ends before a stop string, and is
+null without a tokenizer. The same command again goes on where it was interrupted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file: `{"prompt": text}` or `{"tokens": [ids]}` in each line."""
+"""Prompts from a JSONL file: `{"prompt": text or messages}` or `{"tokens": [ids]}` in each line."""
 
 import json
 from collections.abc import Sequence
@@ -14,9 +14,12 @@ __all__ = ["Prompt", "read_prompts"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line: the prompt as it was given, its token ids, and the keys that the caller asked for beside them."""
+    """A line: the prompt as it was given, its token ids, and the keys that the caller asked for beside them.
 
-    given: str | list[int]
+    Messages are rendered by the tokenizer's chat template, up to where the answer begins.
+    """
+
+    given: str | list[int] | list[dict[str, Any]]
     tokens: list[int]
     also: dict[str, Any] = field(default_factory=dict)
 
@@ -54,19 +57,24 @@ def _prompt(line: str, source: Source, max_length: int, also: Sequence[str]) -> 
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or len(value.keys() & {"prompt", "tokens"}) != 1:
-        raise ValueError('give {"prompt": text} or {"tokens": [ids]}')
+        raise ValueError('give {"prompt": text or messages} or {"tokens": [ids]}')
     if others := sorted(value.keys() - {"prompt", "tokens", *also}):
         raise ValueError(
-            f'{others[0]!r} would do nothing: give {{"prompt": text}} or {{"tokens": [ids]}} alone'
+            f'{others[0]!r} would do nothing: give {{"prompt": text or messages}} or {{"tokens": [ids]}} alone'
         )
     if "tokens" in value:
-        given: str | list[int] = value["tokens"]
+        given: Any = value["tokens"]
         tokens = _checked_ids(value["tokens"], source.architecture.vocab_size)
     else:
         given = value["prompt"]
-        if not isinstance(given, str):
-            raise ValueError(f"prompt must be a text, not {type(given).__name__}")
-        tokens = source.need_tokenizer('{"prompt": text}').encode(given)
+        tokenizer = source.need_tokenizer('{"prompt": text}')
+        if isinstance(given, list) and given:
+            tokens = tokenizer.chat(given)
+        elif isinstance(given, str):
+            tokens = tokenizer.encode(given)
+        else:
+            kind = "an empty list" if given == [] else type(given).__name__
+            raise ValueError(f"prompt must be a text or messages, not {kind}")
     if not tokens:
         raise ValueError("the prompt is empty: give at least one token")
     if len(tokens) >= max_length:

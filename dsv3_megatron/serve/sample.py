@@ -3,11 +3,11 @@
     dsv3 sample --load runs/demo/checkpoints --prompts problems.jsonl --samples 16 \\
         --reward answer=1,format=0.2 --filter 'reward>1' --output kept.jsonl
 
-A line of the input is {"prompt": text} with the "answer" that the reward needs (docs/rewards.md). A line of the
-output is {"messages": [user, assistant], "prompt_id", "sample", "response", "reward", "parts", "answer"}, prompt by
-prompt; `dsv3 sft --ignore-key sample response reward parts answer` reads it. All samples, with the reward of each,
-stand in OUTPUT.samples.jsonl and OUTPUT.rewards.jsonl: the same command again goes on there, and another --filter
-costs no sampling.
+A line of the input is {"prompt": text or messages} with the "answer" that the reward needs (docs/rewards.md). A line
+of the output is {"messages": [user, assistant], "prompt_id", "sample", "response", "reward", "parts", "answer"},
+prompt by prompt; `dsv3 sft --ignore-key sample response reward parts answer` reads it. All samples, with the reward
+of each, stand in OUTPUT.samples.jsonl and OUTPUT.rewards.jsonl: the same command again goes on there, and another
+--filter costs no sampling.
 """
 
 import argparse
@@ -173,13 +173,10 @@ def _keep(
     for index, line in enumerate(scored.lines):
         if line["outcome"] == "ok" and all(keep(line["reward"], line["parts"]) for keep in keeps):
             prompt, text = index // options.samples, texts[index]
-            question = _text(source, prompts[prompt])
+            asked = _messages(source, prompts[prompt])
             kept.append(
                 {
-                    "messages": [
-                        {"role": "user", "content": question},
-                        {"role": "assistant", "content": text},
-                    ],
+                    "messages": [*asked, {"role": "assistant", "content": text}],
                     "prompt_id": prompt,
                     "sample": index % options.samples,
                     "response": text,
@@ -203,9 +200,24 @@ def _keep(
     }
 
 
+def _is_chat(prompt: Prompt) -> bool:
+    return isinstance(prompt.given, list) and isinstance(prompt.given[0], dict)
+
+
+def _messages(source: Source, prompt: Prompt) -> list[Any]:
+    """The conversation that the kept answer ends; of its answers that one alone is learnt."""
+    given: Any = prompt.given
+    if not _is_chat(prompt):
+        return [{"role": "user", "content": _text(source, prompt)}]
+    return [{**item, "weight": 0} if item.get("role") == "assistant" else item for item in given]
+
+
 def _text(source: Source, prompt: Prompt) -> str:
+    """What the reward sees of a prompt; of messages their JSON, as in GRPO."""
     if isinstance(prompt.given, str):
         return prompt.given
+    if _is_chat(prompt):
+        return json.dumps(prompt.given, ensure_ascii=False)
     decode = source.decode
     assert decode is not None
     return decode(prompt.tokens)

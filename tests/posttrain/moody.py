@@ -17,14 +17,19 @@ def reward(prompt: str, response: str, answer: str) -> float:
     return {"nan": math.nan, "inf": math.inf}.get(response, float(response == answer))
 
 
+def dreadful(prompt: str, response: str, answer: str) -> float:
+    """As `parity`, but of seven responses one raises, one is no number, one hangs and one ends the process."""
+    kind = sum(map(ord, response)) % 7
+    if kind < 4:
+        return reward(prompt, ("raise", "nan", "hang", "die")[kind], answer)
+    return float(len(response) % 2)
+
+
 def parity(prompt: str, response: str, answer: str) -> float:
     """Of the characters' codes: half of what an untrained model says is right."""
     return float(sum(map(ord, response)) % 2)
 
 
-def often_bad(prompt: str, response: str, answer: str) -> float:
-    """As `parity`, but a third raises, and another third is no number."""
-    kind = sum(map(ord, response)) % 3
-    if kind == 0:
-        raise RuntimeError("a bad sample")
-    return math.nan if kind == 1 else float(len(response) % 2)
+def alike(prompt: str, response: str, answer: str) -> float:
+    """Nothing to learn from."""
+    return 0.25

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.posttrain import dpo_loss, group_advantages, grpo_loss
-from dsv3_megatron.posttrain.log_probs import selected_log_probs, sequence_sums
 from dsv3_megatron.posttrain.policy_loss import grpo_terms, truncated_weights
+from dsv3_megatron.posttrain.preference_loss import sequence_sums
 
 TOLERANCE = 1e-6
 
@@ -203,6 +203,19 @@ def test_what_is_masked_is_never_looked_at() -> None:
         assert value == 0 and not slope.any()
 
 
+@pytest.mark.parametrize("far", [(-1.0, -300.0, -1.0), (-300.0, -1.0, -1.0), (-300.0, -300.0, -1.0)])
+def test_tokens_that_have_become_impossible_or_certain_give_numbers(far: tuple[float, float, float]) -> None:
+    """Policy, old policy, reference are 299 nats apart: in fp32 exp of that is infinite, and times advantage 0 NaN."""
+    new, old, ref = (torch.full((2, 3), value) for value in far)
+    for advantages in (torch.zeros(2), torch.tensor([1.0, -1.0])):
+        value, (slope,) = with_gradients(
+            lambda logp, a=advantages: grpo_loss(logp, old, ref, a, torch.ones(2, 3), clip=0.2, beta=0.0), new
+        )
+        assert math.isfinite(value) and torch.isfinite(slope).all()
+        assert advantages.any() or (value == 0 and not slope.any())
+    assert torch.isfinite(grpo_terms(new, old, ref, torch.zeros(2), torch.ones(2, 3), 0.2, 0.04).kl).all()
+
+
 def _rest(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "logp"}
 
@@ -265,24 +278,7 @@ def test_advantages_refuse_rewards_that_are_no_numbers(bad: float) -> None:
         group_advantages(torch.tensor([[0.0, bad]]))
 
 
-# Log-probabilities
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_log_probs_in_chunks_are_those_of_the_whole_table(chunk: int) -> None:
-    hidden, weight, targets = numbers(7, 5), numbers(11, 5, seed=1), torch.tensor([0, 10, 3, 3, 7, 1, 2])
-    upstream = numbers(7, seed=2)
-
-    def whole(hidden: Tensor, weight: Tensor) -> Tensor:
-        table = (hidden @ weight.t()).log_softmax(-1)
-        return (table.gather(1, targets[:, None]).squeeze(1) * upstream).sum()
-
-    got = with_gradients(
-        lambda h, w: (selected_log_probs(h, w, targets, chunk) * upstream).sum(), hidden, weight
-    )
-    assert_same(got, with_gradients(whole, hidden, weight))
-    with pytest.raises(ValueError, match="chunk=0"):
-        selected_log_probs(hidden, weight, targets, 0)
+# Sums
 
 
 def test_sums_by_sequence_leave_out_what_is_of_none() -> None:

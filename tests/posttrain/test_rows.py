@@ -1,13 +1,19 @@
 """The demonstration's family; prompts; rollouts as rows."""
 
+import json
 import math
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain import counting
+from dsv3_megatron.posttrain.policy_training import PolicyTraining
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
+from dsv3_megatron.posttrain.run import Kept, checkpoints
 from dsv3_megatron.training.batch import PADDING
 
 
@@ -57,6 +63,45 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         file.write_text(text + "\n")
         with pytest.raises(ValueError, match=problem):
             read_prompts(file, lambda text: [1], lambda messages: [1])
+
+
+def policy(prompts: Path, tokenizer: Path, **changes: Any) -> PolicyTraining:
+    """As the trainer makes it; nothing of Megatron's is asked for before the first step."""
+    args = {
+        "posttrain": "grpo", "save": None, "tokenizer_model": str(tokenizer), "prompt_data": str(prompts),
+        "text_begin": "begin", "seq_length": 32, "samples_per_prompt": 4, "prompts_per_rollout": 2,
+        "global_batch_size": 8, "updates_per_rollout": 1, "max_response_length": 8, "rollout_temperature": 1.0,
+        "reward": "answer", "reward_timeout": 1.0, "bad_reward": 0.0,
+    }  # fmt: skip
+    return PolicyTraining(Namespace(**(args | changes)))
+
+
+def test_prompts_without_room_for_a_response_are_left_out(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = [{"prompt": "a" * n} for n in (3, 200, 5)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [p.text for p in policy(file, tokenizer_dir).prompts] == ["aaa", "aaaaa"]
+    assert "1 of 3 prompts are longer than 24 tokens, and left out" in capsys.readouterr().out
+    with pytest.raises(RefusedArgument, match="leave 0 tokens for each prompt, which none fits into"):
+        policy(file, tokenizer_dir, global_batch_size=2)  # four samples in a row
+
+
+def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
+    kept, other = Kept(tmp_path, "rollout"), Kept(tmp_path, "rollout_more")
+    assert kept.iterations() == [] and checkpoints(str(tmp_path)) == []
+    for iteration in (0, 16, 96, 112, 128):
+        kept.file(iteration).write_text("")
+    other.file(5).write_text("")
+    (tmp_path / "rollout_from_144.part").write_text("")  # its writer was killed
+    for name in ("iter_0000020", "iter_0000100", "iter_0000112", "iter_old", "posttrain"):
+        (tmp_path / name).mkdir()
+    kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))
+    assert kept.iterations() == [16, 96, 112, 128] and other.iterations() == [5]
+    (tmp_path / "iter_0000020").rmdir()
+    kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))
+    assert kept.iterations() == [96, 112, 128]
 
 
 def test_samples_without_numbers_are_not_usable() -> None:

@@ -127,6 +127,11 @@ def _by_hand(model: Any, run: Any, method: str) -> dict[str, torch.Tensor]:
 
     inner.eval()  # no balance loss, no MTP loss, nothing counted
     total: Any = 0.0
+    temperature = getattr(run.args, "rollout_temperature", 1.0)
+    if method == "grpo":
+        run.temperature.on = False
+    of_logits = inner.compute_language_model_loss
+    inner.compute_language_model_loss = lambda labels, logits: of_logits(labels, logits / temperature)
     if method == "dpo":
         from tests.posttrain.test_preferences import samples
 
@@ -156,6 +161,7 @@ def _by_hand(model: Any, run: Any, method: str) -> dict[str, torch.Tensor]:
     for name, weight in weights.items():
         weight.main_grad.copy_(kept[name])
     inner.train()
+    inner.compute_language_model_loss = of_logits
     return grads
 
 
@@ -282,6 +288,7 @@ DPO_LAYOUTS = [
     ("zb1p", 4, 2, 2, ""),
     ("dualpipe", 4, 2, 2, ""),
     ("dualpipev", 2, 2, 1, ""),
+    ("zigzag", 2, 2, 1, ""),
     # The vocabulary is filled up to the same size as without tensor parallelism.
     ("1f1b", 2, 1, 1, "--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64"),
     ("dualpipe", 4, 2, 2, "--dpo-reference live"),
@@ -374,6 +381,7 @@ def test_dualpipe_has_the_rollouts_and_the_gradient_of_one_process(
         ("1f1b", 2, 1, 2, ""),
         ("zb1p", 2, 2, 1, ""),
         ("dualpipev", 2, 2, 1, "--policy-reduction sequence"),
+        ("zigzag", 2, 2, 1, ""),
         ("1f1b", 2, 2, 1, "--num-virtual-stages-per-pipeline-rank 2"),
         # The vocabulary is filled up to the same size as without tensor parallelism.
         (
@@ -406,13 +414,35 @@ def test_routing_replay_takes_the_engines_experts(setup: Setup) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_survives_bad_rewards(setup: Setup, tmp_path: Path) -> None:
-    line = setup.grpo("often_bad")
+def test_a_run_survives_rewards_that_raise_hang_die_or_are_no_numbers(setup: Setup, tmp_path: Path) -> None:
+    line = setup.grpo("dreadful")
     line[line.index("--train-iters") + 1] = "2"
+    line += ["--reward-timeout", "1", "--bad-reward", "-0.5"]
     (rank,) = setup.run([*line, "--save", str(tmp_path), "--save-interval", "2", "--log-interval", "1"])
     journal = [json.loads(text) for text in (tmp_path / "posttrain.jsonl").read_text().splitlines()]
     assert len(journal) == 2 and all(entry["bad rewards"] > 2 for entry in journal)
+    assert all(entry["reward"] < 1 and entry["bad samples"] == 0 for entry in journal)
     assert all(torch.isfinite(weight).all() for _, weight in rank["weights"].values())
+
+
+@pytest.mark.slow
+def test_groups_that_are_all_alike_move_nothing(setup: Setup, tmp_path: Path) -> None:
+    """Advantage 0, not NaN: without a KL penalty the gradient is 0."""
+    (rank,) = setup.run([*setup.grpo("alike"), "--policy-beta", "0", "--save", str(tmp_path)])
+    (entry,) = [json.loads(text) for text in (tmp_path / "posttrain.jsonl").read_text().splitlines()]
+    assert entry["groups alike"] == 1 and entry["reward"] == 0.25 and entry["loss"] == 0
+    assert not any(grad.any() for _, grad in rank["grads"].values())
+
+
+@pytest.mark.slow
+def test_at_a_temperature_both_sides_have_the_tempered_distribution(setup: Setup) -> None:
+    """The engine's numbers are the trainer's, other than without; the gradient is that of logits / T."""
+    (plain,) = setup.run(setup.grpo())
+    (warm,) = setup.run(setup.grpo(), "--rollout-temperature 0.6", by_hand="grpo")
+    assert warm["losses"][0]["engine mismatch"] < 1e-4
+    assert warm["losses"][0]["entropy estimate"] < 0.9 * plain["losses"][0]["entropy estimate"]
+    assert warm["rollout"]["sequences"] != plain["rollout"]["sequences"]
+    assert_same(grads([warm]), warm["by_hand"])
 
 
 @pytest.mark.slow

@@ -45,6 +45,24 @@ def test_not_equal(left, right):
 
 
 @pytest.mark.parametrize(
+    "prompt, response, value",
+    [
+        ("What is it?", "<think>it is so</think> <answer>4</answer>", 1.0),
+        ("What is it?", "<think>这是 it so</think> <answer>4</answer>", 0.5),
+        ("你是谁", "我是 a bot", 0.5),
+        ("привет", "мир peace", 0.5),
+        ('[{"role": "user", "content": "你是谁"}]', "hello 我", 0.5),
+        ("What is it?", "mиx", 0.0),
+        ("406", "any word", 1.0),
+        ("What is it?", "789", 1.0),
+        ("true", "", 1.0),
+    ],
+)
+def test_language_is_the_share_of_words_in_the_prompts_scripts(prompt, response, value):
+    assert rewards.resolve("language")(prompt, response, None) == value
+
+
+@pytest.mark.parametrize(
     "attack",
     [
         "9**9**9**9", "9^(9^(9^9))", "2^{2^{2^{2^{2^{2}}}}}", "((((" * 200 + "1", "1" * 400, "10000000!", "5!!!!!!",

@@ -218,7 +218,7 @@ def test_a_deployment_gives_the_tokens_of_one_process(
     ("line", "named"),
     [
         ("nonsense", "p.jsonl:2: not JSON"),
-        ('{"text": "x"}', 'p.jsonl:2: give {"prompt": text}'),
+        ('{"text": "x"}', 'p.jsonl:2: give {"prompt": text or messages}'),
         ('{"prompt": "x", "tokens": [1]}', "p.jsonl:2: give"),
         ('{"prompt": 5}', "p.jsonl:2: prompt must be a text"),
         ('{"tokens": [1, 300]}', "p.jsonl:2: token 300"),

@@ -1,12 +1,19 @@
 """`dsv3 sample`: what is kept is what the filter says; resumed, filtered again, refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from dsv3_megatron.serve.sample import main, read_filter
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.serve.prompts import read_prompts
+from dsv3_megatron.serve.sample import _messages, _text, main, read_filter
+from dsv3_megatron.serve.tokenizer import Tokenizer
 from tests.rewards.vowels import vowels
 from tests.serve.test_generate import read, write
+from tests.sft.conftest import tokenizer_dir
+
+__all__ = ["tokenizer_dir"]
 
 ME = "tests.rewards.vowels:vowels"
 
@@ -67,6 +74,31 @@ def test_samples_are_kept_by_their_reward(hf, questions, tmp_path, capsys, monke
     assert main(words(hf, questions, output, "--reward", ME, "--filter", "reward>=1")) == 0
     assert output.with_name("kept.jsonl.samples.jsonl").read_bytes() == before
     assert read(output) == kept
+
+
+def test_prompts_of_messages_are_rendered_and_kept_with_what_was_said(tokenizer_dir, tmp_path):
+    """As in GRPO: the same tokens, the same text for the reward; only the kept answer is learnt later."""
+    tokenizer = Tokenizer(tokenizer_dir)
+    source = SimpleNamespace(need_tokenizer=lambda what: tokenizer, decode=tokenizer.decode)
+    said = [
+        {"role": "user", "content": "Name it"},
+        {"role": "assistant", "content": "add"},
+        {"role": "user", "content": "Yes?"},
+    ]
+    file = write(tmp_path / "p.jsonl", {"prompt": said, "answer": 3}, {"prompt": "Yes?"})
+    chat, text = read_prompts(file, source, 256, also=("answer",))
+    assert chat.tokens == tokenizer.chat(said) and chat.also == {"answer": 3}
+    assert text.tokens == tokenizer.encode("Yes?")
+    assert json.loads(_text(source, chat)) == said and _text(source, text) == "Yes?"
+    assert _messages(source, chat) == [said[0], {**said[1], "weight": 0}, said[2]]
+    assert _messages(source, text) == [{"role": "user", "content": "Yes?"}]
+    for bad, problem in (
+        ([], "an empty list"),
+        ([1], "a message is an object"),
+        ([{"role": "user"}], "p.jsonl:1"),
+    ):
+        with pytest.raises(RefusedArgument, match=problem):
+            read_prompts(write(tmp_path / "p.jsonl", {"prompt": bad}), source, 256)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,16 @@ ROWS = (
         GRPO + " --routing-replay --tensor-model-parallel-size 2 --sequence-parallel",
     ),
     Refusal(
+        "routing_replay_rollout_ranks",
+        FEATURE,
+        "--routing-replay",
+        "",
+        lambda a, s: _grpo(a) and a.routing_replay and a.rollout_address is not None,
+        "with --rollout-address {rollout_address} the engine is another job's, whose routes do not come here",
+        "rollouts by the trainer's own ranks, without --rollout-address",
+        GRPO + " --routing-replay --rollout-address host:29600",
+    ),
+    Refusal(
         "routing_replay_plans",
         FEATURE,
         "--routing-replay",

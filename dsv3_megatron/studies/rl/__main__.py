@@ -12,30 +12,26 @@ control, the lowest after), and "seeds" has every arm of each. The same command 
 
 import argparse
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.demo.run import quoted, saved_iteration
+from dsv3_megatron.demo.run import keep_settings, quoted
 from dsv3_megatron.posttrain.journal import JOURNAL, read_journal
 from dsv3_megatron.studies.rl import data
+from dsv3_megatron.studies.rl.arm import Arm
+from dsv3_megatron.studies.rl.arms import DemoFailed, run_arms
 from dsv3_megatron.studies.rl.picture import ARMS, draw
 
-SEEDS = (1, 2, 3)
 SEQ_LENGTH = 64
 GROUP, PROMPTS = 8, 32  # samples of a rollout
 ROWS = 64  # of an update, in which they are packed
-STEPS = 40
-BASE_STEPS = 150
-BASE_DOCUMENTS = 20_000
-EVERY = 10  # updates between measurements
+BASE_DOCUMENTS = 12_000
+EVERY = 6  # updates between measurements
 MODEL = (
     "model=micro",
     "layout=cpu_single",
@@ -63,43 +59,14 @@ MODEL = (
 )
 
 
-class DemoFailed(RuntimeError):
-    """An arm ended with an error; the text says which, and where its output is."""
-
-
 @dataclass(frozen=True)
-class Arm:
-    """One process: a name, where it lives, what it is started with."""
+class RLSettings:
+    """What a run folder is for; a folder begun with other settings is refused."""
 
-    name: str
-    folder: Path
-    iterations: int
-    overrides: Sequence[str]
-    sample: Sequence[str] = ()
-    every: int = EVERY
-
-    @property
-    def held_out_file(self) -> Path:
-        return self.folder / "held_out.json"
-
-    def held_out(self) -> dict[int, dict[str, float]]:
-        """Iteration → reward and length on held-out problems, so far."""
-        found = json.loads(self.held_out_file.read_text()) if self.held_out_file.exists() else {}
-        return {int(iteration): values for iteration, values in found.items()}
-
-    @property
-    def done(self) -> bool:
-        sampled = not self.sample or Path(self.sample[1]).exists()
-        saved = saved_iteration(self.folder / "checkpoints") >= self.iterations
-        return saved and sampled and self.iterations in self.held_out()
-
-    def command(self) -> list[str]:
-        """Of the worker."""
-        save = quoted(self.folder / "checkpoints")
-        words = ["--held-out", str(self.held_out_file), "--every", str(self.every), *self.sample]
-        common = [f"save={save}", f"load={save}", "save_interval=20", "log_interval=1"]
-        last = [f"train_iters={self.iterations}", *common]
-        return [sys.executable, "-m", "dsv3_megatron.studies.rl.worker", *words, *self.overrides, *last]
+    seeds: tuple[int, ...] = (1, 2, 3)
+    steps: int = 24
+    base_steps: int = 150
+    arms: tuple[str, ...] = tuple(ARMS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,19 +74,25 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dsv3_megatron.studies.rl",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    default = RLSettings()
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo-rl"), help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 1 2 3")
-    parser.add_argument("--steps", type=int, default=STEPS, help="updates of each arm (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=BASE_STEPS, help="default: %(default)s")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=tuple(ARMS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="default: 1 2 3")
+    parser.add_argument(
+        "--steps", type=int, default=default.steps, help="updates of each arm (default: %(default)s)"
+    )
+    parser.add_argument("--base-steps", type=int, default=default.base_steps, help="default: %(default)s")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=default.arms, help="default: all")
     parser.add_argument(
         "--processes", type=int, default=2, help="arms at the same time (default: %(default)s)"
     )
     args = parser.parse_args(argv)
+    settings = RLSettings(tuple(args.seeds), args.steps, args.base_steps, tuple(args.arms))
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the arms, as Ctrl-C does
     try:
-        result = run(args)
+        result = run(args.run_dir, settings, args.processes)
     except (ValueError, OSError, DemoFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -132,21 +105,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Base model, arms, picture; returns the result that is printed."""
-    if any(seed < 1 for seed in args.seeds) or args.steps < 1 or args.base_steps < 1 or args.processes < 1:
+def run(run_dir: Path, settings: RLSettings, processes: int) -> dict[str, Any]:
+    """Base model, arms, picture; returns the result that is printed.
+
+    Raises:
+        ValueError: a setting is not possible, or the folder was begun with others.
+        DemoFailed: an arm failed.
+    """
+    if min(*settings.seeds, settings.steps, settings.base_steps, processes) < 1:
         raise ValueError("--seeds, --steps, --base-steps and --processes: must be 1 or more")
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    base = base_arm(args)
+    for option, values in (("--seeds", settings.seeds), ("--arms", settings.arms)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{option} {' '.join(map(str, values))}: each once")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    keep_settings(run_dir / "settings.json", settings)
+    base = base_arm(run_dir, settings)
     data.write_corpus(base.folder / "corpus", BASE_DOCUMENTS, seed=0)
     run_arms([base], 1)
-    arms = {(arm, seed): posttraining_arm(arm, seed, args, base) for seed in args.seeds for arm in args.arms}
-    run_arms(list(arms.values()), args.processes)
+    keys = [(arm, seed) for seed in settings.seeds for arm in settings.arms]
+    arms = {(arm, seed): posttraining_arm(arm, seed, run_dir, settings, base) for arm, seed in keys}
+    run_arms(list(arms.values()), processes)
     held_out = {key: arm.held_out() for key, arm in arms.items()}
-    journals = {key: read_journal(arm.folder / "checkpoints" / JOURNAL) for key, arm in arms.items()}
-    draw(held_out, journals, args.run_dir / "reward.png")
-    result = summary(held_out, args.steps)
-    (args.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    journals = {key: read_journal(arm.checkpoints / JOURNAL) for key, arm in arms.items()}
+    draw(held_out, journals, run_dir / "reward.png")
+    result = summary(held_out, settings.steps)
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -172,9 +155,9 @@ def summary(
     }
 
 
-def base_arm(args: argparse.Namespace) -> Arm:
+def base_arm(run_dir: Path, settings: RLSettings) -> Arm:
     """Pre-training on the documents, and samples of the finished model for the pairs."""
-    folder = args.run_dir / "base"
+    folder = run_dir / "base"
     folder.mkdir(parents=True, exist_ok=True)
     corpus = quoted(folder / "corpus")
     overrides = [
@@ -190,21 +173,22 @@ def base_arm(args: argparse.Namespace) -> Arm:
         "seed=1",
         "eval_iters=0",
     ]
-    sampled = ["--sample", str(folder / "samples.jsonl"), "--sampled", str(max(args.seeds)), "128", "16"]
-    return Arm("base", folder, args.base_steps, overrides, sampled if "dpo" in args.arms else (), every=100)
+    samples = (settings.seeds, 96, 16) if "dpo" in settings.arms else None
+    return Arm("base", folder, settings.base_steps, overrides, every=50, samples=samples)
 
 
-def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -> Arm:
+def posttraining_arm(arm: str, seed: int, run_dir: Path, settings: RLSettings, base: Arm) -> Arm:
     """One way of going on from the base model."""
-    folder = args.run_dir / f"{arm}_{seed}"
+    folder = run_dir / f"{arm}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = base.folder / "corpus"
     overrides = [
         *MODEL,
         f"recipe={'grpo' if arm in ('rl', 'shuffled') else arm}",
-        f"pretrained_checkpoint={quoted(base.folder / 'checkpoints')}",
+        f"pretrained_checkpoint={quoted(base.checkpoints)}",
         "micro_batch_size=16",
-        f"global_batch_size={ROWS}",
+        # The same number of samples for each arm: rows of post-training's other data are full.
+        f"global_batch_size={ROWS if arm in ('rl', 'shuffled') else ROWS // 2}",
         f"seed={seed}",
         "lr=1e-3",  # a thousand times R1-Zero's, for a model of a hundred thousandth of its size
         "min_lr=1e-3",
@@ -228,73 +212,19 @@ def posttraining_arm(arm: str, seed: int, args: argparse.Namespace, base: Arm) -
             f"shuffle_rewards={str(arm == 'shuffled').lower()}",
         ]
     elif arm == "sft":
-        data.write_demonstrations(folder / "rows", tokenizer, GROUP * PROMPTS * args.steps, SEQ_LENGTH, seed)
+        data.write_demonstrations(
+            folder / "rows", tokenizer, GROUP * PROMPTS * settings.steps, SEQ_LENGTH, seed
+        )
         overrides += ["data=sft", f"sft_data={quoted(folder / 'rows')}"]
     elif not (folder / "checkpoints").exists():
-        data.write_pairs(folder / "pairs", tokenizer, Path(base.sample[1]), SEQ_LENGTH, seed)
+        data.write_pairs(folder / "pairs", tokenizer, base.sample_file, SEQ_LENGTH, seed)
     if arm == "dpo":
         overrides += [
             "data=preference",
             f"preference_data={quoted(folder / 'pairs')}",
             "preference_epochs=1000",
         ]
-    return Arm(f"{arm} {seed}", folder, args.steps, overrides)
-
-
-def run_arms(arms: Sequence[Arm], at_once: int) -> None:
-    """Run what is not done yet, so many at a time.
-
-    Raises:
-        DemoFailed: an arm failed; the others have been ended.
-    """
-    waiting = [arm for arm in arms if not arm.done]
-    running: dict[str, tuple[Arm, subprocess.Popen[bytes], int]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                arm = waiting.pop(0)
-                running[arm.name] = (arm, _start(arm), 0)
-            for name, (arm, process, told) in list(running.items()):
-                status = process.poll()
-                running[name] = (arm, process, _tell(arm, told))
-                if status is None:
-                    continue
-                del running[name]
-                if status or not arm.done:
-                    raise DemoFailed(f"{name} ended with status {status}: its output is {arm.folder / 'log'}")
-            time.sleep(0.5)
-    finally:
-        for _, process, _ in running.values():
-            process.send_signal(signal.SIGTERM)
-        for _, process, _ in running.values():
-            process.wait()
-
-
-def _start(arm: Arm) -> subprocess.Popen[bytes]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    own = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    with (arm.folder / "log").open("wb") as log:
-        return subprocess.Popen(arm.command(), stdout=log, stderr=log, env={**os.environ, **world, **own})
-
-
-def _tell(arm: Arm, told: int) -> int:
-    """Print the arm's new lines that are for people; how many bytes of its log have been read."""
-    with (arm.folder / "log").open("rb") as log:
-        log.seek(told)
-        text = log.read()
-    whole = text[: text.rfind(b"\n") + 1]
-    for line in whole.decode(errors="replace").splitlines():
-        if line.startswith("[demo]"):
-            print(f"[demo] {arm.name}:{line.removeprefix('[demo]')}", flush=True)
-    return told + len(whole)
+    return Arm(f"{arm} {seed}", folder, settings.steps, overrides, EVERY)
 
 
 if __name__ == "__main__":

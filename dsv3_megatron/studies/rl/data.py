@@ -35,8 +35,12 @@ def write_corpus(folder: Path, count: int, seed: int) -> None:
         _write_lines(source, ({"text": text} for text in counting.documents(count, seed)))
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.exists():
-        tokenizer.mkdir()
-        save_tokenizer(train_tokenizer(["0123456789="], MIN_VOCAB_SIZE), tokenizer)  # one token for each byte
+        unfinished = tokenizer.with_suffix(".part")
+        unfinished.mkdir(exist_ok=True)
+        save_tokenizer(
+            train_tokenizer(["0123456789="], MIN_VOCAB_SIZE), unfinished
+        )  # one token for each byte
+        unfinished.rename(tokenizer)
     settings = PrepareSettings(
         vocab_size=None,
         tokenizer=str(tokenizer),

@@ -40,7 +40,8 @@ def draw(
         )
         length.plot(steps, [curve[i]["length"] for i in steps], color=_COLOURS[arm], linewidth=1.2)
     for (arm, _seed), lines in journals.items():
-        points = [(line["iteration"], line["kl"]) for line in lines if "kl" in line]
+        # DPO's is another measure, of the pairs' answers.
+        points = [(line["iteration"], line["kl"]) for line in lines if "kl" in line and "reward" in line]
         if points:
             kl.plot(*zip(*points, strict=True), color=_COLOURS[arm], linewidth=1)
     reward.set(xlabel="iteration", ylabel="share right", title="Held-out problems", ylim=(0, 1))
@@ -48,7 +49,7 @@ def draw(
     reward.axhline(0.6, color="black", linewidth=0.6, linestyle=":")
     reward.legend(fontsize="small")
     length.set(xlabel="iteration", ylabel="tokens", title="Length of held-out responses")
-    kl.set(xlabel="iteration", ylabel="nats per token", title="KL to the base model")
+    kl.set(xlabel="iteration", ylabel="nats per token", title="KL to the base model, of the rollouts")
     figure.tight_layout()
     unfinished = path.with_suffix(".part.png")
     figure.savefig(unfinished, dpi=110)

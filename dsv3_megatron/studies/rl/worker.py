@@ -1,18 +1,18 @@
 """One process of the demonstration: the trainer, with the held-out reward before, on the way and after.
 
-With `--sample FILE` it also writes, after the last step, responses to training problems with their rewards.
+An arm with `samples` also writes, after the last step, responses to training problems.
 """
 
-import argparse
 import json
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from dsv3_megatron.posttrain import counting
+from dsv3_megatron.studies.rl.arm import Arm
 
-HELD_OUT_PROBLEMS = 512
+HELD_OUT_PROBLEMS = 384
 HELD_OUT_SEED = 7
 RESPONSE = 8  # tokens at most
 
@@ -20,9 +20,9 @@ RESPONSE = 8  # tokens at most
 class HeldOut:
     """Hooks around the steps; writes {iteration: {"reward", "length"}} to a file."""
 
-    def __init__(self, file: Path, every: int, sample: Path | None, sampled: tuple[int, int, int]) -> None:
-        self.file, self.every, self.sample, self.sampled = file, every, sample, sampled
-        self.curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    def __init__(self, arm: Arm) -> None:
+        self.arm = arm
+        self.curve: dict[str, Any] = {str(iteration): values for iteration, values in arm.held_out().items()}
         self._engine: Any = None
 
     def before_step(self, call: dict[str, Any]) -> None:
@@ -30,13 +30,11 @@ class HeldOut:
             self._measure(call["model"], 0)
 
     def after_step(self, call: dict[str, Any], result: Any) -> None:
-        from megatron.training import get_args
-
-        iteration, last = call["iteration"] + 1, get_args().train_iters
-        if iteration % self.every == 0 or iteration == last:
+        iteration, last = call["iteration"] + 1, self.arm.iterations
+        if iteration % self.arm.every == 0 or iteration == last:
             self._measure(call["model"], iteration)
-        if iteration == last and self.sample is not None:
-            self._write_samples(call["model"])
+        if iteration == last and self.arm.samples is not None:
+            self._write_samples(call["model"], *self.arm.samples)
 
     def _measure(self, model: list[Any], iteration: int) -> None:
         problems = counting.problems(HELD_OUT_PROBLEMS, HELD_OUT_SEED, held_out=True)
@@ -44,27 +42,25 @@ class HeldOut:
         rewards = [counting.reward(p, text, a) for (p, a), (text, _) in zip(problems, responses, strict=True)]
         length = sum(count for _, count in responses) / len(responses)
         self.curve[str(iteration)] = {"reward": sum(rewards) / len(rewards), "length": length}
-        unfinished = self.file.with_suffix(".part")
+        unfinished = self.arm.held_out_file.with_suffix(".part")
         unfinished.write_text(json.dumps(self.curve, indent=2) + "\n")
-        unfinished.replace(self.file)
+        unfinished.replace(self.arm.held_out_file)
         found = self.curve[str(iteration)]["reward"]
         print(f"[demo] held-out reward after {iteration} iterations: {found:.3f}", flush=True)
 
-    def _write_samples(self, model: list[Any]) -> None:
+    def _write_samples(self, model: list[Any], seeds: Sequence[int], count: int, group: int) -> None:
         """Groups of responses to problems of each seed: what preferences are made of."""
-        assert self.sample is not None
-        seeds, count, group = self.sampled
         lines = []
-        for seed in range(1, seeds + 1):
+        for seed in seeds:
             problems = counting.problems(count, seed, held_out=False)
             prompts = [prompt for prompt, _ in problems for _ in range(group)]
             responses = self._responses(model, prompts, seed=seed)
             for i, (prompt, answer) in enumerate(problems):
                 texts = [text for text, _ in responses[i * group : (i + 1) * group]]
                 lines.append({"seed": seed, "prompt": prompt, "answer": answer, "responses": texts})
-        unfinished = self.sample.with_suffix(".part")
+        unfinished = self.arm.sample_file.with_suffix(".part")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        unfinished.replace(self.sample)
+        unfinished.replace(self.arm.sample_file)
 
     def _responses(self, model: list[Any], prompts: list[str], seed: int) -> list[tuple[str, int]]:
         """Text and number of tokens of one response each, at temperature 1."""
@@ -89,31 +85,15 @@ class HeldOut:
         return found
 
 
-@record
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("--every", type=int, required=True)
-    parser.add_argument("--sample", type=Path)
-    parser.add_argument(
-        "--sampled", type=int, nargs=3, default=(0, 0, 0), metavar=("SEEDS", "PROBLEMS", "GROUP")
-    )
-    parser.add_argument("overrides", nargs="+")
-    options = parser.parse_args(argv)
-
-    from dsv3_megatron import cpu
-
-    cpu.activate()  # before anything imports Megatron
-
+def work(arm: Arm) -> None:
+    """Train an arm from where it is to its end."""
     from dsv3_megatron import train
     from dsv3_megatron.conf import compose, to_argv
     from dsv3_megatron.training import hooks
 
-    held_out = HeldOut(options.held_out, options.every, options.sample, tuple(options.sampled))
+    held_out = HeldOut(arm)
     hooks.before_step(held_out.before_step)
     hooks.after_step(held_out.after_step)
-    train.main(to_argv(compose(options.overrides)))
-
-
-if __name__ == "__main__":
-    main()
+    train.main(to_argv(compose(arm.all_overrides())))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(f"[demo] {used.ru_utime + used.ru_stime:.0f} s of processor time", flush=True)
