@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from torch import Tensor
 
-from dsv3_megatron.backends.linear import ColumnLinear, RowLinear
+from dsv3_megatron.backends.linear import ColumnLinear, RowLinear, has_own_storage
 
 __all__ = ["LocalExperts", "plain_swiglu", "routed_experts"]
 
@@ -50,18 +50,14 @@ class LocalExperts(SequentialMLP):
         Weights that have storage of their own are moved into one together, once: parameters and state stay what they
         are, and a trainer's changes are seen. Those that lie in a buffer of DDP's stay there.
         """
-        found: tuple[Tensor, Tensor] | None = self.__dict__.get("_stacks")
         weights = self._weights()
-        if found is None or any(
-            weight.data_ptr() != stack.data_ptr() + i * weight.nbytes
-            for stack, layer in zip(found, weights, strict=True)
-            for i, weight in enumerate(layer)
-        ):
+        every = (*weights[0], *weights[1])
+        found, places = self.__dict__.get("_stacks", (None, None))
+        if places != [weight.data_ptr() for weight in every]:
             found = None
-            every = (*weights[0], *weights[1])
-            if all(map(_grouped_mm_serves, every)) and all(map(_has_own_storage, every)):
+            if all(map(_grouped_mm_serves, every)) and all(map(has_own_storage, every)):
                 found = _stack(weights[0]), _stack(weights[1])
-            self.__dict__["_stacks"] = found
+            self.__dict__["_stacks"] = found, [weight.data_ptr() for weight in every]
         return found
 
     def _weights(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -114,13 +110,13 @@ def _grouped_mm_serves(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and aligned and _grouped_mm_works(weight.dtype)
 
 
-def _has_own_storage(weight: Tensor) -> bool:
-    return weight.untyped_storage().nbytes() == weight.nbytes
-
-
 def _stack(weights: list[torch.nn.Parameter]) -> Tensor:
+    """[experts, out, in], in memory as the weights are: see `lay_out_for_inference`."""
     with torch.inference_mode(False), torch.no_grad():
-        stack = torch.stack([weight.data for weight in weights])
+        if all(weight.is_contiguous() for weight in weights):
+            stack = torch.stack([weight.data for weight in weights])
+        else:
+            stack = torch.stack([weight.data.t() for weight in weights]).transpose(1, 2)
         for weight, view in zip(weights, stack, strict=True):
             weight.data = view
     return stack

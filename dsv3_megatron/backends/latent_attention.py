@@ -107,7 +107,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     shape = (x.size(0), *(1,) * (x.dim() - 2), -1)
     cos, sin = cos.view(shape), sin.view(shape)
     first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)
 
 
 def attend(query: Tensor, cache: Tensor, pages: LatentPages, scale: float, rank: int) -> Tensor:

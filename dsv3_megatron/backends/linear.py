@@ -37,6 +37,8 @@ __all__ = [
     "DuplicatedLinear",
     "RowLinear",
     "all_gather_first_dim",
+    "has_own_storage",
+    "lay_out_for_inference",
     "num_pending_weight_grads",
     "run_pending_weight_grads",
 ]
@@ -292,6 +294,32 @@ class DuplicatedLinear(DelayedWeightGrad, torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.size(1)}, out_features={self.weight.size(0)}"
+
+
+def has_own_storage(weight: Tensor) -> bool:
+    """Whether the weight is alone in its memory: not in a buffer of DDP's, nor beside other experts."""
+    return weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def lay_out_for_inference(model: torch.nn.Module) -> None:
+    """Let the weights [out, in] of linear layers on the CPU lie in memory as [in, out]; shapes and values stay.
+
+    With the few rows of a decode step such a product reads memory up to a third faster. Not for a model in training,
+    whose optimizer and checkpoints expect contiguous weights. MLA's up projection is read by parts and stays.
+    """
+    for name, layer in model.named_modules():
+        if type(layer) not in (ColumnLinear, RowLinear, DuplicatedLinear) or name.endswith(
+            "linear_kv_up_proj"
+        ):
+            continue
+        weight = layer._parameters["weight"]
+        if (
+            weight is not None
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and has_own_storage(weight)
+        ):
+            weight.data = weight.data.t().contiguous().t()
 
 
 def _num_pending(layer: torch.nn.Module) -> int:

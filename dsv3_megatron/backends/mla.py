@@ -78,12 +78,15 @@ class DSV3SelfAttention(MLASelfAttention):
         pages = context.pages(self.rotary_pos_emb)
         cache = context.layer_cache(self._layer_of_stage)
         q_compressed, kv = self._qkv_down_projection(hidden_states)
-        cache.view(-1, cache.size(-1)).index_copy_(0, pages.slots, self._latents(kv, pages))
-        up_k, up_v = self._absorbed_weights()
+        compressed, key = self._latents(kv)
         query = self._query(q_compressed)
         plain, rotary = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+        rotated = rotate(torch.cat([rotary, key.unsqueeze(1)], dim=1), pages.cos, pages.sin)
+        latents = torch.cat([compressed, rotated[:, -1]], dim=-1)
+        cache.view(-1, cache.size(-1)).index_copy_(0, pages.slots, latents)
+        up_k, up_v = self._absorbed_weights()
         absorbed = torch.bmm(plain.transpose(0, 1), up_k).transpose(0, 1)  # [t, n, rank]
-        query = torch.cat([absorbed, rotate(rotary, pages.cos, pages.sin)], dim=-1)
+        query = torch.cat([absorbed, rotated[:, :-1]], dim=-1)
         core = attend(query, cache, pages, self.softmax_scale, config.kv_lora_rank)
         values = torch.bmm(core.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)  # [t, n, v]
         return self.linear_proj(values.flatten(1).unsqueeze(1))
@@ -93,15 +96,17 @@ class DSV3SelfAttention(MLASelfAttention):
         """Number of the layer from 0 on this pipeline stage."""
         return self.layer_number - 1 - self._get_pp_layer_offset_for_inference()
 
-    def _latents(self, kv: Tensor, pages: LatentPages) -> Tensor:
-        """What the cache keeps of each token: kv [t, 1, rank + rope], of this rank's tokens, → [all t, rank + rope]."""
-        rank, rope = self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim
-        compressed, key = kv.split([rank, rope], dim=-1)
-        latents = torch.cat([self._normed(compressed), key], dim=-1)
+    def _latents(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """kv [t, 1, rank + rope] of this rank's tokens → normed latents [t, rank], keys to rotate [t, rope] of all."""
+        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        compressed, key = kv.split(sizes, dim=-1)
+        compressed = self._normed(compressed)
         if self.config.sequence_parallel and self.tp_group.size() > 1:
-            latents = gather_from_sequence_parallel_region(latents, group=self.tp_group)
-        latents = latents.squeeze(1)
-        return torch.cat([latents[:, :rank], rotate(latents[:, rank:], pages.cos, pages.sin)], dim=-1)
+            both = torch.cat([compressed, key], dim=-1)
+            compressed, key = gather_from_sequence_parallel_region(both, group=self.tp_group).split(
+                sizes, dim=-1
+            )
+        return compressed.squeeze(1), key.squeeze(1)
 
     def _normed(self, compressed: Tensor) -> Tensor:
         """The norm of the compressed keys and values, wherever the backend keeps its weight."""

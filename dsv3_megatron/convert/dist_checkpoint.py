@@ -42,10 +42,12 @@ def checkpoint_folder(folder: Path) -> Path:
         return folder
     try:
         step = (folder / TRACKER).read_text().strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(
             f"{folder}: neither {METADATA} nor {TRACKER} is there: no Megatron checkpoint"
         ) from error
+    if step != RELEASE and not step.isdecimal():
+        raise ConversionError(f"{folder / TRACKER}: {step[:40]!r} is neither an iteration nor {RELEASE}")
     name = RELEASE if step == RELEASE else f"iter_{int(step):07d}"
     if not (folder / name / METADATA).exists():
         raise ConversionError(f"{folder / name / METADATA} is missing, but {TRACKER} says {step}")

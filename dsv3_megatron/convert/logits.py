@@ -53,7 +53,10 @@ def prompt_tokens(folder: Path, vocab_size: int, prompts: Sequence[str] | None) 
     if path.exists():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConversionError(f"{path}: {error}") from error
         ids = [tokenizer.encode(text).ids for text in texts]
     else:
         print(f"verify: {path} is not there: bytes of the prompts serve as token ids", file=sys.stderr)
@@ -117,10 +120,13 @@ def of_megatron(arch: Architecture, checkpoint: Path, tokens: Sequence[Tensor]) 
 
 
 @contextmanager
-def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
+def megatron_model(arch: Architecture, checkpoint: Path, **more: Any) -> Iterator[Any]:
     """The specs' model in fp32 in this process, in evaluation mode, its weights loaded by Megatron itself.
 
     torch.distributed must not be initialised: it is, with one rank, while the model lives.
+
+    Args:
+        more: further fields of Megatron's configuration, or other values than `transformer_fields` has.
     """
     from dsv3_megatron import cpu
 
@@ -138,7 +144,7 @@ def megatron_model(arch: Architecture, checkpoint: Path) -> Iterator[Any]:
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
-        fields = transformer_fields(arch)
+        fields = transformer_fields(arch) | more
         config = DSV3ModelConfig(
             transformer=MLATransformerConfig(**fields),
             vocab_size=arch.vocab_size,

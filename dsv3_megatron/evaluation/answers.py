@@ -94,6 +94,10 @@ def _key(question: Question) -> str:
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         unfinished = file.with_name(file.name + ".part")
+        if others := [other.name for other in file.parent.iterdir() if other != unfinished]:
+            raise RefusedArgument(
+                f"--output {file.parent}: is there and holds no evaluation ({others[0]}); name another"
+            )
         unfinished.write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(unfinished, file)
         return

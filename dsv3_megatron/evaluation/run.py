@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +51,10 @@ def run(
     from lm_eval.evaluator import evaluate
 
     check(loaded, unsafe_code)
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
+        if num_fewshot and own == 0:
+            print(f"--num-fewshot {num_fewshot}: {name} is without examples, and stays so", file=sys.stderr)
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -67,6 +70,12 @@ def run(
                 fewshot_as_multiturn=True,
                 confirm_run_unsafe_code=unsafe_code,
             )
+        except ValueError as error:
+            if "larger than population" not in str(error):  # of random.sample
+                raise
+            raise RefusedArgument(
+                f"--num-fewshot {num_fewshot}: one of {', '.join(loaded['tasks'])} has not as many examples"
+            ) from error
         except OverflowError as error:
             raise RefusedArgument(
                 f"a metric of {', '.join(loaded['tasks'])} is too large for a number ({error}): a word's perplexity of "

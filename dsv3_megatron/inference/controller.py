@@ -45,9 +45,10 @@ class LatentController(TextGenerationController):
 
     def _prompt_log_probs_wanted(self) -> bool:
         context = self._context
-        prefill = slice(
-            context.num_decode_requests, context.total_request_count - context.paused_request_count
-        )
+        active = context.total_request_count - context.paused_request_count
+        if context.num_decode_requests == active:
+            return False
+        prefill = slice(context.num_decode_requests, active)
         wanted = context.active_request_metadata
         return bool((wanted["return_log_probs"][prefill] & ~wanted["skip_prompt_log_probs"][prefill]).any())
 
@@ -79,6 +80,8 @@ class LatentController(TextGenerationController):
     def _put_following_prompt_token(self) -> None:
         """After a chunk of a prompt comes the prompt's next token, not a sample: for log-probability and draft."""
         context = self._context
+        if not context.following_prompt_tokens:
+            return
         for row, request in enumerate(context.request_ids[context.active_slice].tolist()):
             token = context.following_prompt_tokens.get(request)
             if token is not None:

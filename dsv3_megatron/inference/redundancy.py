@@ -123,10 +123,14 @@ def _move(layer: Any, wanted: Tensor) -> None:
             continue
         for kind in sorted(weights):
             if come_from == rank:
-                sent = weights[kind][source % per_rank].data
+                sent = weights[kind][source % per_rank].data.contiguous()
             if to == rank:
                 old = weights[kind][slot % per_rank].data
-                new = sent.clone() if come_from == rank else torch.empty_like(old)
+                new = (
+                    sent.clone()
+                    if come_from == rank
+                    else torch.empty_like(old, memory_format=torch.contiguous_format)
+                )
                 arriving.append((old, new))
                 if come_from != rank:
                     operations.append(dist.P2POp(dist.irecv, new, group=group, group_peer=come_from))

@@ -99,6 +99,8 @@ class KeyedSampling(TorchSampling):
             positions: where the sampled tokens will stand, int64 [r] on the CPU.
         """
         metadata = context.active_request_metadata
+        if bool((metadata["top_k"][requests] == 1).all()):
+            return rows.argmax(dim=-1)
         settings = zip(
             *(metadata[key][requests].tolist() for key in ("temperature", "top_k", "top_p")), strict=True
         )

@@ -1,8 +1,8 @@
 """`dsv3 prove --hf DIR --megatron DIR`: are the two the same model? Every tensor, and what the models compute."""
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3_megatron.convert.architecture import Architecture
+from dsv3_megatron.convert.dist_checkpoint import DistCheckpoint
 from dsv3_megatron.convert.errors import ConversionError
-from dsv3_megatron.convert.hf_directory import HFDirectory
+from dsv3_megatron.convert.hf_directory import CONFIG, INDEX, SINGLE, HFDirectory, _json
 from dsv3_megatron.convert.progress import Progress
 from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.convert.verify import _check_same_model, _difference
-from dsv3_megatron.prove.forward import Forward, memory_needed, of_megatron, of_transformers
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.prove.forward import (
+    Forward,
+    memory_needed,
+    named,
+    of_megatron,
+    of_transformers,
+    prompt_tokens,
+)
+from dsv3_megatron.prove.measure import largest
 from dsv3_megatron.prove.report import Check, Report
 
 __all__ = ["LOGITS_BOUND", "audit"]
@@ -45,7 +56,8 @@ def audit(
         positions: places in each prompt whose logits are compared, negative from the end; None for all.
         prompts: texts; None for those of `convert.logits.PROMPTS`.
         logits: compute both models in fp32, where they fit into this machine's free memory.
-        unfinished: file for the tensors that are compared already; a later call with the same sides goes on there.
+        unfinished: file for the tensors that are compared already; a later call with the same sides goes on there. To
+            be removed when the report is written.
     """
     report = Report(
         "checkpoint",
@@ -68,10 +80,14 @@ def audit(
     if needed > free:
         _not_done(report, f"two fp32 models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         return report
-    from dsv3_megatron.convert.logits import prompt_tokens
-
-    tokens = prompt_tokens(hf, sides.hf.architecture.vocab_size, prompts)
-    theirs, ours = of_transformers(sides.hf, tokens), of_megatron(sides.megatron, tokens)
+    tokens = prompt_tokens(sides.hf, prompts)
+    for place in positions or ():
+        if not any(-ids.numel() <= place < ids.numel() for ids in tokens):
+            longest = max(ids.numel() for ids in tokens)
+            raise RefusedArgument(f"--positions {place}: the longest prompt has {longest} tokens")
+    # The same rounding on both sides: a BF16 checkpoint of an FP8 directory has its products rounded.
+    theirs = of_transformers(sides.hf, tokens, sides.megatron.dtype)
+    ours = of_megatron(sides.megatron, tokens)
     report.settings |= {
         "positions": list(positions) if positions else "all",
         "tokens": [ids.numel() for ids in tokens],
@@ -97,6 +113,13 @@ def _opened(report: Report, hf: Path, megatron: Path) -> _Sides | None:
         "names, shapes and dtypes of each side against the model its configuration describes",
     )
     how = "exactly the model's tensors: none is missing, none is left over; same configuration on both sides"
+    # What is no model at all is no side of a comparison; what lacks a tensor, or has one too many, is a wrong one.
+    with named("--hf"):
+        Architecture.from_hf(_json(hf / CONFIG), mtp_num_layers=0)
+        if not any((hf / file).exists() for file in (INDEX, SINGLE)):
+            raise ConversionError(f"{hf}: neither {INDEX} nor {SINGLE} is there: it has no weights")
+    with named("--megatron"):
+        DistCheckpoint(megatron).arguments()
     try:
         sides = _Sides(HFDirectory(hf), MegatronWeights(megatron))
         _check_same_model(sides.megatron, sides.hf)
@@ -129,11 +152,16 @@ class _Kept:
             for stat in [path.stat()]
         ]
         head = hashlib.sha256(repr(sizes).encode()).hexdigest()
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole and json.loads(whole[0]) == head:
-            self.rows = {row["name"]: row for row in map(json.loads, whole[1:])}
-        self._handle = open(file, "w")  # noqa: SIM115 (closed by `close`)
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # of nothing, or of something else: anew
+            whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if whole and json.loads(whole[0]) == head:
+                self.rows = {row["name"]: row for row in map(json.loads, whole[1:])}
+        try:
+            self._handle = open(file, "w")  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise RefusedArgument(f"--output: {file}: {error.strerror}") from error
         self._handle.writelines(json.dumps(line) + "\n" for line in (head, *self.rows.values()))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -145,7 +173,6 @@ class _Kept:
     def close(self) -> None:
         if self._handle is not None:
             self._handle.close()
-            os.unlink(self._handle.name)
 
 
 def _tensors(sides: _Sides, report: Report, kept: _Kept) -> Check:
@@ -208,22 +235,19 @@ def _logits(
         chosen = _places(positions, len(a))
         scale = float(a.abs().max())
         for place in chosen:
-            off = _difference(a[place], b[place]) / scale
+            off = largest(a[place], b[place], scale)
             choices += int(a[place].argmax() != b[place].argmax())
             count += 1
-            if not off <= worst:
-                worst, detail = (
-                    off,
-                    f"worst in prompt {number}, position {place}; other first choices: {choices}",
-                )
+            if off > worst:
+                worst, detail = off, f"worst in prompt {number}, position {place}"
     return Check(
         name,
         "transformers' model against the specs' model, at the chosen positions of every prompt",
-        f"max |a − b| / max |a|, at most {LOGITS_BOUND:g}, fp32",
+        f"max |a − b| / max |a|, at most {LOGITS_BOUND:g}, fp32, weights rounded to the Megatron checkpoint's dtype",
         worst <= LOGITS_BOUND and count > 0,
         count,
         worst,
-        detail,
+        f"{detail}; other first choices: {choices}" if detail else "",
     )
 
 

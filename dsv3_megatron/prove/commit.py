@@ -5,6 +5,7 @@ alone (--no-deps) into a folder of its own that comes first on the path; everyth
 "here" is this environment as it is.
 """
 
+import json
 import math
 import shutil
 import subprocess
@@ -16,15 +17,19 @@ from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.prove.line import shrink
+from dsv3_megatron.prove.measure import number
 from dsv3_megatron.prove.report import Check, Report
-from dsv3_megatron.prove.resume import _off
 from dsv3_megatron.prove.runs import Recorded, RunFailed, run
 
 __all__ = ["BOUND", "HERE", "LINE", "prove_commit"]
 
 HERE = "here"
 BOUND = 1e-5  # relative, of each loss and norm
-LINE = ("--spec", "dsv3", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer")
+# Megatron would end the run at the first one; here the gate is to say where it was.
+NAN_IS_SEEN = ("--no-check-for-nan-in-loss-and-grad",)
+LINE = (
+    "--spec", "dsv3", "--mtp-num-layers", "1", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer",
+)  # fmt: skip
 
 
 def prove_commit(
@@ -59,14 +64,19 @@ def prove_commit(
             path, told = _installed(side, version, folder)
             report.settings[f"{side} installed"] = told
             course = ["--train-iters", str(steps), "--lr-decay-iters", str(steps), "--lr-warmup-iters", "0"]
-            words = [*small.words, *course, *(spoil if side == "new" else ())]
+            seen = () if "--on-bad-step" in small.words else NAN_IS_SEEN
+            words = [*small.words, *course, *seen, *(spoil if side == "new" else ())]
             try:
                 runs[side] = run(f"{side} version", words, small.world_size, folder, first_on_path=path)
             except RunFailed as error:
+                # Without the old one nothing is said of the new one; a new one that stops is no good.
+                holds = None if side == "old" else False
                 report.checks.append(
-                    Check(f"{side} runs", version, "ends without an error", False, detail=str(error))
+                    Check(f"{side} runs", version, "ends without an error", holds, detail=str(error))
                 )
         if len(runs) == 2:
+            installed = [(side, found) for side, found in runs.items() if report.settings[side] != HERE]
+            report.checks += [_used(side, found, report) for side, found in installed]
             report.checks += [_finite(runs), _alike(runs["old"], runs["new"], steps, bound, report)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,12 +96,42 @@ def _installed(side: str, version: str, folder: Path) -> tuple[Path | None, str]
         raise RefusedArgument(
             f"{side.upper()} {version}: pip cannot install it: {(lines or ['no reason given'])[0]}"
         )
-    found = sorted(path.name.removesuffix(".dist-info") for path in target.glob("*.dist-info"))
-    return target, ", ".join(found)
+    found = ", ".join(sorted(map(_named, target.glob("*.dist-info"))))
+    if not found:
+        raise RefusedArgument(f"{side.upper()} {version!r}: pip installed nothing for it")
+    return target, found
+
+
+def _named(info: Path) -> str:
+    """Name and version of what pip installed, with the commit where it came from git."""
+    try:
+        commit = json.loads((info / "direct_url.json").read_text())["vcs_info"]["commit_id"]
+    except (OSError, ValueError, KeyError):
+        commit = ""
+    return info.name.removesuffix(".dist-info") + (f" of commit {commit[:12]}" if commit else "")
+
+
+def _used(side: str, found: Recorded, report: Report) -> Check:
+    """A version of something that no training imports would agree with any other."""
+    return Check(
+        f"{side} version is what ran",
+        f"modules of the {side} run",
+        "some came from the folder in which pip put it",
+        bool(found.loaded) or None,
+        len(found.loaded),
+        None,
+        ", ".join(found.loaded)
+        or f"{report.settings[f'{side} installed']}: the training imports nothing of it",
+    )
 
 
 def _finite(runs: dict[str, Recorded]) -> Check:
-    bad = [side for side, found in runs.items() if not found.finite()]
+    bad = []
+    for side, found in runs.items():
+        for step, row in enumerate(found.steps, 1):
+            wrong = [f"{name} {value!r}" for name, value in row.items() if value and not math.isfinite(value)]
+            wrong += ["skipped"] if row["skipped"] else []
+            bad += [f"{side}, step {step}: {', '.join(wrong)}"] if wrong else []
     return Check(
         "NaN gate",
         "losses and gradient norms of both versions",
@@ -99,20 +139,20 @@ def _finite(runs: dict[str, Recorded]) -> Check:
         not bad,
         sum(len(found.steps) for found in runs.values()),
         None,
-        f"not in: {', '.join(bad)}" if bad else "",
+        "; ".join(bad[:3]),
     )
 
 
 def _alike(old: Recorded, new: Recorded, steps: int, bound: float, report: Report) -> Check:
     rows: list[dict[str, Any]] = []
     worst, where = 0.0, ""
-    for number, (a, b) in enumerate(zip(old.steps, new.steps, strict=False), 1):
+    for step, (a, b) in enumerate(zip(old.steps, new.steps, strict=False), 1):
         for name in sorted(a.keys() | b.keys()):
-            off = _off(a.get(name), b.get(name))
-            rows.append({"step": number, "name": name, "old": a.get(name), "new": b.get(name), "off": off})
+            off = number(a.get(name), b.get(name))
+            rows.append({"step": step, "name": name, "old": a.get(name), "new": b.get(name), "off": off})
             if off > worst:
                 worst = off
-                where = f"largest at step {number}: {name} {a.get(name)!r} and {b.get(name)!r}"
+                where = f"largest at step {step}: {name} {a.get(name)!r} and {b.get(name)!r}"
     report.tables["steps"] = rows
     identical = sum(row["off"] == 0 for row in rows)
     whole = len(old.steps) == len(new.steps) == steps

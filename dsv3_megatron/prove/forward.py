@@ -1,6 +1,6 @@
 """What both models compute on the same tokens, in fp32 on the CPU: logits, MTP's logits, the routers' choices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.convert import logits as models
+from dsv3_megatron.convert.errors import ConversionError
 from dsv3_megatron.convert.hf_directory import HFDirectory
 from dsv3_megatron.convert.to_hf import MegatronWeights
+from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.fp8.precision import factory_of
 
-__all__ = ["Forward", "memory_needed", "of_megatron", "of_transformers"]
+__all__ = ["Forward", "memory_needed", "named", "of_megatron", "of_transformers", "prompt_tokens"]
 
 
 @dataclass
@@ -33,26 +36,68 @@ class Forward:
     margins: dict[str, Tensor] = field(default_factory=dict)
 
 
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Let what is said of a folder begin with the option that gave it."""
+    try:
+        yield
+    except ConversionError as error:
+        raise RefusedArgument(f"{option} {error}") from error
+
+
 def memory_needed(hf: HFDirectory) -> tuple[int, int]:
     """(bytes of two models in fp32, bytes that are free)."""
     return 2 * 4 * sum(hf.entry(name).numel for name in hf.weights), models.free_memory()
 
 
+def prompt_tokens(hf: HFDirectory, prompts: Sequence[str] | None) -> list[Tensor]:
+    """Ids of each prompt, int64 [1, s], by the directory's tokenizer; prompts of ours cut to the model's context.
+
+    Raises:
+        RefusedArgument: a prompt has no ids, ids that the model has not, or more than its context.
+    """
+    arch, texts = hf.architecture, prompts or models.PROMPTS
+    found = models.prompt_tokens(hf.folder, arch.vocab_size, texts)
+    if not prompts:
+        found = [ids[:, : arch.max_position_embeddings] for ids in found]
+    for text, ids in zip(texts, found, strict=True):
+        wrong = ""
+        if not ids.numel():
+            wrong = "it has no tokens"
+        elif int(ids.max()) >= arch.vocab_size:
+            wrong = (
+                f"the tokenizer makes {int(ids.max())} of it, and the model's vocabulary is {arch.vocab_size}"
+            )
+        elif ids.numel() > arch.max_position_embeddings:
+            wrong = f"it has {ids.numel()} tokens, and the model's context is {arch.max_position_embeddings}"
+        if wrong:
+            raise RefusedArgument(f"--prompt {text[:40]!r}: {wrong}")
+    return found
+
+
 @torch.no_grad()
-def of_transformers(hf: HFDirectory, tokens: Sequence[Tensor]) -> list[Forward]:
+def of_transformers(
+    hf: HFDirectory,
+    tokens: Sequence[Tensor],
+    dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
+) -> list[Forward]:
     """transformers' model with the directory's weights; its MTP layer is put together from transformers' own layer.
 
     Args:
         tokens: int64 [1, s] of each prompt.
+        dtype: by released name, what a weight is rounded to before it is computed with in fp32: that of a checkpoint
+            whose weights were converted so.
     """
+
+    def read(name: str) -> Tensor:
+        return hf.tensor(name, dtype(hf.copies.get(name, name))).float()
+
     layers = hf.architecture.num_layers
     extra = f"model.layers.{layers}."
-    weights = {
-        name: hf.tensor(name, torch.float32) for name in hf.weights if not name.startswith("model.layers.")
-    }
+    weights = {name: read(name) for name in hf.weights if not name.startswith("model.layers.")}
     main = dict(weights)
     main |= {
-        name: hf.tensor(name, torch.float32)
+        name: read(name)
         for name in hf.weights
         if name.startswith("model.layers.") and int(name.split(".")[2]) < layers
     }
@@ -67,7 +112,7 @@ def of_transformers(hf: HFDirectory, tokens: Sequence[Tensor]) -> list[Forward]:
     if not hf.architecture.mtp_num_layers:
         return found
     # MTP (report §2.2) as a model of one layer, whose input is the projection of the two norms.
-    inner = {name: hf.tensor(name, torch.float32) for name in hf.weights if name.startswith(extra)}
+    inner = {name: read(name) for name in hf.weights if name.startswith(extra)}
     projection, enorm, hnorm = (inner.pop(f"{extra}{name}.weight") for name in ("eh_proj", "enorm", "hnorm"))
     inner["model.norm.weight"] = inner.pop(f"{extra}shared_head.norm.weight")
     inner = {name.replace(extra, "model.layers.0."): value for name, value in inner.items()}
@@ -76,7 +121,7 @@ def of_transformers(hf: HFDirectory, tokens: Sequence[Tensor]) -> list[Forward]:
             (copy for copy, original in hf.copies.items() if original == kept and copy.startswith(extra)),
             kept,
         )
-        inner[kept] = hf.tensor(copy, torch.float32)
+        inner[kept] = read(copy)
     dense = not hf.architecture.is_moe(layers)
     settings = {
         "num_hidden_layers": 1,
@@ -122,15 +167,17 @@ def _routers_of_transformers(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def of_megatron(megatron: MegatronWeights, tokens: Sequence[Tensor]) -> list[Forward]:
+def of_megatron(megatron: MegatronWeights, tokens: Sequence[Tensor], fp8: str = "") -> list[Forward]:
     """The specs' model with the checkpoint's weights, MTP as the trainer computes it.
 
     Args:
         tokens: int64 [1, s] of each prompt.
+        fp8: a recipe of ours whose FP8 products are computed, as in training; "" for fp32 throughout.
     """
+    more = {"fp8_quantizer_factory": factory_of(fp8)} if fp8 else {}
     found = []
     layers = megatron.architecture.num_layers
-    with models.megatron_model(megatron.architecture, megatron.checkpoint.path) as model:
+    with models.megatron_model(megatron.architecture, megatron.checkpoint.path, **more) as model:
         for ids in tokens:
             position = torch.arange(ids.shape[1])[None]
             one = Forward(model(ids, position, attention_mask=None)[0].clone())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.prove.line import shrink
+from dsv3_megatron.prove.measure import norm, number
 from dsv3_megatron.prove.report import Check, Report
-from dsv3_megatron.prove.resume import _off
 from dsv3_megatron.prove.runs import Recorded, RunFailed, gradients, run
 
 __all__ = ["BOUND", "prove_layout"]
@@ -53,17 +53,17 @@ def prove_layout(line: Sequence[str], spoil: str = "") -> Report:
 
 def _losses(whole: Recorded, split: Recorded) -> Check:
     a, b = whole.steps[0], split.steps[0]
-    keys = [key for key in a if key != "skipped"]
-    offs = {key: _off(a[key], b.get(key)) for key in keys}
+    keys = sorted((a.keys() | b.keys()) - {"skipped"})
+    offs = {key: number(a.get(key), b.get(key)) for key in keys}
     worst = max(offs, key=lambda key: offs[key])
     return Check(
         "losses",
         f"{', '.join(keys)} of the first step",
         f"relative difference at most {BOUND:g}",
-        offs[worst] <= BOUND and whole.finite(),
+        offs[worst] <= BOUND and whole.finite() and split.finite(),
         len(keys),
         offs[worst],
-        "" if offs[worst] <= BOUND else f"{worst}: {a[worst]!r} and {b.get(worst)!r}",
+        "" if offs[worst] <= BOUND else f"{worst}: {a.get(worst)!r} and {b.get(worst)!r}",
     )
 
 
@@ -79,10 +79,7 @@ def _gradients(report: Report, whole: Recorded, split: Recorded) -> Check:
         return Check("gradients", compared, how, False, len(theirs), detail=f"on one side only: {odd[:3]}")
     rows: list[dict[str, Any]] = []
     for name, b in theirs.items():
-        a = ours[name].double()
-        norm = float(b.double().norm())
-        off = float((a - b.double()).norm()) / norm if norm else float(a.norm())
-        rows.append({"name": name, "norm": norm, "off": off})
+        rows.append({"name": name, "norm": float(b.double().norm()), "off": norm(ours[name], b)})
     rows.sort(key=lambda row: -row["off"])
     report.tables["gradients"] = rows
     if all(row["norm"] == 0 for row in rows):

@@ -18,6 +18,8 @@ from dsv3_megatron.preflight.line import Line, read
 __all__ = ["Shrunk", "shrink", "words_of"]
 
 MAX_PROCESSES = 8
+LAYERS = 4  # of each pipeline stage, the model's first one dense
+BATCH = 16
 # Parallel sizes: kept, at most 2 each; the later ones go to 1 first where it would still be more than MAX_PROCESSES.
 _PARALLEL = {
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
@@ -30,6 +32,7 @@ _SIZES = {
     "--hidden-size": 32, "--ffn-hidden-size": 64, "--num-attention-heads": 4, "--kv-lora-rank": 16,
     "--qk-head-dim": 16, "--qk-pos-emb-head-dim": 8, "--v-head-dim": 16, "--num-experts": 8,
     "--moe-ffn-hidden-size": 32, "--moe-router-topk": 4, "--vocab-size": 128, "--seq-length": 32,
+    "--make-vocab-size-divisible-by": 64,  # as many rows of the embedding on two tensor-parallel ranks as on one
     "--max-position-embeddings": 32, "--init-method-std": 0.02, "--micro-batch-size": 1, "--eval-iters": 0,
     "--num-workers": 0, "--log-interval": 1, "--lr": 1e-3,
 }  # fmt: skip
@@ -44,13 +47,16 @@ _DROPPED_PREFIXES = (
     "original-max-position-embeddings", "rotary-scaling-factor", "rope-type", "mscale", "beta-", "non-persistent",
     "one-logger", "timing", "manual-gc", "communication-sms", "moe-router-num-groups", "moe-router-group-topk",
     "transformer-impl", "recovery", "resil", "ema-", "expert-placement", "rank-timeout", "check-for",
-    "moe-enable-deepep",
+    "moe-enable-deepep", "posttrain", "preference", "dpo-", "grpo-", "prompt-data", "reward", "rl-", "langrl",
+    "app-tag", "pipeline-costs", "fault-injector", "config-logger", "memory-snapshot", "flight-recorder",
 )  # fmt: skip
+# Of whatever option: files, folders and addresses are not there on another machine.
+_DROPPED_SUFFIXES = ("-path", "-dir", "-file", "-filename", "-cfg", "-map", "-url", "-addr", "-host", "-load")
 _PRECISION = ("bf16", "fp16", "fp8", "first-last-layers-bf16", "main-grads", "main-params", "exp-avg", "grad-reduce",
               "accumulate-allreduce", "use-precision-aware", "params-dtype", "attention-softmax-in-fp32")  # fmt: skip
 # Mean nothing in one process.
 _OF_A_LAYOUT = (
-    "pipeline-schedule", "sequence-parallel", "overlap", "expert-tensor", "tp-comm", "moe-token-dispatcher-type",
+    "pipeline-", "sequence-parallel", "overlap", "expert-tensor", "tp-comm", "moe-token-dispatcher-type",
     "nvlink-domain", "align-",
 )  # fmt: skip
 
@@ -125,14 +131,16 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     given = vars(parse_given(parser, words))
     asked = {name: int(given.get(name) or 1) for name in _PARALLEL}
     sizes = {name: min(2, size) for name, size in asked.items()}
+    whole = int(given.get("expert_tensor_parallel_size") or 0)
+    expert_tensor = min(2, whole) or None  # the tensor-parallel size where the line does not say
     for name in reversed(_PARALLEL):
-        if _world(sizes) > MAX_PROCESSES:
+        if _world(sizes, expert_tensor) > MAX_PROCESSES:
             sizes[name] = 1
-    layers = 4 * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
+    layers = LAYERS * sizes["pipeline_model_parallel_size"]  # of the model, in one process too
     if single:
-        sizes = dict.fromkeys(sizes, 1)
+        sizes, expert_tensor = dict.fromkeys(sizes, 1), None
     schedule = "1f1b" if single else str(given.get("pipeline_schedule") or "1f1b")
-    result = Shrunk([], _world(sizes), 1)
+    result = Shrunk([], _world(sizes, expert_tensor), 1)
     tp, cp, pp = (
         sizes[f"{name}_size"]
         for name in ("tensor_model_parallel", "context_parallel", "pipeline_model_parallel")
@@ -140,12 +148,11 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     result.data_parallel = result.world_size // (tp * cp * pp)
     for option, values in _groups(words):
         name = option.removeprefix("--")
-        gone = name.startswith(_DROPPED_PREFIXES) or (
-            not precision and name.removeprefix("no-").startswith(_PRECISION)
-        )
+        gone = name.startswith(_DROPPED_PREFIXES) or name.endswith(_DROPPED_SUFFIXES)
+        gone |= not precision and name.removeprefix("no-").startswith(_PRECISION)
         gone |= name in ("use-distributed-optimizer", "overlap-param-gather") and not precision
         gone |= single and name.startswith(_OF_A_LAYOUT)
-        if option in _PARALLEL.values():
+        if option in (*_PARALLEL.values(), "--expert-tensor-parallel-size"):
             continue
         if option in _SIZES or (name == "lr"):
             result.set.append(option)
@@ -159,7 +166,7 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
         "--num-layers": layers,
         "--moe-layer-freq": f"[0]*1+[1]*{layers - 1}",
         "--q-lora-rank": 0 if given.get("q_lora_rank", 1) in (0, None) else 16,
-        "--global-batch-size": 16,
+        "--global-batch-size": BATCH,
     }
     new |= {"--moe-router-num-groups": 4, "--moe-router-group-topk": 2} if groups != 1 else {
         "--moe-router-num-groups": 1, "--moe-router-group-topk": 1
@@ -169,6 +176,13 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
             new[option] = sizes[name]
         if asked[name] != sizes[name]:
             result.notes.append(f"{option} {asked[name]} became {sizes[name]}")
+    if expert_tensor:
+        new["--expert-tensor-parallel-size"] = expert_tensor
+        if whole > expert_tensor:
+            result.notes.append(f"--expert-tensor-parallel-size {whole} became {expert_tensor}")
+    if schedule == "1f1b" and pp > 1 and _interleaved(given, asked["pipeline_model_parallel_size"]):
+        new["--num-virtual-stages-per-pipeline-rank"] = 2
+        result.notes.append("interleaved stages became 2 per rank")
     if schedule.startswith("dualpipe") and pp == 1:
         raise RefusedArgument(
             f"--pipeline-schedule {schedule}: needs --pipeline-model-parallel-size 2 or more"
@@ -181,9 +195,21 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     return result
 
 
-def _world(sizes: dict[str, int]) -> int:
+def _interleaved(given: dict[str, Any], stages: int) -> bool:
+    """Whether a rank has several stages, as one of Megatron's three options says it."""
+    layout = str(given.get("pipeline_model_parallel_layout") or "")
+    layers = given.get("num_layers_per_virtual_pipeline_stage")
+    return (
+        int(given.get("num_virtual_stages_per_pipeline_rank") or 1) > 1
+        or (layers is not None and layers * stages < int(given.get("num_layers") or 0))
+        or layout.count("|") + 1 > stages
+    )
+
+
+def _world(sizes: dict[str, int], expert_tensor: int | None) -> int:
     tp, cp = sizes["tensor_model_parallel_size"], sizes["context_parallel_size"]
-    return sizes["pipeline_model_parallel_size"] * math.lcm(tp * cp, sizes["expert_model_parallel_size"])
+    experts = sizes["expert_model_parallel_size"] * (expert_tensor or tp)
+    return sizes["pipeline_model_parallel_size"] * math.lcm(tp * cp, experts)
 
 
 def _groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -3,8 +3,9 @@
     torchrun … recorder.py JOB.json
 
 Started as a script, so that it records any installed version of the package. The job: {"words", "output" (folder),
-"gradients": bool, "spoil": name of a control or ""}. Rank r writes OUTPUT/rank-r.json ({"steps": [{"loss", …,
-"grad_norm", "skipped"}], "end"}), and OUTPUT/gradients-r.pt with the first step's gradients by global name.
+"gradients": bool, "spoil": name of a control or "", "site": folder of packages that stands first on the path, or ""}.
+Rank r writes OUTPUT/rank-r.json ({"steps": [{"loss", …, "grad_norm", "skipped"}], "end", "loaded": what was imported
+from that folder}), and OUTPUT/gradients-r.pt with the first step's gradients by global name.
 """
 
 import importlib
@@ -15,6 +16,17 @@ import sys
 if __name__ == "__main__":  # a script's own folder stands first on the path: its modules are no packages
     HERE = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [place for place in sys.path if os.path.abspath(place or ".") != HERE]
+
+
+def loaded_from(site):
+    """Top-level packages of which modules in this folder were imported."""
+    if not site:
+        return []
+    inside = os.path.join(os.path.realpath(site), "")
+    files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+    return sorted(
+        {name.split(".")[0] for name, file in files.items() if os.path.realpath(file).startswith(inside)}
+    )
 
 
 def record(job):
@@ -81,7 +93,7 @@ def record(job):
             raise
     finally:
         with open(os.path.join(job["output"], f"rank-{rank}.json"), "w") as file:
-            json.dump({"steps": steps, "end": end}, file)
+            json.dump({"steps": steps, "end": end, "loaded": loaded_from(job.get("site"))}, file)
     if job.get("gradients"):
         torch.save(gradients, os.path.join(job["output"], f"gradients-{rank}.pt"))
 

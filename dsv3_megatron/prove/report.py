@@ -1,5 +1,9 @@
 """What a proof found, as a folder: report.json, report.md, and lists of what was compared. No paths, no machines."""
 
+import contextlib
+import datetime
+import getpass
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -7,6 +11,8 @@ import os
 import platform
 import re
 import socket
+import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,25 +86,58 @@ class Report:
             "not_covered": self.not_covered,
             "settings": self.settings,
             "versions": versions(),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         }
 
     def public(self, private: dict[str, str] | None = None) -> dict[str, Any]:
-        """`as_dict`, as JSON has it, without what `scrubbed` takes out."""
-        return scrubbed(_plain(self.as_dict()), private or {})
+        """`as_dict`, as JSON has it, without what `scrubbed` takes out; with the tables' SHA-256 by their files."""
+        clean = scrubbed(_plain(self.as_dict()), private or {}) | {"word": self.word, "kind": self.kind}
+        sums = {name: _sha256(text) for name, text in self._table_files(private).items()}
+        return clean | {"sha256": sums}
+
+    def _table_files(self, private: dict[str, str] | None) -> dict[str, str]:
+        return {
+            f"{name}.json": json.dumps(scrubbed(_plain(table), private or {}), indent=1, ensure_ascii=False)
+            + "\n"
+            for name, table in self.tables.items()
+        }
 
     def write(self, folder: Path, private: dict[str, str] | None = None) -> None:
-        """Write the folder.
+        """Write the folder, whole or not at all; report.md is signed off with the SHA-256 of report.json.
 
         Args:
             private: words that must not be in it (paths), each with what stands for it.
+
+        Raises:
+            RefusedArgument: it cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         clean = self.public(private)
-        (folder / "report.json").write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
-        (folder / "report.md").write_text(_markdown(clean))
-        for name, table in self.tables.items():
-            text = json.dumps(scrubbed(_plain(table), private or {}), indent=1, ensure_ascii=False)
-            (folder / f"{name}.json").write_text(text + "\n")
+        whole = json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
+        files = self._table_files(private) | {
+            "report.json": whole,
+            "report.md": _markdown(clean) + _signed_off(clean, _sha256(whole)),
+        }
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+                made = Path(unfinished) / "report"
+                made.mkdir()
+                for name, text in files.items():
+                    (made / name).write_text(text, encoding="utf-8")
+                os.replace(made, folder)  # an empty folder may be there
+        except OSError as error:
+            raise RefusedArgument(f"--output {folder}: {error.strerror or error}") from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _signed_off(report: dict[str, Any], digest: str) -> str:
+    """What `sha256sum` says of the folder's other files, so that a later change is seen."""
+    sums = {"report.json": digest, **report["sha256"]}
+    head = f"\n## Signed off\n\n**{report['word']}**, {report['date']}, dsv3 prove; SHA-256:\n\n"
+    return head + "".join(f"    {value}  {name}\n" for name, value in sums.items())
 
 
 def versions() -> dict[str, str]:
@@ -109,40 +148,105 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if commit := _commit():
+        found["dsv3_megatron"] = f"{found.get('dsv3_megatron', '')} of commit {commit}".strip()
     return found
+
+
+def _commit() -> str:
+    """Of the checkout this package is in, "-dirty" behind it where files differ; "" without one."""
+    above = Path(__file__).parents[2]
+    if not (above / ".git").exists():
+        return ""
+    words = ["git", "-C", str(above), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def new_folder(folder: Path) -> Path:
     """The folder of a report, to be made.
 
     Raises:
-        RefusedArgument: it is there already.
+        RefusedArgument: it is there already, or cannot be made.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RefusedArgument(f"--output {folder}: is there already; remove it, or name another")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RefusedArgument(f"--output {folder}: is there already; remove it, or name another")
+        above = next(place for place in folder.absolute().parents if place.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise RefusedArgument(f"--output {folder}: nothing can be written in {above}")
+    except OSError as error:
+        raise RefusedArgument(f"--output {folder}: {error.strerror}") from error
     return folder
 
 
-_PATH = re.compile(r"(?<![\w./:<])/(?:[\w.+@-]+/)+[\w.+@-]*")
+# Of an address the credentials, and where it is no public place also the host and its path; a revision stays.
+_ADDRESS = re.compile(r"(?P<scheme>\b[\w+.-]+://)(?P<place>[^\s'\"<>@]*(?:@[^\s'\"<>/@]*(?=/)[^\s'\"<>@]*)?)")
+_PUBLIC = re.compile(r"(?:github\.com|gitlab\.com|bitbucket\.org|huggingface\.co|pypi\.org)(?:[/:]|$)")
+_NAME = r"[\w.+@%=,~-]"  # a character of a name in a path
+_QUOTED = re.compile(r"""(?P<quote>['"])(?:~[\w.-]*|\.{0,2})/[^'"\n]*(?P=quote)""")
+_PATH = re.compile(rf"(?<![\w./<>~])(?:~[\w.-]*|\.{{0,2}})/{_NAME}+(?:/{_NAME}*)*")
+_NUMBERED_HOST = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?(?![\w.])")
 
 
 def scrubbed(value: Any, private: dict[str, str]) -> Any:
-    """A JSON value without paths, user and machine: known ones by their stand-ins, others by `<path>`."""
+    """A JSON value without paths, user and machine: known ones by their stand-ins, others by `<path>`, `<host>`."""
     if isinstance(value, dict):
         return {scrubbed(key, private): scrubbed(item, private) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [scrubbed(item, private) for item in value]
     if not isinstance(value, str):
         return value
-    for secret in sorted(private, key=len, reverse=True):
-        if secret:
-            value = value.replace(secret, private[secret])
-    value = _PATH.sub("<path>", value)
-    for name in {socket.gethostname(), platform.node()}:
-        if len(name) > 3:  # shorter ones are words
-            value = value.replace(name, "<machine>")
-    home = os.path.expanduser("~")
-    return value.replace(home, "<home>") if len(home) > 1 else value
+    for place in sorted(private, key=len, reverse=True):
+        if len(place) > 1:
+            value = re.sub(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", private[place], value)
+    for place, stand_in in _own_places():  # with what lies below
+        value = re.sub(rf"(?<![\w.-]){re.escape(place)}(?![\w-])(?:/{_NAME}*)*", stand_in, value)
+    value = _ADDRESS.sub(_public_address, value)
+    value = _NUMBERED_HOST.sub("<host>", _PATH.sub("<path>", _QUOTED.sub("'<path>'", value)))
+    for name, stand_in in _own_names():
+        # A word of its own; a longer name also inside another (gpu-node17.cluster:29500, alice's runs/alice_2).
+        own = re.escape(name) if len(name) > 4 else rf"(?<![\w.-]){re.escape(name)}(?![\w-])"
+        value = re.sub(own, stand_in, value)
+    return value
+
+
+def _public_address(found: re.Match[str]) -> str:
+    *_, place = (
+        found["place"].rpartition("@") if "@" in found["place"].split("/")[0] else ("", found["place"])
+    )
+    if found["scheme"].endswith("file://"):
+        return f"{found['scheme']}<path>"
+    return found["scheme"] + (place if _PUBLIC.match(place) else "<host>")
+
+
+def _own_places() -> list[tuple[str, str]]:
+    """Where this process is and its user at home, each as it is and as links resolve it."""
+    home, here = os.path.expanduser("~"), os.getcwd()
+    places = [
+        (here, "<cwd>"),
+        (os.path.realpath(here), "<cwd>"),
+        (home, "<home>"),
+        (os.path.realpath(home), "<home>"),
+    ]
+    return [(place, stand_in) for place, stand_in in places if len(place) > 1]
+
+
+def _own_names() -> list[tuple[str, str]]:
+    """Names of this machine and of the user, the longest first."""
+    machines = {
+        name for full in (socket.gethostname(), platform.node()) for name in (full, full.partition(".")[0])
+    }
+    users = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER")}
+    users.add(os.path.basename(os.path.expanduser("~")))
+    with contextlib.suppress(Exception):  # a user without a name
+        users.add(getpass.getuser())
+    names = [(name, "<machine>") for name in machines] + [(name, "<user>") for name in users - machines]
+    return sorted(
+        ((name, stand_in) for name, stand_in in names if len(name) > 1), key=lambda pair: -len(pair[0])
+    )
 
 
 def _plain(value: Any) -> Any:

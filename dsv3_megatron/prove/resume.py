@@ -1,6 +1,5 @@
 """`dsv3 prove resume LAUNCH LINE`: 2N steps are N steps, a checkpoint, and N steps more; also in another layout."""
 
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.prove.line import Shrunk, shrink
+from dsv3_megatron.prove.measure import number
 from dsv3_megatron.prove.report import Check, Report
 from dsv3_megatron.prove.runs import Recorded, RunFailed, run
 
@@ -98,24 +98,16 @@ def _losses(straight: Recorded, first: Recorded, resumed: Recorded, steps: int) 
             name, compared, how, False, detail=f"{len(straight.steps)} and {len(joined)} steps were made"
         )
     worst, where = 0.0, ""
-    for number, (a, b) in enumerate(zip(straight.steps, joined, strict=True), 1):
-        for key in a:
-            off = _off(a[key], b.get(key))
-            if off > worst:
-                worst, where = off, where or f"first at step {number}: {key} {a[key]!r} and {b.get(key)!r}"
+    for step, (a, b) in enumerate(zip(straight.steps, joined, strict=True), 1):
+        for key in sorted(a.keys() | b.keys()):
+            off = number(a.get(key), b.get(key))
+            if off > 0:
+                worst = max(worst, off)
+                where = where or f"first at step {step}: {key} {a.get(key)!r} and {b.get(key)!r}"
     finite = straight.finite() and resumed.finite()
     return Check(
         name, compared, how, worst == 0 and finite, len(joined), worst, where or ("" if finite else "NaN")
     )
-
-
-def _off(a: Any, b: Any) -> float:
-    """Relative difference of two numbers."""
-    if a == b:
-        return 0.0
-    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
-        return math.inf
-    return abs(a - b) / max(abs(a), abs(b))
 
 
 def tensors(checkpoint: Path) -> dict[str, Any]:
@@ -185,10 +177,10 @@ def _across(straight: Recorded, there: Recorded, steps: int, precision: str) -> 
     worst = 0.0
     rows = list(zip(straight.steps[steps:], there.steps, strict=False))
     for a, b in rows:
-        worst = max(worst, _off(a["lm loss"], b.get("lm loss")), _off(a["grad_norm"], b.get("grad_norm")))
+        worst = max(worst, *(number(a.get(key), b.get(key)) for key in a.keys() | b.keys()))
     return Check(
         "another layout",
-        "loss and gradient norm of the second half in the line's layout, and resumed in one process",
+        "losses and gradient norm of the second half in the line's layout, and resumed in one process",
         f"relative difference at most {bound:g} ({precision})",
         len(rows) == steps and worst <= bound,
         len(rows),

@@ -31,10 +31,12 @@ class Recorded:
     Attributes:
         steps: each step's losses by name, "grad_norm" and "skipped", as the rank with the loss has them.
         folder: where the ranks wrote.
+        loaded: packages that came from `first_on_path`.
     """
 
     steps: list[dict[str, Any]]
     folder: Path
+    loaded: tuple[str, ...] = ()
 
     def finite(self) -> bool:
         """Whether no loss or norm is NaN or infinite, and no step was skipped."""
@@ -68,18 +70,19 @@ def run(
     output = folder / name.replace(" ", "-")
     output.mkdir(parents=True)
     job = {"words": list(words), "output": str(output), "gradients": gradients, "spoil": spoil}
+    job["site"] = str(first_on_path or "")
     begin = time.monotonic()
     print(f"prove: {name}: {world_size} process{'es' * (world_size > 1)} …", file=sys.stderr, flush=True)
     try:
         launch(job, world_size, first_on_path)
     except RunFailed as error:
         raise RunFailed(f"{name}: {error}") from None
-    ranks = [json.loads((output / f"rank-{rank}.json").read_text())["steps"] for rank in range(world_size)]
-    steps = max(ranks, key=lambda rows: len(rows[0]) if rows else 0)
+    ranks = [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+    steps = max((rank["steps"] for rank in ranks), key=lambda rows: len(rows[0]) if rows else 0)
     print(
         f"prove: {name}: {len(steps)} steps in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True
     )
-    return Recorded(steps, output)
+    return Recorded(steps, output, tuple(ranks[0]["loaded"]))
 
 
 def launch(job: dict[str, Any], world_size: int, first_on_path: Path | None = None) -> None:

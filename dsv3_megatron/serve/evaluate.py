@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv3_megatron.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.errors import Parser, RefusedArgument, exits_cleanly
 from dsv3_megatron.evaluation import catalog
 from dsv3_megatron.evaluation.grading import Grader, by_endpoint, by_match
 from dsv3_megatron.evaluation.setting import Setting, use
@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsv3_megatron.evaluation.text import open_tokenizer
 
     tokenizer = open_tokenizer(tokenizer_folder)
+    vocab_size = source.architecture.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise RefusedArgument(
+            f"the tokenizer of {tokenizer_folder} has {len(tokenizer)} tokens, the model {vocab_size}: "
+            "give the model's own with --tokenizer DIR"
+        )
     if options.apply_chat_template and not tokenizer.chat_template:
         raise RefusedArgument(
             f"--apply-chat-template: the tokenizer of {tokenizer_folder} has no chat template"
@@ -71,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dsv3 evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -132,6 +138,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise RefusedArgument(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    if options.output is not None and options.output.exists() and not options.output.is_dir():
+        raise RefusedArgument(f"--output {options.output}: is a file; name a folder")
     if options.speculative:
         raise RefusedArgument(
             f"--speculative {options.speculative}: log-likelihoods are computed without drafts; leave it out"

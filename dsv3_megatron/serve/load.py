@@ -117,6 +117,8 @@ def loaded_model(source: Source, layout: Layout, dtype: str, transformer_impl: s
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from dsv3_megatron.backends.linear import lay_out_for_inference
+
     if "RANK" in os.environ:
         dist.init_process_group("nccl")  # gloo, where the CPU runtime is active
     else:
@@ -131,7 +133,7 @@ def loaded_model(source: Source, layout: Layout, dtype: str, transformer_impl: s
         model_parallel_cuda_manual_seed(1)
         model = _build(source.architecture, layout, dtype, transformer_impl)
         _fill(model, source, layout.deployment)
-        model.eval()
+        lay_out_for_inference(model.eval())
         yield model
     finally:
         parallel_state.destroy_model_parallel()

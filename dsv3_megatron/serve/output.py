@@ -40,7 +40,8 @@ class Answers:
             self.done = self._read()
             self._handle = open(file, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         except OSError as error:
-            raise RefusedArgument(f"--output {file}: {error.strerror}") from error
+            fix = "; make its folder first" if isinstance(error, FileNotFoundError) else ""
+            raise RefusedArgument(f"--output {file}: {error.strerror}{fix}") from error
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.file.with_name(self.file.name + ".settings.json")

@@ -70,6 +70,10 @@ def open_source(load: Path | None, hf: Path | None, tokenizer: Path | None = Non
         raise RefusedArgument(f"--tokenizer {tokenizer}: no {TOKENIZER_FILE} in it")
     if hf is not None:
         _check_folder("--hf", hf)
+        if not (hf / "config.json").is_file():
+            raise RefusedArgument(
+                f"--hf {hf}: no config.json in it; a Megatron checkpoint is given with --load"
+            )
         directory = HFDirectory(hf)
         return _source(hf, directory.architecture, directory, None, tokenizer or hf, hf)
     assert load is not None

@@ -9,3 +9,10 @@ _MICRO = (
     "--micro-batch-size 1 --global-batch-size 8 --train-iters 3 --eval-iters 0 --lr 1e-3 --num-workers 0"
 )
 MICRO = _MICRO.split()
+
+
+def whole_mock_data() -> None:
+    """In a rank, before it trains: Megatron's own mock data, of which the harness leaves a fiftieth."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    MockGPTLowLevelDataset.size = 100_000

@@ -108,9 +108,8 @@ def test_background_save_keeps_what_it_was_given():
     assert staged.eq(1).all()
 
 
-@pytest.mark.parametrize(
-    "optimizer_format", [pytest.param("dp_reshardable", marks=pytest.mark.slow), "fully_reshardable"]
-)
+@pytest.mark.slow  # by default tests/parallel/test_resume.py, and the test above of what a background save keeps
+@pytest.mark.parametrize("optimizer_format", ["dp_reshardable", "fully_reshardable"])
 def test_resume_is_bit_equal(tmp_path, optimizer_format):
     """4 steps = 2 steps, save, load, 2 steps: weights and moments; saved in the background equals saved."""
     common = [*DISTRIBUTED, *MOE, "--ckpt-format", "torch_dist", "--save-interval", "2"]

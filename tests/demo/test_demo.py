@@ -25,6 +25,7 @@ KEYS = [
 ]
 SMALL = ["--train-iters", "4", "--more-iters", "2", "--num-windows", "8", "--corpus-bytes", "1000000"]
 SMALL += ["seq_length=64", "max_position_embeddings=64", "global_batch_size=8", "micro_batch_size=1"]
+SMALL += ["expert_model_parallel_size=1"]  # two processes; the whole demo has four
 SMALL += ["--no-evaluation"]  # tests/evaluation has it; a context of 64 holds no haystack
 
 

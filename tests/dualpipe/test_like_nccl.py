@@ -88,7 +88,7 @@ def check(layout: ScheduledLayout, problem: ScheduledProblem, tolerance: float) 
 )
 def test_gradients_without_a_wait_of_the_host(schedule: str, pp: int, ep: int) -> None:
     layout = ScheduledLayout(world_size=pp * ep, pp=pp, ep=ep, schedule=schedule)
-    sizes = {"layers": (1, 1, 1, 1, 0, 0, 0, 0)} if (schedule, pp) == ("zigzag", 4) else {}
+    sizes: dict[str, Any] = {"layers": (1, 1, 1, 1, 0, 0, 0, 0)} if (schedule, pp) == ("zigzag", 4) else {}
     check(layout, ScheduledProblem(num_sequences=16, dtype=FP64, **sizes), 1e-10)
 
 

@@ -1,7 +1,10 @@
 """A small model with a tokenizer and a context that the shipped tasks fit in, in both formats."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +38,29 @@ def checkpoint(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("megatron")
     hf_to_megatron(hf, folder)
     return folder
+
+
+@pytest.fixture
+def endpoint():
+    """A chat API that replies with the letter in its text, `…letter X…`, or else with A; what it was sent."""
+    seen: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+            _, _, named = body["messages"][0]["content"].partition("letter ")
+            letter = named[:1] or "A"
+            reply = json.dumps({"choices": [{"message": {"content": f" {letter}."}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *unused: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    server.shutdown()
+    server.server_close()

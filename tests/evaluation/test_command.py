@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from dsv3_megatron.evaluation.model import HarnessModel
 from dsv3_megatron.evaluation.scorer import Request, Row, Score
 from dsv3_megatron.evaluation.text import open_tokenizer
 from dsv3_megatron.serve.evaluate import main
+from tests.convert.releases import micro, release
 
 TASK = ("--tasks", "dsv3_choice_en")
 
@@ -36,6 +40,13 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ((), "--tasks: names no task"),
         (("--tasks", "dsv3_needel"), "--tasks dsv3_needel: no such task; did you mean dsv3_needle?"),
         (("--tasks", "dsv3_text,arc_esy"), "--tasks arc_esy: no such task; did you mean arc_easy?"),
+        (("--tasks",), "argument --tasks: expected at least one argument"),
+        ((*TASK, "--limit", "x"), "argument --limit: invalid int value: 'x'"),
+        ((*TASK, "--output", __file__), "test_command.py: is a file; name a folder"),
+        (
+            (*TASK, "--num-fewshot", "500"),
+            "--num-fewshot 500: one of dsv3_choice_en has not as many examples",
+        ),
         ((*TASK, "--load", "x"), "give --load DIR (a Megatron checkpoint) or --hf DIR"),
         ((*TASK, "--limit", "0"), "--limit 0: must be 1 or more"),
         ((*TASK, "--num-fewshot", "-1"), "--num-fewshot -1: must be 0 or more"),
@@ -61,6 +72,14 @@ def test_wrong_models_are_named(hf, tmp_path, capsys):
     assert str(empty) in refused(capsys, "--load", empty, "--device", "cpu", *TASK)
     assert "no such folder" in refused(capsys, "--load", tmp_path / "nowhere", "--device", "cpu", *TASK)
     assert "give --load DIR" in refused(capsys, "--device", "cpu", *TASK)
+    release(tmp_path / "small", micro())
+    words = ("--hf", tmp_path / "small", "--tokenizer", hf, "--device", "cpu", *TASK)
+    assert "has 400 tokens, the model 96" in refused(capsys, *words)
+    (tmp_path / "tracker").mkdir()
+    (tmp_path / "tracker" / "latest_checkpointed_iteration.txt").write_text("abc")
+    assert "'abc' is neither an iteration nor release" in refused(
+        capsys, "--load", tmp_path / "tracker", "--device", "cpu", *TASK
+    )
     shutil.copytree(hf, bare)
     config = json.loads((bare / "tokenizer_config.json").read_text())
     assert config.pop("chat_template")
@@ -167,6 +186,10 @@ def test_answers_are_kept_and_a_cut_line_is_written_again(tmp_path):
     assert file.read_bytes() == whole
     with pytest.raises(RefusedArgument, match="model 'a' there, 'b' asked"):
         Answers(tmp_path, {"model": "b"})
+    with pytest.raises(RefusedArgument, match=r"is there and holds no evaluation \(x\); name another"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "x").write_text("")
+        Answers(tmp_path / "other", {"model": "a"})
     file.write_text("nonsense\n")
     with pytest.raises(RefusedArgument, match=r"answers\.jsonl:1: was not written by this command"):
         Answers(tmp_path, {"model": "a"})
@@ -191,3 +214,40 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(hf, tmp_path, cap
     assert again == whole and "evaluate score 7 of 7" in said
     again, said = run(tmp_path / "cut")
     assert again == whole and "evaluate score" not in said
+
+
+def test_answers_are_graded_by_an_endpoint(hf, endpoint, monkeypatch, capsys):
+    url, seen = endpoint
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    words = ["--hf", str(hf), "--device", "cpu", "--tasks", "dsv3_facts_en", "--limit", "2", "--json"]
+    assert main([*words, "--bootstrap-iters", "0", "--grader", url, "--grader-model", "judge"]) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out.splitlines()[-1])["results"]["dsv3_facts_en"]
+    # A model that has learned nothing answers nonsense; this grader calls it right.
+    assert len(seen) == 2 and seen[0]["model"] == "judge" and seen[0]["key"] == "Bearer secret"
+    assert figures["correct,none"] == figures["f_score,none"] == 1.0
+    assert "secret" not in captured.out + captured.err
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(hf, tmp_path, capsys):
+    """SIGKILL in the middle of the scores: the same command computes the others alone."""
+    argv = ["--hf", str(hf), "--device", "cpu", "--tasks", "dsv3_choice_en", "--max-batch", "1", "--json"]
+    argv += ["--bootstrap-iters", "0", "--output", str(tmp_path / "cut")]
+    answers = tmp_path / "cut" / "answers.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "dsv3_megatron", "evaluate", *argv])
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (answers.exists() and answers.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    done = answers.read_bytes().count(b"\n")
+    assert 8 <= done < 96 and not (tmp_path / "cut" / "results.json").exists()
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert f"evaluate score {96 - done} of {96 - done}" in captured.err
+    assert main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    assert capsys.readouterr().out == captured.out

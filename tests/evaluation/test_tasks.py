@@ -2,8 +2,6 @@
 
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -132,31 +130,6 @@ def test_repeated_facts_take_the_most_frequent_answer_and_its_share():
     assert asked == [10] * len(rows)
     assert found["correct"] == found["incorrect"] == 0.5
     assert found["calibration_error"] == pytest.approx((0.3 + 0.6) / 2)
-
-
-@pytest.fixture
-def endpoint():
-    """A chat API that replies with the letter in the text it was sent: `…letter X…`."""
-    seen: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-            letter = body["messages"][0]["content"].split("letter ")[1][0]
-            reply = json.dumps({"choices": [{"message": {"content": f" {letter}."}}]}).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *unused: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    server.shutdown()
-    server.server_close()
 
 
 def test_grades_by_an_endpoint(endpoint):

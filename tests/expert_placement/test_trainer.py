@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsv3_megatron.balance.placement import rank_load
+from tests.arguments.lines import whole_mock_data
 from tests.balance.test_placement import best_of_all
 from tests.harness import run_distributed
 from tests.parallel.test_resume import tensors
@@ -37,6 +38,7 @@ def train(
     from dsv3_megatron.expert_placement.trainer import current
     from dsv3_megatron.training import hooks
 
+    whole_mock_data()  # the loads below are of these tokens
     seen: dict[str, Any] = {"losses": [], "slots": []}
 
     def prefer(call: dict[str, Any]) -> None:

@@ -93,6 +93,19 @@ def test_a_prompt_in_chunks_is_a_whole_one(model, max_step_tokens):
         torch.testing.assert_close(found, full_log_probs(model, tokens), rtol=0, atol=1e-5)
 
 
+def test_weights_lie_as_products_read_them_with_shapes_and_values_kept(model, tmp_path):
+    """Of a model that was loaded to serve; an engine leaves another's memory as optimizer and checkpoints know it."""
+    other = another(write_model(tmp_path))  # the same weights
+    for one in (model, other):
+        engine(one).generate(prompts(5, 3), Sampling(max_new_tokens=3, temperature=0))
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(weight, weights[name]) for name, weight in other.named_parameters())
+    transposed = {name for name, weight in weights.items() if not weight.is_contiguous()}
+    for part, there in (("local_experts", True), ("linear_proj", True), ("linear_kv_up_proj", False)):
+        assert any(part in name for name in transposed) == there
+    assert all(weight.is_contiguous() for weight in other.parameters())
+
+
 @pytest.mark.slow
 def test_pages_that_were_used_before_are_as_good_as_new(model):
     served = engine(model, max_batch=3)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.arguments.lines import MICRO
@@ -52,34 +53,44 @@ def train(
     return metrics.latest()["lm_loss"], types
 
 
-def test_training_saving_and_resuming(tmp_path: Path) -> None:
-    save = ["--save", str(tmp_path), "--save-interval", "2", "--dist-ckpt-optim-fully-reshardable"]
-    whole = run_distributed(train, world_size=2, init=False, words=["--train-iters", "4", *save])
-    for later in tmp_path.glob("iter_0000004/*"):
+def run(*words: str, fp8_branch: bool = False) -> list[tuple[float, set[torch.dtype]]]:
+    words = ("--train-iters", "4", *words)
+    return run_distributed(train, world_size=2, init=False, words=list(words), fp8_branch=fp8_branch)
+
+
+def saving(folder: Path) -> list[str]:
+    return ["--save", str(folder), "--save-interval", "2", "--dist-ckpt-optim-fully-reshardable"]
+
+
+def at_step_2(folder: Path) -> list[str]:
+    """How to go on from there: what was saved later is gone."""
+    for later in folder.glob("iter_0000004/*"):
         later.unlink()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    again = run_distributed(
-        train, world_size=2, init=False, words=["--train-iters", "4", "--load", str(tmp_path)]
-    )
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    return ["--load", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[float, set[torch.dtype]]]]:
+    """Four steps, saved after two of them, with the optimizer's own masters."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run(*saving(folder))
+
+
+def test_training_saving_and_resuming(plain: Any) -> None:
+    folder, whole = plain
+    again = run(*at_step_2(folder))
     moments = {("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16), ("master_param", torch.float32)}
     for (loss, types), (resumed_loss, resumed_types) in zip(whole, again, strict=True):
         assert types == resumed_types == moments
         assert loss == resumed_loss
 
 
-def test_the_branch_of_fp8(tmp_path: Path) -> None:
+def test_the_branch_of_fp8(plain: Any, tmp_path: Path) -> None:
     """Megatron's masters in place of the optimizer's: the same losses, bf16 moments, and a resumed run goes on."""
-    save = ["--save", str(tmp_path), "--save-interval", "2", "--dist-ckpt-optim-fully-reshardable"]
-    words = ["--train-iters", "4"]
-    plain = run_distributed(train, world_size=2, init=False, words=words)
-    whole = run_distributed(train, world_size=2, init=False, words=[*words, *save], fp8_branch=True)
-    for later in tmp_path.glob("iter_0000004/*"):
-        later.unlink()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    again = run_distributed(
-        train, world_size=2, init=False, words=[*words, "--load", str(tmp_path)], fp8_branch=True
-    )
+    whole = run(*saving(tmp_path), fp8_branch=True)
+    again = run(*at_step_2(tmp_path), fp8_branch=True)
     moments = {("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16)}
-    for (loss, types), (resumed_loss, _), (plain_loss, _) in zip(whole, again, plain, strict=True):
+    for (loss, types), (resumed_loss, _), (plain_loss, _) in zip(whole, again, plain[1], strict=True):
         assert types == moments
         assert loss == resumed_loss == plain_loss

@@ -1,6 +1,9 @@
 """`dsv3 prove --hf --megatron`: the same model is proved; a swapped tensor, router or MTP projection is not."""
 
+import getpass
 import json
+import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -8,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
 from dsv3_megatron.prove.__main__ import main
-from tests.convert.releases import micro, release
+from tests.convert.releases import micro, release, to_fp8
 
+DOWN = "model.layers.0.mlp.down_proj.weight"
 CHECKS = ["inventory", "tensors", "logits", "MTP logits", "router decisions"]
 
 
@@ -42,12 +47,12 @@ def test_the_same_model(pair, tmp_path, capsys):
     # One folder, no weights, no paths, no machine.
     files = {file.name: file.read_text() for file in (tmp_path / "report").iterdir()}
     assert files.keys() == {"report.json", "report.md", "tensors.json"}
+    home, user, machine = Path.home(), getpass.getuser(), socket.gethostname()
     for text in files.values():
-        assert (
-            str(tmp_path) not in text
-            and str(pair[0]) not in text
-            and socket.gethostname() not in text.split()
-        )
+        for place in (tmp_path, pair[0], pair[1], Path.cwd(), home, Path(__file__).parents[2]):
+            assert not re.search(rf"(?<!\w){re.escape(str(place))}(?!\w)", text), place
+        for name in (user, machine):
+            assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), name
     assert (
         json.loads(files["report.json"])["word"] == "proved" and "# checkpoint: proved" in files["report.md"]
     )
@@ -55,6 +60,21 @@ def test_the_same_model(pair, tmp_path, capsys):
     assert len(rows) == checks["tensors"]["count"] and all(
         row["sha256_hf"] == row["sha256_megatron"] for row in rows
     )
+
+
+@pytest.mark.slow
+def test_a_bf16_checkpoint_of_an_fp8_release(pair, tmp_path, capsys):
+    """Its products are rounded to BF16, and so are they on the other side."""
+    hf = tmp_path / "hf"
+    shutil.copytree(pair[0], hf)
+    to_fp8(hf)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    status, report = prove(hf, tmp_path / "megatron", tmp_path / "report", capsys)
+    assert (status, report["word"]) == (0, "proved"), report["checks"]
+    assert MegatronWeights(tmp_path / "megatron").dtype(DOWN) == torch.bfloat16
+    # Another model's: the same release without FP8.
+    status, report = prove(pair[0], tmp_path / "megatron", tmp_path / "other", capsys)
+    assert (status, report["word"]) == (1, "refuted")
 
 
 def spoiled(hf: Path, folder: Path, change) -> Path:
@@ -91,7 +111,8 @@ def drop(tensors) -> None:
 @pytest.mark.parametrize(
     "change, failing",
     [
-        (swap, {"tensors", "logits", "MTP logits"}),
+        (swap, {"tensors"}),
+        pytest.param(swap, {"tensors", "logits", "MTP logits"}, marks=pytest.mark.slow),
         pytest.param(halves, {"tensors", "MTP logits"}, marks=pytest.mark.slow),
         pytest.param(bias, {"tensors", "logits", "MTP logits", "router decisions"}, marks=pytest.mark.slow),
         (drop, {"inventory"}),
@@ -100,7 +121,8 @@ def drop(tensors) -> None:
 def test_controls(pair, tmp_path, capsys, change, failing):
     """Each change is seen by the checks that should see it."""
     hf = spoiled(pair[0], tmp_path / "spoiled", change)
-    status, report = prove(hf, pair[1], tmp_path / "report", capsys)
+    more = ["--no-logits"] if failing == {"tensors"} else []
+    status, report = prove(hf, pair[1], tmp_path / "report", capsys, *more)
     assert (status, report["word"]) == (1, "refuted")
     failed = {check["name"] for check in report["checks"] if check["holds"] is False}
     assert failed >= failing and (change is not halves or "logits" not in failed), report["checks"]
@@ -121,13 +143,56 @@ def test_an_interrupted_audit_goes_on_and_without_logits_it_is_incomplete(
         return digest(value)
 
     monkeypatch.setattr(checkpoint, "digest", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prove(*pair, tmp_path / "report", capsys, "--no-logits")
+    words = [
+        "--hf",
+        str(pair[0]),
+        "--megatron",
+        str(pair[1]),
+        "--output",
+        str(tmp_path / "report"),
+        "--no-logits",
+    ]
+    assert main(words) == 130 and "goes on" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
     status, report = prove(*pair, tmp_path / "report", capsys, "--no-logits")
     tensors = report["checks"][1]
     assert len(compared) == 41 + 2 * (tensors["count"] - 20) and not (tmp_path / "report.part.jsonl").exists()
     assert (status, report["word"]) == (1, "incomplete")
     assert [check["holds"] for check in report["checks"]] == [True, True, None, None, None]
+
+
+def test_what_is_no_model_is_no_side(pair, tmp_path, capsys):
+    """One line with the option, before anything is compared; a model that lacks a tensor is refuted instead."""
+    (tmp_path / "empty").mkdir()
+    spoilt = {
+        "listed": ("config.json", "[]"), "llama": ("config.json", '{"model_type": "llama"}'),
+        "tracker": ("latest_checkpointed_iteration.txt", "abc"), "words": ("tokenizer.json", "{}"),
+    }  # fmt: skip
+    for name, (file, text) in spoilt.items():
+        shutil.copytree(pair[name == "tracker"], tmp_path / name)
+        (tmp_path / name / file).write_text(text)
+    for hf, megatron, said in (
+        ("empty", pair[1], "--hf "),
+        ("listed", pair[1], "config.json: not a JSON object"),
+        ("llama", pair[1], "model_type='llama'"),
+        (pair[0], "empty", "no Megatron checkpoint"),
+        (pair[0], "tracker", "'abc' is neither an iteration nor release"),
+        ("words", pair[1], "tokenizer.json: "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "--hf",
+                    str(tmp_path / hf),
+                    "--megatron",
+                    str(tmp_path / megatron),
+                    "--output",
+                    str(tmp_path / "x"),
+                ]
+            )
+        *_, line = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("error: ") and said in line, line
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

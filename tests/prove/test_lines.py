@@ -1,6 +1,8 @@
 """Launch lines shrunk by the rule, and proofs of them with their controls."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,10 @@ def test_the_shape_stays_and_the_size_goes():
         ["model=tiny", "layout=cpu_pp2_ep2", "device=cpu"],
         ["--tensor-model-parallel-size", "4", "--sequence-parallel", "--context-parallel-size", "4", "--bf16",
          "--expert-model-parallel-size", "8", "--pipeline-model-parallel-size", "4"],
+        ["--tensor-model-parallel-size", "4", "--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "8",
+         "--sequence-parallel"],
+        ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--sequence-parallel",
+         "--pipeline-model-parallel-size", "2"],
     ],
 )  # fmt: skip
 def test_other_lines(words):
@@ -93,9 +99,15 @@ def test_other_lines(words):
     [
         (["layout"], "there is no launch line"),
         (["layout", "python", "other.py"], "starts no trainer of ours"),
-        (["resume", "--steps", "0", *LINE], "--steps 0"),
+        (["resume", "--steps", "0", *LINE], "--steps: 0: must be"),
         (["resume", "--spec", "dsv3", "--pipelin-schedule", "dualpipe"], "--pipelin-schedule"),
         (["commit", "here"], "give OLD and NEW"),
+        (["commit", "", "here"], "give OLD and NEW"),
+        (["commit", "here", "--steps", "3"], "give OLD and NEW"),
+        (["commit", "here", "here", "--bound", "nan"], "--bound: nan: must be a number"),
+        (["layout", *LINE, "--output", "x"], "--output: our own options stand before the launch line"),
+        (["fp8", "--hf", ".", "--beside", "nowhere"], "--beside nowhere: no such folder"),
+        (["fp8", "--hf", ".", "--prompt", " "], "--prompt: holds no text"),
         (["fp8"], "one of the two"),
         (["fp8", "--hf", "nowhere"], "--hf nowhere: no such folder"),
     ],
@@ -140,24 +152,48 @@ def forked(monkeypatch):
     monkeypatch.setattr("dsv3_megatron.prove.runs.launch", launch)
 
 
+@pytest.fixture
+def smaller(monkeypatch):
+    """Half the layers, a quarter of the batch: the rule itself is run by the test under torchrun."""
+    monkeypatch.setattr("dsv3_megatron.prove.line.LAYERS", 2)
+    monkeypatch.setattr("dsv3_megatron.prove.line.BATCH", 4)
+
+
 SPLIT = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2"]
+LAYOUTS = {
+    "DualPipe, bf16": [*SPLIT, "--pipeline-schedule", "dualpipe", "--bf16"],
+    "DualPipeV": [*SPLIT, "--pipeline-schedule", "dualpipev"],
+    "ZB1P": [*SPLIT, "--pipeline-schedule", "zb1p"],
+    "zigzag": [*SPLIT, "--pipeline-schedule", "zigzag"],
+    "1F1B": SPLIT,
+    "interleaved": [*SPLIT, "--num-layers", "8", "--num-virtual-stages-per-pipeline-rank", "2"],
+    "TP2": ["--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "EP2": ["--spec", "dsv3", "--expert-model-parallel-size", "2", "--use-distributed-optimizer"],
+    "CP2": ["--spec", "dsv3", "--context-parallel-size", "2"],
+    "TP2 × EP2, experts whole": [
+        "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
+        "2", "--expert-tensor-parallel-size", "1",
+    ],
+}  # fmt: skip
 
 
-def test_layout(tmp_path, capsys, forked):
-    status = main(
-        words_of("layout", tmp_path / "report", *SPLIT, "--pipeline-schedule", "dualpipe", "--bf16")
-    )
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "EP2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+)
+def test_layout(name, tmp_path, capsys, forked, smaller):
+    status = main(words_of("layout", tmp_path / "report", *LAYOUTS[name]))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (status, report["word"]) == (0, "proved"), report["checks"]
     losses, gradients = report["checks"]
-    assert gradients["count"] > 100 and 0 < gradients["worst"] < 1e-5 and losses["count"] >= 2
+    assert gradients["count"] > 50 and 0 < gradients["worst"] < 1e-5 and losses["count"] >= 2
     assert {"report.md", "report.json", "gradients.json"} == {
         file.name for file in (tmp_path / "report").iterdir()
     }
 
 
 @pytest.mark.slow
-def test_a_wrong_gradient_is_refuted(forked):
+def test_a_wrong_gradient_is_refuted(forked, smaller):
     from dsv3_megatron.prove.layout import prove_layout
 
     report = prove_layout(SPLIT, spoil="gradient")
@@ -167,9 +203,17 @@ def test_a_wrong_gradient_is_refuted(forked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [[], ["--bf16"]])
-def test_resume(precision, tmp_path, capsys, forked):
-    status = main(words_of("resume", tmp_path / "report", *SPLIT, "--use-distributed-optimizer", *precision))
+@pytest.mark.parametrize(
+    "line",
+    [
+        [*SPLIT, "--use-distributed-optimizer"],
+        [*SPLIT, "--use-distributed-optimizer", "--bf16"],
+        LAYOUTS["EP2"],
+    ],
+    ids=["PP2", "PP2, bf16", "EP2"],
+)
+def test_resume(line, tmp_path, capsys, forked, smaller):
+    status = main(words_of("resume", tmp_path / "report", *line))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (status, report["word"]) == (0, "proved"), report["checks"]
     assert [check["name"] for check in report["checks"]] == [
@@ -182,7 +226,7 @@ def test_resume(precision, tmp_path, capsys, forked):
 
 
 @pytest.mark.slow
-def test_a_dropped_optimizer_state_is_refuted(forked):
+def test_a_dropped_optimizer_state_is_refuted(forked, smaller):
     from dsv3_megatron.prove.resume import prove_resume
 
     line = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"]
@@ -213,15 +257,62 @@ def test_versions(tmp_path, capsys):
     assert report["checks"][1]["worst"] == 0 and "megatron_core" in report["settings"]["old installed"]
 
 
-def test_versions_that_train_otherwise_are_refuted(forked):
+@pytest.mark.slow
+def test_the_same_version_twice_is_proved(forked, smaller):
     from dsv3_megatron.prove.commit import prove_commit
 
     same = prove_commit("here", "here", ["--spec", "dsv3"], steps=2)
     assert same.word == "proved" and same.checks[1].worst == 0 and same.checks[1].count == 6
+
+
+def test_versions_that_train_otherwise_are_refuted(forked, smaller):
+    from dsv3_megatron.prove.commit import prove_commit
+
     other = prove_commit("here", "here", ["--spec", "dsv3"], steps=2, spoil=["--lr", "2e-3"])
     assert other.word == "refuted" and other.checks[0].holds and "step 2" in other.checks[1].detail, (
         other.checks
     )
+    first = [row for row in other.tables["steps"] if row["step"] == 1]
+    assert len(first) == 3 and all(
+        row["off"] == 0 for row in first
+    )  # until the first update they are the same
+
+
+PLANTED = {
+    "nothing": ("backends/norm.py", "self.eps", "self.eps"),
+    "norms": ("backends/norm.py", "+ self.eps)", "+ self.eps + 1e-4)"),
+    "NaN": (
+        "training/step.py",
+        "    return loss, num_tokens, report",
+        "    bad = float('nan') if get_args().curr_iteration == 1 else 1.0\n    return bad * loss, num_tokens, report",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_copy_of_this_package(name, tmp_path, smaller):
+    """Installed by pip from a folder: as it is, with other norms, with a NaN at the second step."""
+    from dsv3_megatron.prove.commit import prove_commit
+
+    root, copy = Path(__file__).parents[2], tmp_path / "copy"
+    shutil.copytree(root / "dsv3_megatron", copy / "dsv3_megatron")
+    for file in ("setup.py", "pyproject.toml"):
+        shutil.copy(root / file, copy / file)
+    file, there, planted = PLANTED[name]
+    text = (copy / "dsv3_megatron" / file).read_text()
+    assert there in text
+    (copy / "dsv3_megatron" / file).write_text(text.replace(there, planted, 1))
+    report = prove_commit("here", str(copy), ["--spec", "dsv3"], steps=3)
+    checks = {check.name: check for check in report.checks}
+    used, gate, alike = (checks[key] for key in ("new version is what ran", "NaN gate", "losses and norms"))
+    assert used.holds and "dsv3_megatron" in used.detail
+    if name == "nothing":
+        assert report.word == "proved" and alike.worst == 0
+    elif name == "norms":
+        assert report.word == "refuted" and gate.holds and 1e-5 < alike.worst < 0.5
+    else:
+        assert report.word == "refuted" and gate.holds is False and "new, step 2: " in gate.detail
 
 
 def test_the_gate_for_what_is_not_a_number():
@@ -236,3 +327,4 @@ def test_the_gate_for_what_is_not_a_number():
             _finite({"old": good, "new": other}).holds is False and _finite({"old": good, "new": good}).holds
         )
         assert not _alike(good, other, 1, 1e-5, Report("commit", "")).holds
+        assert "new, step 1: " in _finite({"old": good, "new": other}).detail

@@ -269,8 +269,10 @@ def test_wrong_models_are_named(bare, questions, tmp_path, capsys):
     refused(words(tmp_path / "nowhere", questions, output), "--hf", capsys)
     refused(words(tmp_path / "nowhere", questions, output, kind="--load"), "--load", capsys)
     (tmp_path / "empty").mkdir()
-    refused(words(tmp_path / "empty", questions, output), "config.json", capsys)
+    refused(words(tmp_path / "empty", questions, output), "empty: no config.json in it; a Megatron", capsys)
     refused(words(tmp_path / "empty", questions, output, kind="--load"), "empty", capsys)
+    ids = write(tmp_path / "ids.jsonl", {"tokens": [1]})
+    refused(words(bare, ids, tmp_path / "none" / "out.jsonl"), "make its folder first", capsys)
 
 
 def test_files_of_another_job_are_refused(hf, questions, tmp_path, capsys):

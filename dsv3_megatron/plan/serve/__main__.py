@@ -105,13 +105,13 @@ def _variants(others: dict[str, Result | str]) -> str:
 
 def _errors(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "how far to believe it (tokens/s per node; every row is a judge, none was fitted):",
-        f"{'':<46}  {'published':>9}  {'predicted':>9}  {'error':>6}",
+        "how far to believe it (tokens/s per node; the fitted row chose one number, the judges none):",
+        f"{'':<46}  {'published':>9}  {'predicted':>9}  {'error':>6}  half",
     ]
     for row in rows:
         lines.append(
             f"{row['name']:<46}  {row['published_tokens_per_s_per_node']:>9,.0f}  "
-            f"{row['predicted_tokens_per_s_per_node']:>9,.0f}  {row['error_percent']:>+5.0f}%"
+            f"{row['predicted_tokens_per_s_per_node']:>9,.0f}  {row['error_percent']:>+5.0f}%  {row['half']}"
         )
     return "\n".join(lines)
 

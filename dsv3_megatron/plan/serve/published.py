@@ -1,7 +1,10 @@
-"""What others measured of serving DeepSeek-V3 and R1, as jobs. All are judges: nothing in `time.py` was fitted on them.
+"""What others measured of serving DeepSeek-V3 and R1, as jobs.
+
+One row is the fitted half: `time.GAP` of decoding is what makes its error none. The others are judges.
 
 DeepSeek's overview (open-infra-index, day 6, 2025) gives averages of a day of production, idle moments included, so the
-planner, which knows no queue, should be above them. Its input tokens count those found in the cache (56.3%).
+planner, which knows no queue, should be above them. Its input tokens count those found in the cache (56.3%). The
+profile is a short trace, in which the power limit does not slow the clocks yet.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +28,7 @@ class Measured:
 
     Attributes:
         node_tokens_per_s: of eight GPUs.
+        half: "fitted" where a constant was chosen by it, else "judge".
         assumed: what the source leaves open.
     """
 
@@ -36,9 +40,12 @@ class Measured:
     half: str = "judge"
 
 
+_H800 = GPUS["h800"]
+_SHORT = replace(_H800, watts=_H800.achieved.full_watts)  # of a trace
+
 _PREFILL = ServingJob(
     sizes=SIZES,
-    gpu=GPUS["h800"],
+    gpu=_H800,
     num_gpus=32,
     tp=1,
     phase="prefill",
@@ -68,17 +75,25 @@ MEASURED = (
     ),
     Measured(
         "DeepSeek's profile, prefill, EP32",
-        _PREFILL,
+        replace(_PREFILL, gpu=_SHORT),
         62_713,
         _PROFILE,
         "prompts of 4096 tokens, 16384 tokens per GPU",
     ),
     Measured(
         "DeepSeek's profile, decode, EP128",
-        replace(_DECODE, num_gpus=128, deployment=Deployment(0, False, True, 2), context=4096, batch=128),
+        replace(
+            _DECODE,
+            gpu=_SHORT,
+            num_gpus=128,
+            deployment=Deployment(0, False, True, 2),
+            context=4096,
+            batch=128,
+        ),
         18_598,
         _PROFILE,
         "experts without copies",
+        "fitted",
     ),
     Measured(
         "SGLang, prefill, EP32, prompts of 4096",
