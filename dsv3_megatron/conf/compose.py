@@ -183,7 +183,13 @@ def _resolve_layout(cfg: DictConfig, given: set[str]) -> None:
     stages = size(cfg, "pipeline") * virtual
     schedule = cfg.get("pipeline_schedule")
     if schedule in TRAITS:
-        stages = TRAITS[schedule].num_stages(stages, cfg.get("pipeline_zigzag_chunks"))
+        traits, chunks = TRAITS[schedule], cfg.get("pipeline_zigzag_chunks")
+        if traits.chunks_choice and chunks is not None and chunks not in traits.chunks_choice:
+            choice = " or ".join(map(str, traits.chunks_choice))
+            raise ConfigError(
+                f"pipeline_zigzag_chunks={chunks}: {schedule} has other numbers of stages; use {choice}"
+            )
+        stages = traits.num_stages(stages, chunks)
     if stages == 1:
         _refuse_unused_placement(cfg, given, "the pipeline has one stage")
         cfg.pipeline_model_parallel_layout = None

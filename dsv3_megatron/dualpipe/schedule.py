@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dsv3_megatron.dualpipe.overlap import PairRunner
 from dsv3_megatron.dualpipe.p2p import MAX_CTAS, PipelineP2P, all_pipelines, carrier, warm_up
 from dsv3_megatron.dualpipe.profile import StepProfile
 from dsv3_megatron.dualpipe.ranks import Placement
+from dsv3_megatron.dualpipe.shared_costs import shared_costs
 from dsv3_megatron.pipeline import Message, build_schedule
 from dsv3_megatron.pipeline.runner import PipelineRunner
 
@@ -172,6 +174,9 @@ class PipelineSchedule:
             number: ChunkStage(chunk, number, num_stages)
             for number, chunk in zip(numbers, chunks, strict=True)
         }
+        costs = self.table.get("costs")
+        if isinstance(costs, str | Path):
+            self.table = self.table | {"costs": shared_costs(Path(costs), num_stages)}
         last = num_stages - 1
         writers = {0: [last]} if last in numbers and shares_embedding(chunks[-1]) else {}
         self._reduce = GradientReduce(dict(zip(numbers, chunks, strict=True)), writers)

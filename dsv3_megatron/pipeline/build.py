@@ -120,7 +120,7 @@ def _zigzag(
 ) -> Schedule:
     chunks = _check_zigzag(num_ranks, chunks, alpha)
     if costs is None or isinstance(costs, str | Path):
-        costs = Costs() if costs is None else read_costs(Path(costs))
+        costs = Costs() if costs is None else read_costs(Path(costs), num_ranks * chunks)
     budget = zigzag_budget(num_ranks, chunks, memory_cap, deferred, kept)
     alphas = ALPHAS if alpha is None else (float(alpha),)
     dealt = zigzag(num_ranks, num_microbatches, chunks, _hashable(costs), budget, alphas)

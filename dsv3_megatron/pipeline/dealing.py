@@ -35,7 +35,8 @@ class Budget:
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 if not 0 <= number < inf:
-                    raise ValueError(f"{name}={number} is no amount of memory; use a number ≥ 0")
+                    option = "memory_cap" if name == "cap" else name
+                    raise ValueError(f"{option}={number} is no amount of memory; use a finite number ≥ 0")
 
     def per_stage(self, name: str, num_stages: int) -> tuple[float, ...]:
         """`kept` or `deferred`, one number for each stage."""

@@ -88,9 +88,11 @@ def write_costs(path: Path, costs: Costs) -> None:
     path.write_text(json.dumps({name: getattr(costs, name) for name in _NAMES}) + "\n")
 
 
-def read_costs(path: Path) -> Costs:
+def read_costs(path: Path, num_stages: int | None = None) -> Costs:
     """The costs of a file that `write_costs` wrote, or of one written by hand: f, b, w, fb and perhaps p2p, each one
     number or one for each stage, in one unit.
+
+    num_stages: that it must fit, where they are known.
 
     Raises:
         ValueError: no such file, or not such a one.
@@ -98,14 +100,26 @@ def read_costs(path: Path) -> Costs:
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or not set(_NAMES[:4]) <= set(found) <= set(_NAMES):
-            raise ValueError("it has other entries than f, b, w, fb and p2p")
-        return Costs(
+            raise ValueError("it needs the entries f, b, w and fb, and may have p2p and no other")
+        for name, value in found.items():
+            for number in value if isinstance(value, list) else (value,):
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    raise ValueError(f"{name} holds {json.dumps(number)}, which is no number")
+        costs = Costs(
             **{
                 name: tuple(map(float, value)) if isinstance(value, list) else float(value)
                 for name, value in found.items()
             }
         )
-    except (OSError, ValueError, TypeError) as error:
+        if not any(any(found[name]) if isinstance(found[name], list) else found[name] for name in _NAMES[:4]):
+            raise ValueError("nothing takes time in it")
+        if num_stages is not None:
+            for name in _NAMES:
+                costs.per_stage(name, num_stages)
+        return costs
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"costs={path}: {error}; use the pipeline_stepN_costs.json that --profile-pipeline N wrote"
+            f"costs={path}: {what}; use the pipeline_stepN_costs.json that --profile-pipeline N wrote, "
+            "for as many stages"
         ) from None

@@ -83,6 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = sorted(name for name in others if getattr(args, name) != parser.get_default(name))
         if given:
             parser.error(f"--{given[0].replace('_', '-')} is for a schedule: leave it out beside --trace")
+    if args.costs is not None:
+        for name in ("f", "b", "w", "fb", "p2p", "message", "tail"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(
+                    f"--{name} would do nothing beside --costs, whose file says all times: leave it out"
+                )
     try:
         if not args.text_only:
             args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -95,22 +101,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{error.filename}: {error.strerror}; use another path")
 
 
-_OPTIONS = {"num_ranks": "ranks", "num_microbatches": "microbatches", "num_model_chunks": "model-chunks"}
-_ARGUMENT = re.compile(r"\b(num_ranks|num_microbatches|num_model_chunks|f|b|w|fb|p2p|message|tail)=")
+_OPTIONS = {
+    "num_ranks": "ranks",
+    "num_microbatches": "microbatches",
+    "num_model_chunks": "model-chunks",
+    "memory_cap": "memory-cap",
+    "chunks": "chunks",
+    "deferred": "deferred",
+    "alpha": "alpha",
+}
+_ARGUMENT = re.compile(rf"\b({'|'.join(_OPTIONS)}|f|b|w|fb|p2p|message|tail)=")
+_LATER = re.compile(rf"(?<![\w-])({'|'.join(_OPTIONS)})(?=·| out\b)|num_(ranks|microbatches|model_chunks)\b")
 
 
 def _in_options(text: str) -> str:
     """An error of the functions behind this command, with the command's options for their arguments."""
+    if text.startswith("costs="):
+        return "--costs " + text.removeprefix("costs=")  # the rest is of the file
     text = _ARGUMENT.sub(lambda match: f"--{_OPTIONS.get(match[1], match[1])} ", text)
-    return re.sub("|".join(_OPTIONS), lambda match: f"--{_OPTIONS[match[0]]}", text)
+    return _LATER.sub(lambda match: f"--{_OPTIONS[match[0]]}", text)
 
 
 def _show_schedule(args: argparse.Namespace) -> None:
     if not any((args.f, args.b, args.fb)):
         raise ValueError("f=0, b=0 and fb=0: nothing takes time; give one of them a duration")
     costs = Costs(f=args.f, b=args.b, w=args.w, fb=args.fb, p2p=args.p2p)
-    if args.costs:
-        costs = read_costs(args.costs)
     schedule = build_schedule(
         args.schedule,
         args.ranks,
@@ -120,8 +135,10 @@ def _show_schedule(args: argparse.Namespace) -> None:
         memory_cap=args.memory_cap,
         deferred=args.deferred,
         alpha=args.alpha,
-        costs=costs if args.schedule == ZIGZAG else None,
+        costs=(args.costs or costs) if args.schedule == ZIGZAG else None,
     )
+    if args.costs:
+        costs = read_costs(args.costs, schedule.num_stages)
     on_one_stream = None if args.costs else _on_one_stream(schedule, args)
     validate(schedule)
     simulation = simulate(schedule, costs)

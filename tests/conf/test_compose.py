@@ -198,6 +198,8 @@ def test_a_schedule_is_one_option() -> None:
     assert twice.pipeline_model_parallel_layout.count("t") == 3 and "--pipeline-zigzag-chunks" in to_argv(
         twice
     )
+    with pytest.raises(ConfigError, match=r"pipeline_zigzag_chunks=3: .*; use 2 or 4"):
+        compose(["schedule=zigzag", "pipeline_zigzag_chunks=3"])  # whatever the number of layers
 
 
 def test_a_given_layer_layout_stays() -> None:

@@ -2,9 +2,11 @@
 
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.dualpipe.shared_costs import shared_costs
 from dsv3_megatron.pipeline import Costs, build_schedule, simulate, validate
 from dsv3_megatron.pipeline.actions import Kind
 from dsv3_megatron.pipeline.fit import fit_costs, fit_stage_costs, read_costs, write_costs
@@ -123,6 +125,30 @@ def test_fitted_costs_by_stage_are_those_of_the_stages(tmp_path) -> None:
     assert again.ranks == table.ranks
     with pytest.raises(ValueError, match="no forward alone"):
         fit_stage_costs([], 6)
+
+
+def _read(rank: int, world_size: int, folder: Path, different: str) -> Costs | str:
+    (folder / f"{rank}.json").write_text(json.dumps({"f": 1, "b": 2, "w": 1, "fb": [3, 3, 3, 3]}))
+    if rank == 1 and different:
+        (folder / "1.json").write_text(different)
+    try:
+        return shared_costs(folder / f"{rank}.json", 4)
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_that_read_different_costs_stop_all_together(tmp_path) -> None:
+    """Tables of different times would exchange wrong messages."""
+    for different, says in (
+        ("", None),
+        ('{"f": 1.5, "b": 2, "w": 1, "fb": 3}', "rank 1 reads other times in it than rank 0"),
+        ("{}", "on rank 1: costs="),
+    ):
+        read = run_distributed(_read, world_size=2, folder=tmp_path, different=different)
+        if says is None:
+            assert read == [Costs(f=1.0, b=2.0, w=1.0, fb=(3.0,) * 4)] * 2
+        else:
+            assert all(says in text for text in read), read
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"f": 1, "b": 2, "w": 3, "fb": 3}', '{"f": "x"}'])

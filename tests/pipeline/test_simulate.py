@@ -1,6 +1,7 @@
 """The event simulation against a longest path over an explicitly written dependency graph."""
 
 import json
+import math
 import random
 import time
 from functools import cache
@@ -205,6 +206,19 @@ def test_show_writes_pictures_trace_and_text(tmp_path, capsys):
         ("--trace {file}", "holds no timelines"),
         ("--trace {file} --ranks 4", "--ranks is for a schedule"),
         ("zb1p --trace {file}", "give either a schedule or --trace FILE"),
+        ("zigzag --chunks 3", "error: --chunks 3: the stages"),
+        ("zigzag --memory-cap 8", "--memory-cap 8 is too little for zigzag on --ranks 8 with --chunks 2"),
+        ("zigzag --memory-cap nan", "--memory-cap nan is no amount"),
+        ("zigzag --deferred -1", "--deferred -1.0 is no amount"),
+        ("zigzag --alpha 2", "--alpha 2.0: "),
+        (
+            "dualpipev --memory-cap 9",
+            "--memory-cap 9.0: only zigzag deals its weight gradients; leave --memory-cap out",
+        ),
+        ("dualpipev --chunks 2", "leave --chunks out"),
+        ("zigzag --costs {folder}/none", "none: No such file or directory; use"),
+        ("zigzag --costs {file}", "file: it needs the entries f, b, w and fb"),
+        ("zigzag --costs {file} --f 2", "--f would do nothing beside --costs"),
     ],
 )
 def test_show_refuses_in_one_line_and_draws_nothing(line, says, tmp_path, capsys):
@@ -216,6 +230,31 @@ def test_show_refuses_in_one_line_and_draws_nothing(line, says, tmp_path, capsys
     assert not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
     assert says in said.err
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("schedule", ["zigzag", "dualpipev"])
+def test_show_says_of_a_file_of_costs_what_is_wrong_in_it(schedule, tmp_path, capsys):
+    costs = {"f": 1, "b": 2, "w": 1, "fb": 3}
+    file = tmp_path / "costs.json"
+    for change, says in (
+        ({"f": [1, 2, 3]}, "f has 3 entries, but there are 4 stages"),
+        ({"f": -1}, "f=-1.0 is not a duration"),
+        ({"f": [1, math.nan, 1, 1]}, "f=nan is not a duration"),
+        ({"f": "1"}, 'f holds "1", which is no number'),
+        ({"w": True}, "w holds true, which is no number"),
+        (dict.fromkeys(costs, 0), "nothing takes time in it"),
+        ({name: [0, 0, 0, 0] for name in costs}, "nothing takes time in it"),
+        ({"p2": 1}, "it needs the entries f, b, w and fb, and may have p2p and no other"),
+    ):
+        file.write_text(json.dumps(costs | change))
+        with pytest.raises(SystemExit, match="2"):
+            show([schedule, "--ranks", "2", "--microbatches", "4", "--costs", str(file)])
+        said = capsys.readouterr()
+        assert not said.out and said.err.startswith(f"error: --costs {file}: {says}"), said.err
+        assert said.err.count("\n") == 1
+    file.write_text(json.dumps(costs | {"f": [1, 0, 1, 1]}))  # a stage without layers
+    show([schedule, "--ranks", "2", "--microbatches", "4", "--costs", str(file), "--text-only"])
+    assert "makespan" in capsys.readouterr().out
 
 
 def test_events_have_the_documented_fields():
