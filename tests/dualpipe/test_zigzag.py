@@ -15,6 +15,7 @@ OVERLAP = (("overlap_grad_reduce", True), ("use_distributed_optimizer", False))
 UNEVEN = {
     (2, 2): (1, 2, 0, 1),
     (2, 4): (1, 0, 2, 1, 1, 0, 2, 1),
+    (3, 2): (1, 0, 2, 1, 0, 1),
     (4, 2): (1, 2, 1, 0, 1, 1, 2, 0),
     (4, 4): (1, 0, 1, 1, 0, 2, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0),
 }
@@ -44,7 +45,7 @@ def check(pp: int, chunks: int, ep: int = 1, tolerance: float = 1e-5, table: tup
     [(2, 2, 2), (2, 4, 1)]
     + [
         pytest.param(*sizes, marks=pytest.mark.slow)
-        for sizes in ((2, 2, 1), (2, 4, 2), (4, 2, 1), (4, 2, 2), (4, 4, 1), (4, 4, 2))
+        for sizes in ((2, 2, 1), (2, 4, 2), (3, 2, 1), (3, 2, 2), (4, 2, 1), (4, 2, 2), (4, 4, 1), (4, 4, 2))
     ],
 )
 def test_fp32(pp: int, chunks: int, ep: int) -> None:
