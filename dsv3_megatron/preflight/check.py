@@ -73,6 +73,11 @@ def examine(line: Line, machine: Machine, build: bool = True) -> list[Finding]:
                     found += _built(job, machine, args)
     except RefusedArgument as error:
         found += findings.from_message(str(error))
+    except Exception as error:  # the job would end there too, and say it so
+        from dsv3_megatron.arguments import megatron_parser
+        from dsv3_megatron.arguments.failures import explain
+
+        found += findings.from_message(explain(error, megatron_parser()))
     return found
 
 

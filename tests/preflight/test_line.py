@@ -10,7 +10,7 @@ from dsv3_megatron.arguments.requirements import TE, USES, has_symbol, lacking
 from dsv3_megatron.arguments.surroundings import max_connections
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight import __main__ as command
-from dsv3_megatron.preflight.check import job_of
+from dsv3_megatron.preflight import check
 from dsv3_megatron.preflight.findings import Finding, from_megatron, from_message
 from dsv3_megatron.preflight.line import read
 from dsv3_megatron.preflight.machine import USAGE, Machine
@@ -126,7 +126,16 @@ def test_queues_that_are_no_number(text: str) -> None:
 def test_a_job_that_would_print_its_options(word: str) -> None:
     line = read(["torchrun", "-m", "dsv3_megatron.train", "--spec", "dsv3", word])
     with pytest.raises(RefusedArgument, match=f"^{word}: the job would print its options and end. Use the"):
-        job_of(line, Machine())
+        check.job_of(line, Machine())
+
+
+def test_what_nobody_foresaw_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("integer modulo by zero in num_layers_at_end")
+
+    monkeypatch.setattr(check, "_completed", fail)
+    [*_, finding] = check.examine(read(["--spec", "dsv3"]), Machine())
+    assert finding.severity == "error" and "integer modulo by zero" in finding.why
 
 
 def test_a_line_may_go_on_after_a_backslash() -> None:
