@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from dsv3_megatron.preflight import __main__ as command
 from dsv3_megatron.preflight import check
 from dsv3_megatron.preflight.findings import Finding, from_megatron, from_message
 from dsv3_megatron.preflight.line import read
-from dsv3_megatron.preflight.machine import USAGE, Machine
+from dsv3_megatron.preflight.machine import GPUS, USAGE, Machine
 
 ARGUMENTS = ("--spec", "dsv3", "--bf16")
 
@@ -167,6 +168,11 @@ def test_a_machine_that_is_none(words: dict[str, str]) -> None:
         Machine.of(words)
     [finding] = from_message(str(refused.value))
     assert finding.argument == f"{name}={words[name]}" and finding.use
+
+
+def test_the_page_lists_what_can_be_said() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "preflight.md").read_text()
+    assert all(f"`{name}`" in page for name in (*USAGE, *GPUS, "output"))
 
 
 def test_our_words_may_stand_anywhere_and_collide_with_none() -> None:
