@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import re
 import textwrap
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RefusedArgument(
             f"--report {path}: not readable as JSON ({error}); use report.json of a GPU run"
         ) from None
@@ -117,6 +118,8 @@ def _wrong(value: Any, shape: Any, name: str) -> Iterator[str]:
             yield f"{name} is {_short(value)}, no {shape.__name__}"
         elif shape is str and "\n" in str(value):
             yield f"{name} has several lines"
+        elif shape is str and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in str(value)):
+            yield f"{name} is {_short(value)}, with characters that cannot be written"
     elif isinstance(shape, list):
         if not isinstance(value, list):
             yield f"{name} is {_short(value)}, no list"
@@ -150,6 +153,8 @@ def _unlike(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"steps.{name}.counts are not those of its tests"
         if step["result"] == "passed" and not set(step["counts"]) <= {"passed", "skipped"}:
             yield f"steps.{name} has passed, but not all of its tests have"
+        if step["result"] == "passed" and "passed" not in step["counts"]:
+            yield f"steps.{name} has passed, but none of its tests has"
         try:
             datetime.date.fromisoformat(step["date"])
         except ValueError:

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -94,7 +95,11 @@ def megatron_parser() -> ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = _QuietParser(prog="dsv3_megatron.train", allow_abbrev=False)
-    return add_arguments(add_megatron_arguments(parser))
+    add_arguments(add_megatron_arguments(parser))
+    for action in parser._actions:
+        if action.help:  # one of Megatron's holds "10%.", which argparse cannot print
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
+    return parser
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str], known_only: bool = False) -> Namespace:

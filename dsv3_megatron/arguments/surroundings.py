@@ -4,12 +4,13 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, TE, TORCH, installed_version, lacking
+from dsv3_megatron.errors import RefusedArgument
 
 SUPPORTED_MEGATRON = ("0.19.0", "0.20.0")
 OPTIONAL = ("wandb", "nvidia_resiliency_ext")  # packages that single options of Megatron need
@@ -92,9 +93,21 @@ def detect() -> Surroundings:
         cuda=installed_version(CUDA) or "",
         cudnn=installed_version(CUDNN) or "",
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0),
-        max_connections=int(os.environ.get(MAX_CONNECTIONS, CUDA_DEFAULT_CONNECTIONS)),
+        max_connections=max_connections(os.environ),
         host_memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
     )
+
+
+def max_connections(env: Mapping[str, str]) -> int:
+    """CUDA_DEVICE_MAX_CONNECTIONS of a process with these variables.
+
+    Raises:
+        RefusedArgument: it is no number.
+    """
+    text = env.get(MAX_CONNECTIONS, CUDA_DEFAULT_CONNECTIONS)
+    if not (text.isascii() and text.isdecimal()):
+        raise RefusedArgument(f"{MAX_CONNECTIONS}={text}: no number. Use {MAX_CONNECTIONS}=32")
+    return int(text)
 
 
 _imagined: Surroundings | None = None

@@ -120,7 +120,9 @@ def _hydra_override(override: Override) -> str:
         return line.lstrip("+")
     section, _, entry = key.partition(".")
     if entry and section not in SECTIONS:
-        raise ConfigError(f"{line}: no section {section!r}{nearest(section, SECTIONS)}")
+        raise ConfigError(
+            f"{line}: no section {section!r}{nearest(section, SECTIONS)} Available: {', '.join(SECTIONS)}"
+        )
     if entry and entry not in SECTIONS[section]:
         entries = SECTIONS[section]
         raise ConfigError(f"{line}: no such entry{nearest(entry, entries)} Available: {', '.join(entries)}")

@@ -73,6 +73,11 @@ def examine(line: Line, machine: Machine, build: bool = True) -> list[Finding]:
                     found += _built(job, machine, args)
     except RefusedArgument as error:
         found += findings.from_message(str(error))
+    except Exception as error:  # the job would end there too, and say it so
+        from dsv3_megatron.arguments import megatron_parser
+        from dsv3_megatron.arguments.failures import explain
+
+        found += findings.from_message(explain(error, megatron_parser()))
     return found
 
 
@@ -89,6 +94,9 @@ def job_of(line: Line, machine: Machine) -> tuple[Job, list[Finding]]:
         words, on_cpu, nodes, per_node, host = _from_hydra(words, nodes, per_node)
     elif line.trainer == "train":
         words, on_cpu = _without_device(words)
+    asked = next((word for word in words if word in ("-h", "--help")), None)
+    if asked is not None:
+        raise RefusedArgument(f"{asked}: the job would print its options and end. Use the line without it")
     found: list[Finding] = []
     if nodes is None:
         per_node = per_node or 8
@@ -285,8 +293,8 @@ def _held(chunks: list[Any]) -> tuple[float, float]:
 
 
 def _host_memory(job: Job, machine: Machine, args: Namespace, held: tuple[float, float]) -> list[Finding]:
-    """Whether checkpoints fit the machines, where it is said how large they are."""
-    if not args.use_distributed_optimizer or job.host_memory is None or not args.save:
+    """Whether checkpoints fit the machines; where it is not said how large they are, what that takes."""
+    if not args.use_distributed_optimizer or not args.save:
         return []
     efficient = args.distrib_optim_fully_reshardable_mem_efficient
     memory = host_memory(
@@ -298,6 +306,9 @@ def _host_memory(job: Job, machine: Machine, args: Namespace, held: tuple[float,
         average=args.ema_decay is not None,
         async_save=args.async_save,
     )
+    if job.host_memory is None:
+        takes = f"a machine needs {memory.peak / 1e9:.0f} GB for checkpoints; nobody says how much it has"
+        return [Finding("info", "host memory", takes, "host_memory=GB before the line, to have it checked")]
     wrong = problem(memory, job.host_memory * 1e9, efficient)
     return [] if wrong is None else [Finding("error", "--dist-ckpt-optim-fully-reshardable", *wrong)]
 

@@ -74,7 +74,8 @@ def _from_line(line: str, severity: Severity) -> Finding:
     if match is None:
         named = _OPTION.search(line)
         return Finding(severity, named[0] if named else "launch line", line.rstrip("."), advice)
-    return Finding(severity, match["argument"], match["why"], (match["use"] or advice).strip("'"))
+    use = re.sub(r"^'(.+?)'\? Available:", r"\1, or another of", match["use"] or advice)
+    return Finding(severity, match["argument"], match["why"], use.strip("'"))
 
 
 def ok(findings: Iterable[Finding]) -> bool:

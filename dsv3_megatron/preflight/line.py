@@ -10,14 +10,17 @@ model=v3_671b layout=pp16_ep64               overrides alone
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Literal
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.preflight.machine import USAGE
 
 Trainer = Literal["train", "hydra", "pretrain_gpt"]
 
 _ASSIGNMENT = re.compile(r"^[A-Z_][A-Z0-9_]*=")
+_IN_SMALL = re.compile(r"^[a-z_][a-z0-9_]*=")
 _LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _MODULES: dict[str, Trainer] = {
     "dsv3_megatron.train": "train",
@@ -77,11 +80,19 @@ def read(words: Sequence[str]) -> Line:
         return Line("train", tuple(words), env=env)
     if all("=" in word or word.startswith("~") for word in words):
         return Line("hydra", tuple(words), env=env)
+    notes = []
+    while _IN_SMALL.match(words[0]):  # the shell would make it a variable; it may be meant for us
+        name, _, env[name] = words[0].partition("=")
+        near = get_close_matches(name, [*USAGE, "output"], n=1, cutoff=0.75)
+        if near:
+            raise RefusedArgument(f"{words[0]}: no such name. Use {near[0]}={env[name]}")
+        notes.append(f"{words.pop(0)}: taken for a variable of the job; names of ours are {', '.join(USAGE)}")
     at = next((i for i, word in enumerate(words) if _name(word) in _LAUNCHERS), None)
     if at is None:
         trainer, rest = _program(words)
-        return Line(trainer, tuple(rest), env=env)
-    return _launched(words[at + 1 :], env)
+        return Line(trainer, tuple(rest), env=env, notes=tuple(notes))
+    launched = _launched(words[at + 1 :], env)
+    return replace(launched, notes=(*notes, *launched.notes))
 
 
 def _split(line: str) -> list[str]:

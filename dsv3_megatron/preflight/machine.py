@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dsv3_megatron.arguments import requirements
 from dsv3_megatron.arguments.requirements import CUDA, CUDNN, TE, TORCH, lacking
-from dsv3_megatron.arguments.surroundings import CUDA_DEFAULT_CONNECTIONS, MAX_CONNECTIONS, Surroundings
+from dsv3_megatron.arguments.surroundings import Surroundings, max_connections
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.fp8.te_recipe import has_fp32_scales
 
@@ -147,7 +147,7 @@ class Machine:
             cuda=self.cuda or requirements.installed_version(CUDA) or "13.0",
             cudnn=self.cudnn or requirements.installed_version(CUDNN) or "",
             capability=self.capability(),
-            max_connections=_number(env.get(MAX_CONNECTIONS, CUDA_DEFAULT_CONNECTIONS)),
+            max_connections=max_connections(env),
             host_memory_gb=self.host_memory,
             files_here=False,  # they are on the cluster; what is not seen from here is a warning
         )
@@ -178,9 +178,3 @@ def _present(said: str, module: str) -> bool:
     if said:
         return said == "present"
     return has_fused_wgrad() if module == "fused_weight_gradient_mlp_cuda" else is_installed(module)
-
-
-def _number(text: str) -> int:
-    if not text.isdigit():
-        raise RefusedArgument(f"{MAX_CONNECTIONS}={text}: no number. Use {MAX_CONNECTIONS}=32")
-    return int(text)

@@ -273,3 +273,8 @@ def test_options_that_nothing_reads_are_not() -> None:
     group = next(g for g in OPTIONS.groups if g.title == "Options that Megatron has and nothing reads")
     read = {name for name in group.names if name in sources()["megatron"]}
     assert read <= {"vocab_extra_ids", "dist_ckpt_save_pre_mcore_014", "moe_upcycling_granularity"}, read
+
+
+def test_help_can_be_printed(parser: Any) -> None:
+    """All refusals of the parser point to --help; a help text of Megatron's holds a bare percent sign."""
+    assert "(e.g. 1.10 = 10%)" in " ".join(parser.format_help().split())

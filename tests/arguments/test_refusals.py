@@ -50,6 +50,18 @@ def test_row_needs_its_example(parser, row):
     check(completed(parser, MICRO + base), around)
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--moe-layer-freq", "0"], "--moe-layer-freq 0: makes every layer dense"),
+        (["--pipeline-model-parallel-layout", ""], "--pipeline-model-parallel-layout: does not place"),
+    ],
+)
+def test_values_that_megatron_divides_by_or_looks_into(parser, words, name):
+    with pytest.raises(RefusedArgument, match=name):
+        check(completed(parser, [*MICRO, *words]), Surroundings(world_size=8))
+
+
 def test_all_problems_are_told_at_once(parser):
     args = completed(parser, [*MICRO, "--fp16", "--reset-position-ids"])
     with pytest.raises(RefusedArgument, match=r"(?s)--reset-position-ids.*--fp16"):

@@ -79,6 +79,7 @@ def test_a_layout_brings_cluster_and_precision_and_the_command_line_wins() -> No
         ("recipe=v3_pretrian", "did you mean 'v3_pretrain'?"),
         ("cluster.node=4", "cluster.node=4: no such entry; did you mean 'nodes'?"),
         ("custer.nodes=4", "no section 'custer'; did you mean 'cluster'?"),
+        ("megatron.lr=1", "no section 'megatron'. Available: cluster"),
         ("train_iters", "'train_iters' is no override: write NAME=VALUE"),
         ("lr=1e-3,1e-4", "asks for several values"),
         ("pipeline_model_parallel_layout=E(t|)*3L", "quote values with special characters"),

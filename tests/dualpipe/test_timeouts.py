@@ -2,14 +2,18 @@
 
 import threading
 import time
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import pytest
+import torch
 
 from dsv3_megatron import cpu
 from dsv3_megatron.dualpipe.p2p import late_message
+from dsv3_megatron.pipeline import Operation
 from tests.dualpipe.common import ScheduledLayout, ScheduledProblem
 from tests.harness import run_distributed
 from tests.parallel import common
@@ -92,3 +96,31 @@ def test_a_rank_that_stops_is_named(schedule: str, nccl: bool) -> None:
     if nccl:
         (named,) = late
         assert named.startswith("pipeline rank 0 waits for longer than 0.5 s: ") and oldest in named
+
+
+def test_events_are_asked_on_the_device_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch's thread begins on device 0, where a question would open another context."""
+    from dsv3_megatron.dualpipe.p2p.nccl import NcclTransport, _Batch
+
+    entered: list[int] = []
+    asked: list[list[int]] = []
+
+    @contextmanager
+    def device(number: int) -> Iterator[None]:
+        entered.append(number)
+        yield
+        entered.pop()
+
+    class Work:
+        def is_completed(self) -> bool:
+            asked.append([*entered])
+            return False
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    ends: Any = SimpleNamespace(timeout_s=TIMEOUT_S)
+    transport = NcclTransport(ends, cast(Any, None))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # of the thread that asks
+    transport._under_way.append(_Batch(Operation("batch"), [Work()]))
+    assert transport.late() is None
+    assert asked == [[5]] and entered == []

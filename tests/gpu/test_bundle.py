@@ -68,6 +68,8 @@ def test_run_sh_without_a_stage_says_how(tmp_path: Path) -> None:
     [
         ("9", "error: stage 9: use 1, 2, 3, 4, gpus or te"),
         ("1 five --cpu-rehearsal", "error: stage five: use 1,"),
+        ("te 1", "error: stage te: it is built alone; use bash gpu_bundle/run.sh te, then"),
+        ("1 te", "error: stage te: it is built alone"),
         ("1", "error: PYTHON=no-such-python: no such program"),
     ],
 )

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dsv3_megatron.arguments.requirements import TE, USES, has_symbol, lacking
+from dsv3_megatron.arguments.surroundings import max_connections
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight import __main__ as command
+from dsv3_megatron.preflight import check
 from dsv3_megatron.preflight.findings import Finding, from_megatron, from_message
 from dsv3_megatron.preflight.line import read
-from dsv3_megatron.preflight.machine import USAGE, Machine
+from dsv3_megatron.preflight.machine import GPUS, USAGE, Machine
 
 ARGUMENTS = ("--spec", "dsv3", "--bf16")
 
@@ -93,6 +96,49 @@ def test_no_line(words: list[str], says: str) -> None:
         read(words)
 
 
+def test_names_in_front_of_the_launcher() -> None:
+    """What is nearly a name of ours is a mistake; anything else would be the shell's variable, and is said."""
+    line = "torchrun --nnodes 2 --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3 --bf16"
+    for words, says in (
+        ("host_memmory=100", "host_memmory=100: no such name. Use host_memory=100"),
+        ("gpu_per_node=8", "gpu_per_node=8: no such name. Use gpus_per_node=8"),
+        ("NCCL_DEBUG=INFO outputs=json", "outputs=json: no such name. Use output=json"),
+    ):
+        with pytest.raises(RefusedArgument, match=says):
+            read([*words.split(), *line.split()])
+    found = read(["http_proxy=there", *line.split()])
+    assert found.words == ARGUMENTS and found.env == {"http_proxy": "there"}
+    assert found.notes[0].startswith(
+        "http_proxy=there: taken for a variable of the job; names of ours are te,"
+    )
+    with pytest.raises(RefusedArgument, match="starts no trainer of ours"):
+        read(["model=tiny", "layout=cpu_single", "nonsense"])
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "8.0", "²"])
+def test_queues_that_are_no_number(text: str) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    with pytest.raises(RefusedArgument, match=f"^{name}={text}: no number. Use {name}=32"):
+        max_connections({name: text})
+    assert max_connections({}) == 8 and max_connections({name: "1"}) == 1
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_a_job_that_would_print_its_options(word: str) -> None:
+    line = read(["torchrun", "-m", "dsv3_megatron.train", "--spec", "dsv3", word])
+    with pytest.raises(RefusedArgument, match=f"^{word}: the job would print its options and end. Use the"):
+        check.job_of(line, Machine())
+
+
+def test_what_nobody_foresaw_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("integer modulo by zero in num_layers_at_end")
+
+    monkeypatch.setattr(check, "_completed", fail)
+    [*_, finding] = check.examine(read(["--spec", "dsv3"]), Machine())
+    assert finding.severity == "error" and "integer modulo by zero" in finding.why
+
+
 def test_a_line_may_go_on_after_a_backslash() -> None:
     found = read(
         ["torchrun --nnodes 4 \\\n  --nproc-per-node 8 \\\n -m dsv3_megatron.train --spec dsv3 --bf16"]
@@ -122,6 +168,11 @@ def test_a_machine_that_is_none(words: dict[str, str]) -> None:
         Machine.of(words)
     [finding] = from_message(str(refused.value))
     assert finding.argument == f"{name}={words[name]}" and finding.use
+
+
+def test_the_page_lists_what_can_be_said() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "preflight.md").read_text()
+    assert all(f"`{name}`" in page for name in (*USAGE, *GPUS, "output"))
 
 
 def test_our_words_may_stand_anywhere_and_collide_with_none() -> None:
@@ -183,6 +234,9 @@ def test_findings_have_their_parts() -> None:
         ),
         "layot=pp8: no such argument; did you mean 'layout'?": Finding(
             "error", "layot=pp8", "no such argument", "layout"
+        ),
+        "layout=pp8_ep9: no such layout; did you mean 'pp8_ep8'? Available: cpu_ep4, pp8_ep8": Finding(
+            "error", "layout=pp8_ep9", "no such layout", "pp8_ep8, or another of cpu_ep4, pp8_ep8"
         ),
     }.items():
         assert from_message(text) == [finding]

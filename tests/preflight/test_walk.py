@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def built() -> dict[str, list[Findings]]:
         "experts": (plain + "--num-experts 255", te),
         "layers": (plain + "--num-layers 62 --pipeline-schedule zb1p", te),
         "host memory": (plain + "--save x --save-interval 500", te | {"host_memory": "200"}),
+        "fine: host memory": (plain + "--save x --save-interval 500", te),
         "another model": (plain.replace("-m dsv3_megatron.train --spec dsv3", "pretrain_gpt.py"), te),
         "another spec": (plain.replace("--spec dsv3", "--spec local"), te),
         "queues in words": ("CUDA_DEVICE_MAX_CONNECTIONS=many " + plain, te),
@@ -157,7 +159,7 @@ def built() -> dict[str, list[Findings]]:
         tasks[name] = {
             "line": [line],
             "machines": [machine],
-            "build": name in ("fine: reference", "host memory"),
+            "build": name in ("fine: reference", "host memory", "fine: host memory"),
         }
     return dict(zip(tasks, walk(list(tasks.values())), strict=True))
 
@@ -205,6 +207,13 @@ def test_a_planted_fault_is_found(name: str) -> None:
 )
 def test_a_good_line_is_not_refused(name: str) -> None:
     assert not errors_of(name)
+
+
+def test_host_memory_that_nobody_says() -> None:
+    """What checkpoints take is told, where it cannot be compared."""
+    [found] = [f for f in built()["fine: host memory"][0] if f["argument"] == "host memory"]
+    assert not errors_of("fine: host memory") and found["severity"] == "info"
+    assert re.match(r"a machine needs \d+ GB for checkpoints; nobody says", found["why"])
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def layout_problem(a: Namespace) -> str:
     try:
         layout = PipelineParallelLayerLayout(a.pipeline_model_parallel_layout, a.pipeline_model_parallel_size)
         layout.validate_layer_layout(a.num_layers, a.mtp_num_layers)
-    except (AssertionError, NotImplementedError, ValueError) as error:
+    except (AssertionError, NotImplementedError, ValueError, IndexError) as error:  # IndexError: it is empty
         return str(error)
     return ""
 

@@ -10,6 +10,8 @@ ROUTING, ROPE, MTP = "Routing", "Positions", "Multi-token prediction"
 def _pattern(a: Namespace) -> list[int]:
     """1 for each MoE layer, 0 for each dense one; an integer N means one MoE layer in N, as in Megatron."""
     if isinstance(a.moe_layer_freq, int):
+        if a.moe_layer_freq < 1:
+            return [0] * a.num_layers
         return [int(i % a.moe_layer_freq == 0) for i in range(a.num_layers)]
     return list(a.moe_layer_freq)
 

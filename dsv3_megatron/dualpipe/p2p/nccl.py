@@ -40,6 +40,7 @@ class NcclTransport:
     def __init__(self, ends: Ends, group: dist.ProcessGroup) -> None:
         self._ends = ends
         self._group = group
+        self._device = torch.cuda.current_device()
         _, high = torch.cuda.Stream.priority_range()
         self._stream = torch.cuda.Stream(priority=high)
         self._handed: dict[Message, tuple[torch.Tensor, Any]] = {}
@@ -93,7 +94,9 @@ class NcclTransport:
     def late(self) -> str | None:
         """Called by one thread beside the computing one. A batch counts from when it was first seen as the oldest."""
         now = time.monotonic()
-        oldest = next((batch for batch in list(self._under_way) if not batch.is_done()), None)
+        # That thread begins on device 0, where asking an event would open another context.
+        with torch.cuda.device(self._device):
+            oldest = next((batch for batch in list(self._under_way) if not batch.is_done()), None)
         if oldest is None or oldest is not self._oldest[0]:
             self._oldest = oldest, now
             return None

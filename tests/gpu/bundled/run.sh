@@ -10,7 +10,11 @@ if [ $# = 0 ]; then
 fi
 for word in "$@"; do # of several stages the first that is none; options are checked by the tests' own command
     case $word in
-        1 | 2 | 3 | 4 | gpus | te) ;;
+        1 | 2 | 3 | 4 | gpus) ;;
+        te) [ $# = 1 ] || {
+            echo "error: stage te: it is built alone; use bash gpu_bundle/run.sh te, then the other stages" >&2
+            exit 2
+        } ;;
         -*) break ;;
         *)
             echo "error: stage $word: use 1, 2, 3, 4, gpus or te" >&2
