@@ -18,6 +18,7 @@ from dsv3_megatron.convert.logits import of_transformers
 from dsv3_megatron.convert.to_hf import MegatronWeights, megatron_to_hf
 from dsv3_megatron.convert.to_megatron import hf_to_megatron
 from dsv3_megatron.demo.heldout import Windows
+from tests.arguments.lines import whole_mock_data
 from tests.convert.releases import micro, release
 from tests.convert.v3 import V3
 from tests.harness import run_distributed
@@ -54,6 +55,7 @@ def train_and_evaluate(rank: int, world_size: int, words: list[str]) -> float | 
     from dsv3_megatron.demo.evaluate import mean_loss
     from dsv3_megatron.train import main
 
+    whole_mock_data()  # how much is learned in a few steps is known of these samples
     losses: list[float | None] = []
     main(words, non_loss_data_func=lambda model: losses.append(mean_loss(model, WINDOWS)))
     return losses[-1]
