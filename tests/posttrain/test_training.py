@@ -289,6 +289,7 @@ DPO_LAYOUTS = [
     ("dualpipe", 4, 2, 2, ""),
     ("dualpipev", 2, 2, 1, ""),
     ("zigzag", 2, 2, 1, ""),
+    ("1f1b", 2, 2, 1, "--num-virtual-stages-per-pipeline-rank 2"),
     # The vocabulary is filled up to the same size as without tensor parallelism.
     ("1f1b", 2, 1, 1, "--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64"),
     ("dualpipe", 4, 2, 2, "--dpo-reference live"),
