@@ -77,7 +77,7 @@ def _parser(kind: str) -> _Parser:
 
 
 def _end(report: Report, options: argparse.Namespace, private: dict[str, str]) -> int:
-    report.write(options.output, private)
+    written = report.write(options.output, private)
     for check in report.checks:
         mark = {True: "holds", False: "FAILS", None: "not done"}[check.holds]
         worst = "" if check.worst is None else f", worst {check.worst:.3g}"
@@ -86,7 +86,7 @@ def _end(report: Report, options: argparse.Namespace, private: dict[str, str]) -
         )
     print(f"{options.output}: report.md, report.json", file=sys.stderr)
     if options.json:
-        print(json.dumps(report.public(private)))
+        print(json.dumps(written))
     else:
         print(report.word)
     return 0 if report.word == "proved" else 1

@@ -21,11 +21,11 @@ from dsv3_megatron.convert.verify import _check_same_model, _difference
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.prove.forward import (
     Forward,
-    memory_needed,
     named,
     of_megatron,
     of_transformers,
     prompt_tokens,
+    too_large,
 )
 from dsv3_megatron.prove.measure import largest
 from dsv3_megatron.prove.report import Check, Report
@@ -76,9 +76,8 @@ def audit(
     if not logits:
         _not_done(report, "left out by --no-logits")
         return report
-    needed, free = memory_needed(sides.hf)
-    if needed > free:
-        _not_done(report, f"two fp32 models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    if why := too_large(sides.hf):
+        _not_done(report, why)
         return report
     tokens = prompt_tokens(sides.hf, prompts)
     for place in positions or ():

@@ -15,7 +15,7 @@ from dsv3_megatron.convert.to_hf import MegatronWeights
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.fp8.precision import factory_of
 
-__all__ = ["Forward", "memory_needed", "named", "of_megatron", "of_transformers", "prompt_tokens"]
+__all__ = ["Forward", "named", "of_megatron", "of_transformers", "prompt_tokens", "too_large"]
 
 
 @dataclass
@@ -45,9 +45,12 @@ def named(option: str) -> Iterator[None]:
         raise RefusedArgument(f"{option} {error}") from error
 
 
-def memory_needed(hf: HFDirectory) -> tuple[int, int]:
-    """(bytes of two models in fp32, bytes that are free)."""
-    return 2 * 4 * sum(hf.entry(name).numel for name in hf.weights), models.free_memory()
+def too_large(hf: HFDirectory) -> str:
+    """Why two models in fp32 cannot be computed in this machine's free memory; "" where they can."""
+    needed, free = 2 * 4 * sum(hf.entry(name).numel for name in hf.weights), models.free_memory()
+    return (
+        f"two fp32 models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > free else ""
+    )
 
 
 def prompt_tokens(hf: HFDirectory, prompts: Sequence[str] | None) -> list[Tensor]:

@@ -24,11 +24,11 @@ from dsv3_megatron.fp8.tiles import TILE
 from dsv3_megatron.prove.checkpoint import LOGITS_BOUND
 from dsv3_megatron.prove.forward import (
     Forward,
-    memory_needed,
     named,
     of_megatron,
     of_transformers,
     prompt_tokens,
+    too_large,
 )
 from dsv3_megatron.prove.measure import largest, norm
 from dsv3_megatron.prove.report import Check, Report
@@ -92,8 +92,7 @@ def prove_fp8(
         if way.computed:
             report.checks += _drift(way, bound, prompts, report)
         else:
-            short = f"two fp32 models need {way.needed / 1e9:.1f} GB, {way.free / 1e9:.1f} GB are free"
-            why = short if logits else "left out by --no-logits"
+            why = way.too_large if logits else "left out by --no-logits"
             report.checks.append(Check("logits", "before and after", "", None, detail=why))
         if beside is not None and way.computed:
             report.checks.append(_beside(_Way(folder / "beside", beside, "", logits), prompts, report))
@@ -107,7 +106,7 @@ class _Way:
 
     Attributes:
         before, exported, back: the checkpoint, the FP8 directory made of it, the checkpoint made of that.
-        needed, free: bytes of two models in fp32, and bytes that are free.
+        too_large: why logits cannot be computed here, "" where they can.
         computed: whether logits are wanted and fit.
     """
 
@@ -117,8 +116,8 @@ class _Way:
         if spoil:
             _double_scale(folder / "fp8", spoil)
         self.exported = HFDirectory(folder / "fp8")
-        self.needed, self.free = memory_needed(self.exported)
-        self.computed = logits and self.needed <= self.free
+        self.too_large = too_large(self.exported)
+        self.computed = logits and not self.too_large
         # In fp32 the import has the products as they are, so that only FP8 shows in the logits.
         hf_to_megatron(folder / "fp8", folder / "back", dtype="fp32" if self.computed else "keep")
         self.back = MegatronWeights(folder / "back")
@@ -266,8 +265,7 @@ def _drift(way: _Way, bound: float, prompts: Sequence[str] | None, report: Repor
 def _beside(way: _Way, prompts: Sequence[str] | None, report: Report) -> Check:
     """Its figures stand in the table; it holds where there are figures."""
     if not way.computed:
-        short = f"two fp32 models need {way.needed / 1e9:.1f} GB, {way.free / 1e9:.1f} GB are free"
-        return Check("drift of the logits, beside", "another checkpoint", "", None, detail=short)
+        return Check("drift of the logits, beside", "another checkpoint", "", None, detail=way.too_large)
     tokens = way.tokens(prompts)
     report.settings["beside it, trained in"] = way.trained_in
     found = _figures(

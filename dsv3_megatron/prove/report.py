@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,29 +92,32 @@ class Report:
 
     def public(self, private: dict[str, str] | None = None) -> dict[str, Any]:
         """`as_dict`, as JSON has it, without what `scrubbed` takes out; with the tables' SHA-256 by their files."""
-        clean = scrubbed(_plain(self.as_dict()), private or {}) | {"word": self.word, "kind": self.kind}
-        sums = {name: _sha256(text) for name, text in self._table_files(private).items()}
-        return clean | {"sha256": sums}
+        return self._public(private or {})[0]
 
-    def _table_files(self, private: dict[str, str] | None) -> dict[str, str]:
-        return {
-            f"{name}.json": json.dumps(scrubbed(_plain(table), private or {}), indent=1, ensure_ascii=False)
-            + "\n"
+    def _public(self, private: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Also the tables' files, by name."""
+        clean = scrubbed(_plain(self.as_dict()), private) | {"word": self.word, "kind": self.kind}
+        tables = {
+            f"{name}.json": json.dumps(scrubbed(_plain(table), private), indent=1, ensure_ascii=False) + "\n"
             for name, table in self.tables.items()
         }
+        return clean | {"sha256": {name: _sha256(text) for name, text in tables.items()}}, tables
 
-    def write(self, folder: Path, private: dict[str, str] | None = None) -> None:
+    def write(self, folder: Path, private: dict[str, str] | None = None) -> dict[str, Any]:
         """Write the folder, whole or not at all; report.md is signed off with the SHA-256 of report.json.
 
         Args:
             private: words that must not be in it (paths), each with what stands for it.
 
+        Returns:
+            What report.json holds.
+
         Raises:
             RefusedArgument: it cannot be written.
         """
-        clean = self.public(private)
+        clean, tables = self._public(private or {})
         whole = json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
-        files = self._table_files(private) | {
+        files = tables | {
             "report.json": whole,
             "report.md": _markdown(clean) + _signed_off(clean, _sha256(whole)),
         }
@@ -127,6 +131,7 @@ class Report:
                 os.replace(made, folder)  # an empty folder may be there
         except OSError as error:
             raise RefusedArgument(f"--output {folder}: {error.strerror or error}") from error
+        return clean
 
 
 def _sha256(text: str) -> str:
@@ -193,23 +198,43 @@ _NUMBERED_HOST = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?(?![\w.]
 
 def scrubbed(value: Any, private: dict[str, str]) -> Any:
     """A JSON value without paths, user and machine: known ones by their stand-ins, others by `<path>`, `<host>`."""
-    if isinstance(value, dict):
-        return {scrubbed(key, private): scrubbed(item, private) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [scrubbed(item, private) for item in value]
-    if not isinstance(value, str):
-        return value
-    for place in sorted(private, key=len, reverse=True):
-        if len(place) > 1:
-            value = re.sub(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", private[place], value)
+    return _replaced(value, _replacements(private))
+
+
+Replacement = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+
+
+def _replacements(private: dict[str, str]) -> list[Replacement]:
+    """What is taken out, and what stands for it, in this order."""
+    found: list[Replacement] = [
+        (re.compile(rf"(?<![\w.-]){re.escape(place)}(?![\w-])"), private[place])
+        for place in sorted(private, key=len, reverse=True)
+        if len(place) > 1
+    ]
     for place, stand_in in _own_places():  # with what lies below
-        value = re.sub(rf"(?<![\w.-]){re.escape(place)}(?![\w-])(?:/{_NAME}*)*", stand_in, value)
-    value = _ADDRESS.sub(_public_address, value)
-    value = _NUMBERED_HOST.sub("<host>", _PATH.sub("<path>", _QUOTED.sub("'<path>'", value)))
+        found.append((re.compile(rf"(?<![\w.-]){re.escape(place)}(?![\w-])(?:/{_NAME}*)*"), stand_in))
+    found += [
+        (_ADDRESS, _public_address),
+        (_QUOTED, "'<path>'"),
+        (_PATH, "<path>"),
+        (_NUMBERED_HOST, "<host>"),
+    ]
     for name, stand_in in _own_names():
         # A word of its own; a longer name also inside another (gpu-node17.cluster:29500, alice's runs/alice_2).
         own = re.escape(name) if len(name) > 4 else rf"(?<![\w.-]){re.escape(name)}(?![\w-])"
-        value = re.sub(own, stand_in, value)
+        found.append((re.compile(own), stand_in))
+    return found
+
+
+def _replaced(value: Any, replacements: list[Replacement]) -> Any:
+    if isinstance(value, dict):
+        return {_replaced(key, replacements): _replaced(item, replacements) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item, replacements) for item in value]
+    if not isinstance(value, str):
+        return value
+    for pattern, stand_in in replacements:
+        value = pattern.sub(stand_in, value)
     return value
 
 
