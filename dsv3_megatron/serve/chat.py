@@ -19,6 +19,7 @@ from dsv3_megatron.serve.options import (
     add_model_options,
     add_sampling_options,
     is_first_rank,
+    new_parser,
     open_model,
     opened_engine,
     sampling_of,
@@ -52,12 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsv3 chat",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("dsv3 chat", __doc__)
     parser.add_argument("--system", help="what the model is told before the conversation")
     add_model_options(parser)
     add_sampling_options(parser, temperature=0.6, max_new_tokens=512)

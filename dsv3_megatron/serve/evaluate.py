@@ -29,6 +29,7 @@ from dsv3_megatron.serve.options import (
     engine_settings,
     is_first_rank,
     layout_of,
+    new_parser,
     open_model,
 )
 from dsv3_megatron.serve.source import Source
@@ -77,12 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="dsv3 evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("dsv3 evaluate", __doc__, Parser)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="divided by commas or spaces")
     parser.add_argument("--list", action="store_true", help="name the tasks that come with this package")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")

@@ -22,6 +22,7 @@ from dsv3_megatron.serve.options import (
     add_model_options,
     add_sampling_options,
     is_first_rank,
+    new_parser,
     open_model,
     opened_engine,
     sampling_of,
@@ -62,12 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser_of(prog: str, description: str | None, max_new_tokens: int) -> argparse.ArgumentParser:
     """Options of a command that answers the prompts of a file."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(prog, description)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")

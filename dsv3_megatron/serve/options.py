@@ -28,6 +28,18 @@ __all__ = [
 ]
 
 
+def new_parser(
+    prog: str, description: str | None, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Of a command of this folder, whose description is its module's text as it stands."""
+    return kind(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Where the model is, and how it is laid out."""
     model = parser.add_argument_group("model")

@@ -19,6 +19,7 @@ from dsv3_megatron.serve.options import (
     add_model_options,
     is_first_rank,
     layout_of,
+    new_parser,
     open_model,
     opened_engine,
 )
@@ -44,12 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsv3 rollouts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("dsv3 rollouts", __doc__)
     parser.add_argument(
         "--connect", required=True, metavar="HOST:PORT", help="the trainer's --rollout-address"
     )

@@ -19,6 +19,7 @@ from dsv3_megatron.serve.options import (
     add_engine_options,
     add_model_options,
     is_first_rank,
+    new_parser,
     open_model,
     opened_engine,
 )
@@ -79,12 +80,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsv3 serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("dsv3 serve", __doc__)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for everyone (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--model-name", help="in the API (default: the folder's name)")
