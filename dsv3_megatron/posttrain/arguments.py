@@ -218,13 +218,10 @@ def _check_policy(args: Namespace) -> None:
         ("policy_beta", 0),
         ("importance_limit", 0),
     )
-    for name, most in (
-        ("policy_clip", math.nan),
-        ("reward_timeout", math.inf),
-        ("rollout_temperature", math.inf),
-    ):
+    for name in ("policy_clip", "reward_timeout", "rollout_temperature"):
         value = getattr(args, name)
-        if not value > 0 or value == most:
+        unlimited = value == math.inf and name == "policy_clip"  # ratios are not clipped
+        if not 0 < value < math.inf and not unlimited:
             raise RefusedArgument(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     if not math.isfinite(args.bad_reward):
         raise RefusedArgument(f"--bad-reward {args.bad_reward}: must be a number")

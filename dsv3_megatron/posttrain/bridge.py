@@ -70,14 +70,14 @@ class Bridge:
 
     def tell(self, message: Any) -> None:
         """From the trainer to all rollout ranks: a JSON value."""
-        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        data = _encoded(message)
         self.broadcast(torch.tensor([len(data)]))
         self.broadcast(data)
 
     def told(self) -> Any:
         """What the trainer tells."""
         data = torch.empty(int(self.broadcast(torch.zeros(1, dtype=torch.int64))), dtype=torch.uint8)
-        return json.loads(bytes(self.broadcast(data).tolist()))
+        return _decoded(self.broadcast(data))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The trainer's tensor, on the CPU, at both ends; shape and dtype are known at both."""
@@ -88,7 +88,7 @@ class Bridge:
 
     def answer(self, message: Any) -> None:
         """From a rollout rank to the trainer: a JSON value."""
-        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        data = _encoded(message)
         self._wait(lambda: self._group.send([torch.tensor([len(data)])], 0, 0))
         self._wait(lambda: self._group.send([data], 0, 0))
 
@@ -100,7 +100,7 @@ class Bridge:
             self._wait(lambda rank=rank, into=length: self._group.recv([into], rank, 0))
             data = torch.empty(int(length), dtype=torch.uint8)
             self._wait(lambda rank=rank, into=data: self._group.recv([into], rank, 0))
-            found.append(json.loads(bytes(data.tolist())))
+            found.append(_decoded(data))
         return found
 
     def close(self) -> None:
@@ -115,3 +115,11 @@ class Bridge:
             raise BridgeClosed(
                 f"the other job's end of the bridge is closed ({str(error).splitlines()[0][:200]})"
             ) from None
+
+
+def _encoded(message: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+
+
+def _decoded(data: Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())
