@@ -62,6 +62,9 @@ class RankWatch:
         self._cause: str | None = None
         self._first_cause: str | None = None
         self._stop = threading.Event()
+        self._last_words = (
+            threading.Lock()
+        )  # held for good once this process ends: the cause is its last line
         self._remote = [r for r in range(world_size) if r != rank] if rank == 0 else [0]
         self._local = [r for r in local_ranks if r != rank]
         self._pids: dict[int, int] = {}
@@ -83,6 +86,13 @@ class RankWatch:
         self._cause = cause
         self.finish()
         return self._first_cause in (None, cause)
+
+    def say(self, line: str, last: bool = False) -> None:
+        """Print a line of this rank on standard error; who comes after the last one waits for the process's end."""
+        self._last_words.acquire()
+        print(f"[rank {self.rank}] {line}", file=sys.stderr, flush=True)
+        if not last:
+            self._last_words.release()
 
     @property
     def first_cause(self) -> str | None:
@@ -192,7 +202,7 @@ class RankWatch:
         return self._store.compare_set(_CAUSE, "", cause).decode()
 
     def _end_process(self, cause: str, store_answers: bool) -> NoReturn:
-        print(f"[rank {self.rank}] ends ({self.activity}): {cause}", file=sys.stderr, flush=True)
+        self.say(f"ends ({self.activity}): {cause}", last=True)
         for child in multiprocessing.active_children():
             child.kill()
         lock.release()
@@ -243,12 +253,12 @@ def watching(timeout_s: float) -> Iterator[None]:
         raise
     except BaseException as error:
         if _follows_from_a_loss(error):
-            print(f"[rank {rank}] {error}; looking for the rank that was lost", file=sys.stderr, flush=True)
+            watch.say(f"{error}; looking for the rank that was lost")
             time.sleep(1.5 * timeout_s)  # the watch ends this process as soon as it knows
         first = watch.fail(f"rank {rank} failed ({watch.activity}): {type(error).__name__}: {error}")
         setattr(error, FAILED_FIRST, first)
         if not first:
-            print(f"[rank {rank}] ends ({watch.activity}): {watch.first_cause}", file=sys.stderr, flush=True)
+            watch.say(f"ends ({watch.activity}): {watch.first_cause}")
         raise
     else:
         watch.finish()

@@ -1,13 +1,29 @@
 """On NCCL nobody waits for a message but the device: the watch names the one that is late, and all ranks end."""
 
+import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
-from dsv3_megatron.resilience.watch import EXIT_STATUS
+from dsv3_megatron.resilience.watch import EXIT_STATUS, RankWatch
 from tests.resilience.ranks import SCHEDULES, WORDS, run_to_the_end
 
 LIMIT_S = 3.0
+
+
+def test_nothing_is_said_after_the_cause(monkeypatch, capfd) -> None:
+    """The main thread may notice the same loss while the watch already ends the process."""
+    watch = RankWatch(0, 2, range(2), 1.0, lambda: None)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    watch.say("looking")
+    watch._end_process("rank 1 is lost", store_answers=False)
+    late = threading.Thread(target=watch.say, args=("looking again",), daemon=True)
+    late.start()
+    late.join(0.3)
+    assert late.is_alive()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["[rank 0] looking", "[rank 0] ends (starting): rank 1 is lost"]
 
 
 def stand_still(rank: int, victim: int) -> None:
