@@ -94,12 +94,12 @@ def test_with_drafts(model, pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("speculative", [False, True])
-@pytest.mark.parametrize("pages", [5, 9, 40])
+@pytest.mark.parametrize("pages", [5, 7, 40])
 def test_more_of_them(model, pool, speculative, pages):
     layers = 3 if speculative else 2
     served = check(model, pool, EPISODES, pages=layers * pages, speculative=speculative)
-    # Requests lost their pages and got others where the cache is small.
-    assert (served.engine.evicted_request_count > 0) == (pages < 40)
+    # Four requests at a time need up to two pages each: with fewer than eight some lost theirs and got others.
+    assert (served.engine.evicted_request_count > 0) == (pages < 8)
 
 
 def test_another_seed_would_be_told_apart(model, pool):
