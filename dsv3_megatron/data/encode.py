@@ -1,7 +1,6 @@
 """One shard of documents to token ids: the work of one process, kept in one file so that it need not be done
 again."""
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from dsv3_megatron.data.documents import Piece, document_id, is_validation, read
 from dsv3_megatron.data.fim import document_tokens, fim_cuts
 from dsv3_megatron.data.punctuation import split_at_random
 from dsv3_megatron.data.vocabulary import DocumentEncoder
+from dsv3_megatron.files import whole
 
 SPLITS = ("train", "valid")
 
@@ -86,10 +86,8 @@ def encode_shard(
         valid_tokens=arrays["valid_tokens"].size,
     )
     arrays["counts"] = np.asarray(list(asdict(counts).values()), dtype=np.int64)
-    unfinished = output.with_suffix(".part")
-    with open(unfinished, "wb") as file:
+    with whole(output) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **arrays)
-    os.replace(unfinished, output)
     return counts
 
 

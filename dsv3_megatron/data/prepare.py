@@ -54,6 +54,7 @@ from dsv3_megatron.data.vocabulary import (
     save_tokenizer,
     train_tokenizer,
 )
+from dsv3_megatron.files import write_whole
 
 REPORT_FILE = "prepared.json"
 WORK_DIR = ".prepare"
@@ -162,7 +163,7 @@ def prepare(files: Sequence[Path], output_dir: Path, settings: PrepareSettings, 
             raise _other_preparation(output_dir, begun["settings"], fingerprint["settings"])
     else:
         work_dir.mkdir(exist_ok=True)
-        _write_atomically(plan_path, json.dumps(fingerprint, indent=2))
+        write_whole(plan_path, json.dumps(fingerprint, indent=2))
 
     shards = plan_shards(files, settings.shard_bytes, settings.format, settings.encode.json_key)
     _make_tokenizer(shards, work_dir / "tokenizer", settings)
@@ -183,7 +184,7 @@ def prepare(files: Sequence[Path], output_dir: Path, settings: PrepareSettings, 
         "vocab_size": vocab_size,
         **asdict(counts),
     }
-    _write_atomically(report_path, json.dumps(report, indent=2) + "\n")
+    write_whole(report_path, json.dumps(report, indent=2) + "\n")
     shutil.rmtree(work_dir)
     return report
 
@@ -211,12 +212,6 @@ def _other_preparation(output_dir: Path, there: dict, asked: dict) -> InputError
         f"--output-dir {output_dir} holds another preparation "
         f"({'; '.join(changes) or 'the input files have changed'}): use a new folder, or remove this one"
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def _make_tokenizer(shards: Sequence[Sequence[Piece]], folder: Path, settings: PrepareSettings) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.demo.results import MTP_LOSS, TRAIN_LOSS, VAL_LOSS, Curve, layer_expert_loads
+from dsv3_megatron.files import whole
 
 
 def draw(curves: Mapping[str, Curve], result: Mapping[str, Any], path: Path) -> None:
@@ -46,7 +47,6 @@ def draw(curves: Mapping[str, Curve], result: Mapping[str, Any], path: Path) -> 
     load.set(xlabel="iteration", ylabel="maximum over mean", title="Expert load")
     load.legend(fontsize="x-small")
     figure.tight_layout()
-    unfinished = path.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=110)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
-    unfinished.replace(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.evaluation.scorer import Request, Row, Score
+from dsv3_megatron.files import write_whole
 
 __all__ = ["Answers"]
 
@@ -93,13 +94,11 @@ def _key(question: Question) -> str:
 
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
-        unfinished = file.with_name(file.name + ".part")
-        if others := [other.name for other in file.parent.iterdir() if other != unfinished]:
+        if others := [other.name for other in file.parent.iterdir() if other.name != file.name + ".part"]:
             raise RefusedArgument(
                 f"--output {file.parent}: is there and holds no evaluation ({others[0]}); name another"
             )
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(unfinished, file)
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
         there = json.loads(file.read_text())

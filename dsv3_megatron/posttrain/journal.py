@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.files import whole
+
 __all__ = ["JOURNAL", "PICTURE", "Journal", "draw", "read_journal"]
 
 JOURNAL, PICTURE = "posttrain.jsonl", "posttrain.png"
@@ -69,7 +71,6 @@ def draw(journal: Path, picture: Path) -> None:
         axis.set(xlabel="iteration", title=title)
         axis.title.set_fontsize("small")
     figure.tight_layout()
-    unfinished = picture.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=110)
+    with whole(picture) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
-    unfinished.replace(picture)

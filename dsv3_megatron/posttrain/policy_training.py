@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.files import whole
 from dsv3_megatron.posttrain.arguments import samples_per_row
 from dsv3_megatron.posttrain.generation import Generator
 from dsv3_megatron.posttrain.policy_loss import group_advantages, grpo_terms, truncated_weights
@@ -221,9 +222,8 @@ class PolicyTraining(Run):
         kept = Kept(Path(save) / FOLDER, "rollout")
         file = kept.file(self.rollout.first_iteration)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        torch.save(vars(self.rollout), unfinished)
-        unfinished.replace(file)
+        with whole(file) as unfinished:
+            torch.save(vars(self.rollout), unfinished)
         kept.keep(saved - saved % updates for saved in checkpoints(save))
 
     def _read_rollout(self, first_iteration: int) -> Rollout:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.files import whole
 from dsv3_megatron.posttrain.arguments import report_of
 from dsv3_megatron.posttrain.dataset import PreferenceRows
 from dsv3_megatron.posttrain.preference_loss import dpo_terms, sequence_sums
@@ -63,9 +64,8 @@ class PreferenceTraining(Run):
             self._score_split(call["model"], name)
         if torch.distributed.get_rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".part.npy")
-            np.save(unfinished, self.sums.numpy())
-            unfinished.replace(file)
+            with whole(file) as unfinished, open(unfinished, "wb") as written:
+                np.save(written, self.sums.numpy())
         self.say(f"log-probabilities of the reference kept in {file}")
 
     def _cache_file(self) -> Path:

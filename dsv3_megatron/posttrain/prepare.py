@@ -9,7 +9,6 @@ line on stdout is one JSON object, the report.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from dsv3_megatron.data.encode import token_dtype
 from dsv3_megatron.data.records import records
 from dsv3_megatron.data.tokenizer_files import copy_files, tokenizer_files
 from dsv3_megatron.data.vocabulary import BOS, EOS, DocumentEncoder
+from dsv3_megatron.files import write_whole
 from dsv3_megatron.posttrain.preferences import ConversationPair, TextPair, preference
 from dsv3_megatron.posttrain.texts import TEXT_BEGINS
 from dsv3_megatron.sft.conversation import BadConversation, Conversation
@@ -130,9 +130,7 @@ def prepare(
         first_pair += len(kept[name])
     if tokenizer.resolve() != output_dir.resolve():
         copy_files(tokenizer, output_dir, tokenizer_files(tokenizer))
-    unfinished = output_dir / (REPORT_FILE + ".part")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(unfinished, output_dir / REPORT_FILE)
+    write_whole(output_dir / REPORT_FILE, json.dumps(report, indent=2) + "\n")
     return report
 
 

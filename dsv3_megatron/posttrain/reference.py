@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.files import whole
 
 __all__ = ["ReferenceWeights"]
 
@@ -48,9 +49,8 @@ class ReferenceWeights:
     def save(self, file: Path) -> None:
         """Write this rank's part."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        torch.save(self._values, unfinished)
-        unfinished.replace(file)
+        with whole(file) as unfinished:
+            torch.save(self._values, unfinished)
 
     def load(self, file: Path) -> None:
         """Read this rank's part.

@@ -1,12 +1,12 @@
 """The output of `dsv3 generate`: a line per prompt, in their order, appended as they are done; the same job goes on."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.files import write_whole
 from dsv3_megatron.serve.prompts import Prompt
 
 __all__ = ["Answers"]
@@ -46,9 +46,7 @@ class Answers:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.file.with_name(self.file.name + ".settings.json")
         if not self.file.exists() or not self.file.stat().st_size:
-            unfinished = path.with_name(path.name + ".part")
-            unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(unfinished, path)
+            write_whole(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
             there = json.loads(path.read_text())

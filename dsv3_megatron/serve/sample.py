@@ -13,7 +13,6 @@ of each, stand in OUTPUT.samples.jsonl and OUTPUT.rewards.jsonl: the same comman
 import argparse
 import json
 import operator
-import os
 import re
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from dsv3_megatron import rewards
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
+from dsv3_megatron.files import write_whole
 from dsv3_megatron.rewards.named import parts_of
 from dsv3_megatron.serve.generate import answer_all, parser_of, settings_of
 from dsv3_megatron.serve.options import (
@@ -185,10 +185,7 @@ def _keep(
                     "answer": given[prompt],
                 }
             )
-    unfinished = options.output.with_name(name + ".part")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-    os.replace(unfinished, options.output)
+    write_whole(options.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     values = [line["reward"] for line in scored.lines]
     return {
         "prompts": len(prompts),

@@ -10,7 +10,6 @@ stdout is one JSON object, the report.
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +23,7 @@ from dsv3_megatron.data.encode import token_dtype
 from dsv3_megatron.data.records import records
 from dsv3_megatron.data.tokenizer_files import copy_files, tokenizer_files
 from dsv3_megatron.data.vocabulary import DocumentEncoder
+from dsv3_megatron.files import write_whole
 from dsv3_megatron.sft.conversation import BadConversation, Conversation
 from dsv3_megatron.sft.formats import FORMATS, conversation
 from dsv3_megatron.sft.pack import pack
@@ -151,9 +151,7 @@ def prepare(
         }
     if tokenizer.resolve() != output_dir.resolve():
         copy_files(tokenizer, output_dir, tokenizer_files(tokenizer))
-    unfinished = output_dir / (REPORT_FILE + ".part")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(unfinished, output_dir / REPORT_FILE)
+    write_whole(output_dir / REPORT_FILE, json.dumps(report, indent=2) + "\n")
     return report
 
 

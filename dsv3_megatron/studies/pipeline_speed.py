@@ -16,7 +16,6 @@ runner's own cost per action, with stages that do nothing.
 import argparse
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from dsv3_megatron.pipeline.build import INTERLEAVED, SCHEDULES, ZIGZAG, build_s
 from dsv3_megatron.pipeline.runner import PipelineRunner
 from dsv3_megatron.pipeline.simulate import Costs, simulate
 from dsv3_megatron.pipeline.stage import Pass
+from dsv3_megatron.studies.ports import free_port
 from dsv3_megatron.studies.sleeping import (
     MESSAGE_DTYPE,
     MESSAGE_SHAPE,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import megatron.core.pipeline_parallel.schedules
     import megatron.core.transformer.multi_token_prediction  # noqa: F401
 
-    mp.start_processes(_rank_main, (args, _free_port()), nprocs=args.ranks, start_method="fork")
+    mp.start_processes(_rank_main, (args, free_port()), nprocs=args.ranks, start_method="fork")
 
 
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
@@ -299,12 +299,6 @@ def _build(name: str, num_ranks: int, num_microbatches: int, latency: float = 0)
 def _share(schedule: Schedule) -> float:
     """Length of a stage, so that every schedule trains the same model on the same ranks."""
     return schedule.num_ranks / schedule.num_stages
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ its bandwidth, one exchange after the other, as a wire does. One JSON line per c
 import argparse
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 from dsv3_megatron import cpu
 from dsv3_megatron.dispatch.links import Link, Links, connect
 from dsv3_megatron.dispatch.route import Counts, Grid, sent
+from dsv3_megatron.studies.ports import free_port
 from dsv3_megatron.studies.sleeping import sleep_until, wake_on_time
 
 TOPK = 4
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import dsv3_megatron.dispatch.hops  # noqa: F401  once, before the ranks are forked
 
     ranks = args.nodes * args.ranks_per_node
-    mp.start_processes(_rank_main, (args, _free_port()), nprocs=ranks, start_method="fork")
+    mp.start_processes(_rank_main, (args, free_port()), nprocs=ranks, start_method="fork")
 
 
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:
@@ -162,12 +162,6 @@ def _bytes_of_hops(counts: Counts, grid: Grid, row: int) -> tuple[float, float]:
         rail.append(sum(sum(h.rail_out) - h.rail_out[at] for h in hops))
         node.append(sum(sum(h.node_out) - h.node_out[index] for h in hops))
     return max(rail) * row, max(node) * row
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 if __name__ == "__main__":

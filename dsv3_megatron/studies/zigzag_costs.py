@@ -29,7 +29,7 @@ from dsv3_megatron.pipeline.fit import fit_stage_costs, read_costs, write_costs
 from dsv3_megatron.pipeline.runner import PipelineRunner
 from dsv3_megatron.pipeline.simulate import Event, simulate
 from dsv3_megatron.pipeline.stage import Pass
-from dsv3_megatron.studies.pipeline_speed import _free_port
+from dsv3_megatron.studies.ports import free_port
 from dsv3_megatron.studies.sleeping import (
     MESSAGE_DTYPE,
     MESSAGE_SHAPE,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     cpu.activate()
-    mp.start_processes(_rank_main, (args, _free_port()), nprocs=args.ranks, start_method="fork")
+    mp.start_processes(_rank_main, (args, free_port()), nprocs=args.ranks, start_method="fork")
 
 
 def _rank_main(rank: int, args: argparse.Namespace, port: int) -> None:

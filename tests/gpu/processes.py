@@ -4,13 +4,14 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dsv3_megatron.studies.ports import free_port
 
 LINGER_S = 10.0  # what the other ranks get to end by themselves once one has failed
 _SET_CHILD_SUBREAPER = 36  # <sys/prctl.h>
@@ -126,7 +127,7 @@ def run_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = {**os.environ, **(env or {}), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(_free_port()), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    common |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(num_ranks)}
     logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
     ranks: list[subprocess.Popen] = []
     try:
@@ -189,9 +190,3 @@ def _end_ranks(ranks: Sequence[subprocess.Popen]) -> None:
             os.kill(pid, signal.SIGKILL)
     for rank in ranks:
         rank.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

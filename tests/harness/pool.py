@@ -11,7 +11,6 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,18 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.studies.ports import free_port
+
 PATIENCE_S = 60.0  # how long a finished rank stays for its peers
 GRACE_S = 3.0  # what the other ranks get to report their own error once one rank has failed
 
 
 class DistributedFailure(AssertionError):
     """A rank raised, died or ran out of time; the message holds each failed rank's traceback and last output."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @functools.cache

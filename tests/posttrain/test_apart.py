@@ -15,7 +15,7 @@ import torch
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.bridge import Bridge, BridgeClosed, split_address
-from tests.harness.pool import free_port
+from dsv3_megatron.studies.ports import free_port
 from tests.posttrain.test_training import Setup, assert_same, assert_same_rollouts, grads, layout_words
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ import pytest
 
 from dsv3_megatron.conf import compose
 from dsv3_megatron.posttrain import counting
+from dsv3_megatron.studies.ports import free_port
 from dsv3_megatron.studies.rl.__main__ import MODEL
-from tests.harness.pool import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "r1_pipeline.sh"

@@ -94,7 +94,7 @@ def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
     for iteration in (0, 16, 96, 112, 128):
         kept.file(iteration).write_text("")
     other.file(5).write_text("")
-    (tmp_path / "rollout_from_144.part").write_text("")  # its writer was killed
+    (tmp_path / "rollout_from_144.pt.part").write_text("")  # its writer was killed
     for name in ("iter_0000020", "iter_0000100", "iter_0000112", "iter_old", "posttrain"):
         (tmp_path / name).mkdir()
     kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.studies.ports import free_port
 from tests.arguments.lines import MICRO
-from tests.harness.pool import _context, free_port
+from tests.harness.pool import _context
 
 SCHEDULES = {"1f1b": [], "dualpipe": ["--pipeline-schedule", "dualpipe"]}
 WORDS = [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dsv3_megatron.serve.source import open_source
-from tests.harness.pool import free_port
+from dsv3_megatron.studies.ports import free_port
 from tests.inference.models import full_log_probs, opened, transformers_greedy
 
 PATIENCE_S = 240.0

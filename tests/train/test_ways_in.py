@@ -8,7 +8,6 @@ wheel's files.
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from importlib.metadata import distribution
@@ -18,6 +17,7 @@ import pytest
 
 from dsv3_megatron.arguments import complete
 from dsv3_megatron.cpu import CPU_FLAGS
+from dsv3_megatron.studies.ports import free_port
 from tests.arguments.lines import MICRO, whole_mock_data
 from tests.harness import run_distributed
 
@@ -26,12 +26,6 @@ PATCHES = sorted((REPOSITORY / "patches").glob("*.patch"))
 SOURCE = os.environ.get("MEGATRON_LM_SOURCE")
 LOG = ["--log-interval", "1"]
 LAYOUT = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", *LOG]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
+from dsv3_megatron.studies.ports import free_port
 from dsv3_megatron.studies.rl.arm import Arm
 from dsv3_megatron.studies.rl.worker import work
 
@@ -85,11 +85,8 @@ def _body(arm: Arm, log: str) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal: the command ends us
     threading.Thread(target=_leave_with_the_command, daemon=True).start()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     work(arm)
 
 

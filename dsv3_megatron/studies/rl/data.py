@@ -19,6 +19,7 @@ from dsv3_megatron.data.vocabulary import (
     save_tokenizer,
     train_tokenizer,
 )
+from dsv3_megatron.files import whole, write_whole
 from dsv3_megatron.posttrain import counting
 from dsv3_megatron.posttrain.prepare import prepare as prepare_preferences
 from dsv3_megatron.posttrain.prepare import read_preferences
@@ -35,12 +36,10 @@ def write_corpus(folder: Path, count: int, seed: int) -> None:
         _write_lines(source, ({"text": text} for text in counting.documents(count, seed)))
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.exists():
-        unfinished = tokenizer.with_suffix(".part")
-        unfinished.mkdir(exist_ok=True)
-        save_tokenizer(
-            train_tokenizer(["0123456789="], MIN_VOCAB_SIZE), unfinished
-        )  # one token for each byte
-        unfinished.rename(tokenizer)
+        with whole(tokenizer) as unfinished:
+            unfinished.mkdir(exist_ok=True)
+            # One token for each byte.
+            save_tokenizer(train_tokenizer(["0123456789="], MIN_VOCAB_SIZE), unfinished)
     settings = PrepareSettings(
         vocab_size=None,
         tokenizer=str(tokenizer),
@@ -111,6 +110,4 @@ def _split(responses: Sequence[str], prompt: str, answer: str) -> tuple[list[str
 
 
 def _write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    unfinished.replace(file)
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.files import whole
+
 ARMS = {
     "rl": "rewards (GRPO)",
     "shuffled": "control: shuffled rewards",
@@ -51,7 +53,6 @@ def draw(
     length.set(xlabel="iteration", ylabel="tokens", title="Length of held-out responses")
     kl.set(xlabel="iteration", ylabel="nats per token", title="KL to the base model, of the rollouts")
     figure.tight_layout()
-    unfinished = path.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=110)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
-    unfinished.replace(path)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.files import write_whole
 from dsv3_megatron.posttrain import counting
 from dsv3_megatron.studies.rl.arm import Arm
 
@@ -42,9 +43,7 @@ class HeldOut:
         rewards = [counting.reward(p, text, a) for (p, a), (text, _) in zip(problems, responses, strict=True)]
         length = sum(count for _, count in responses) / len(responses)
         self.curve[str(iteration)] = {"reward": sum(rewards) / len(rewards), "length": length}
-        unfinished = self.arm.held_out_file.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.curve, indent=2) + "\n")
-        unfinished.replace(self.arm.held_out_file)
+        write_whole(self.arm.held_out_file, json.dumps(self.curve, indent=2) + "\n")
         found = self.curve[str(iteration)]["reward"]
         print(f"[demo] held-out reward after {iteration} iterations: {found:.3f}", flush=True)
 
@@ -58,9 +57,7 @@ class HeldOut:
             for i, (prompt, answer) in enumerate(problems):
                 texts = [text for text, _ in responses[i * group : (i + 1) * group]]
                 lines.append({"seed": seed, "prompt": prompt, "answer": answer, "responses": texts})
-        unfinished = self.arm.sample_file.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        unfinished.replace(self.arm.sample_file)
+        write_whole(self.arm.sample_file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _responses(self, model: list[Any], prompts: list[str], seed: int) -> list[tuple[str, int]]:
         """Text and number of tokens of one response each, at temperature 1."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.demo.results import TRAIN_LOSS, Curve
+from dsv3_megatron.files import whole
 
 
 def draw(
@@ -34,7 +35,6 @@ def draw(
     right.plot(sorted(loss), [loss[i] for i in sorted(loss)], linewidth=1)
     right.set(xlabel="iteration", ylabel="loss (nats per answer token)", title="Training loss")
     figure.tight_layout()
-    unfinished = path.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=110)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
-    unfinished.replace(path)
