@@ -15,7 +15,8 @@ from dsv3_megatron.arguments.options import OPTIONS, without_meaning, wrong_numb
 from dsv3_megatron.arguments.refusals import REFUSALS
 from dsv3_megatron.arguments.refusals.machine import wants_one_connection
 from dsv3_megatron.arguments.refusals.table import Refusal
-from dsv3_megatron.arguments.settings import BY_DEST, NOT_SET, SETTINGS, same
+from dsv3_megatron.arguments.setting import NOT_SET, same
+from dsv3_megatron.arguments.settings import BY_DEST, SETTINGS
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.checkpoint.model import BY_DEST as MODEL
 from dsv3_megatron.checkpoint.model import differences

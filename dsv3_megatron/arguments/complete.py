@@ -12,7 +12,8 @@ from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_g
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.options import OPTIONS, notes, option_name, refusals
 from dsv3_megatron.arguments.refusals import check
-from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, Setting
+from dsv3_megatron.arguments.setting import NOT_SET, Setting
+from dsv3_megatron.arguments.settings import SETTINGS
 from dsv3_megatron.arguments.surroundings import Surroundings, detect
 from dsv3_megatron.checkpoint.arguments import taken
 from dsv3_megatron.fp8 import arguments as fp8_arguments

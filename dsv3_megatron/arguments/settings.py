@@ -9,205 +9,31 @@
 Sources: R = technical report (arXiv 2412.19437v2), V3 = the released model's `config.json` and code.
 """
 
-from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-
+from dsv3_megatron.arguments.setting import NOT_SET, Setting
+from dsv3_megatron.arguments.values import (
+    batch_size,
+    bf16_moments,
+    by_tokens,
+    communication_sms,
+    cp_comm_type,
+    from_rows,
+    grouped_gemm,
+    is_posttraining,
+    min_lr,
+    moe_layers,
+    optimizer_checkpoint,
+    rope_fusion,
+    row_iters,
+    rows_folder,
+    same_as,
+    sft,
+    tokenizer_type,
+    under_yarn,
+    vocab_size,
+    with_gate,
+)
 from dsv3_megatron.dualpipe.arguments import default_layout
-from dsv3_megatron.posttrain import arguments as posttrain_arguments
-from dsv3_megatron.recipe.arguments import MEGATRON_ARGUMENTS, default_min_lr, schedules_of
-from dsv3_megatron.recipe.schedules import BATCH_SIZE
-from dsv3_megatron.sft import arguments as sft_arguments
-
-Kind = Literal["size", "fixed", "recipe", "run"]
-
-
-class NotSet:
-    """Value of a setting that does not apply to this command line."""
-
-
-NOT_SET = NotSet()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row.
-
-    Attributes:
-        dest: Megatron's name of the argument in its namespace.
-        value: DeepSeek-V3's value, or a function from the arguments known so far to it (`NOT_SET`: leave
-            it alone).
-        flag: option that sets the value; "" where Megatron's own default is that value already.
-        kind: see the module docstring.
-        source: where the value is from.
-        also: other accepted values (later phases of the same training, an equivalent implementation).
-    """
-
-    dest: str
-    value: Any
-    flag: str
-    kind: Kind
-    source: str
-    also: tuple[Any, ...] = ()
-
-    def value_for(self, args: Namespace) -> Any:
-        """The value for these arguments; `args` may lack what was not given."""
-        return self.value(args) if callable(self.value) else self.value
-
-    def accepts(self, value: Any, args: Namespace) -> bool:
-        """Whether a given value agrees with DeepSeek-V3 (sizes always do)."""
-        if self.kind in ("size", "run"):  # their values may follow from what was not given
-            return True
-        wanted = self.value_for(args)
-        return wanted is NOT_SET or any(same(value, candidate) for candidate in (wanted, *self.also))
-
-    def words(self, args: Namespace) -> list[str]:
-        """The command-line words that set the value, `[]` when there is nothing to set."""
-        value = self.value_for(args)
-        if value is NOT_SET or not self.flag:
-            return []
-        return [self.flag] if isinstance(value, bool) else [self.flag, str(value)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equality that takes Megatron's one-element lists for their element."""
-    a, b = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (a, b))
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-
-def _from(dest: str, default: Any) -> Callable[[Namespace], Any]:
-    return lambda args: getattr(args, dest, default)
-
-
-def _moe_layers(args: Namespace) -> str:
-    """The first three layers are dense (R§4.2)."""
-    num_layers = getattr(args, "num_layers", 61)
-    return f"[0]*{min(3, num_layers)}+[1]*{max(0, num_layers - 3)}"
-
-
-def _vocab_size(args: Namespace) -> Any:
-    """A real tokenizer brings its own vocabulary size."""
-    named = getattr(args, "tokenizer_type", "NullTokenizer")
-    return 129280 if named == "NullTokenizer" and not hasattr(args, "padded_vocab_size") else NOT_SET
-
-
-def _from_rows(
-    value: Callable[[Namespace, dict[str, Any]], Any], otherwise: Any = NOT_SET
-) -> Callable[[Namespace], Any]:
-    """What the folder of `--sft-data` or `--preference-data` says; `otherwise` without one."""
-
-    def found(args: Namespace) -> Any:
-        report = sft_arguments.report_of(args) or posttrain_arguments.report_of(args)
-        return otherwise if report is None else value(args, report)
-
-    return found
-
-
-def _rows_folder(args: Namespace, report: dict[str, Any]) -> str:
-    given: str | None = getattr(args, "sft_data", None)
-    return given or args.preference_data
-
-
-def _row_iters(args: Namespace, report: dict[str, Any]) -> Any:
-    return sft_arguments.train_iters(args) or posttrain_arguments.train_iters(args) or NOT_SET
-
-
-def _is_posttraining(args: Namespace) -> bool:
-    return getattr(args, "posttrain", None) is not None
-
-
-def _sft(args: Namespace) -> Any:
-    """Packed samples: those of a folder, or rollouts."""
-    return True if _is_posttraining(args) else _from_rows(lambda args, report: True)(args)
-
-
-def _tokenizer_type(args: Namespace) -> Any:
-    return "NullTokenizer" if getattr(args, "mock_data", False) else "HuggingFaceTokenizer"
-
-
-def _under_yarn(dest: str, default: float) -> Callable[[Namespace], float]:
-    """Free under YaRN, where the family's models differ.
-
-    MLA multiplies its softmax scale by mscale² whatever the rope type, so 1.0 before the long context.
-    """
-
-    def value(args: Namespace) -> float:
-        return getattr(args, dest, default) if getattr(args, "rope_type", "rope") == "yarn" else 1.0
-
-    return value
-
-
-def _is_softmax(args: Namespace) -> bool:
-    """`--moe-router-pre-softmax` asks for V2-Lite's gate: softmax over all experts, no groups, no bias."""
-    scores = getattr(args, "moe_router_score_function", "softmax")  # beside "sigmoid" a row refuses it
-    return bool(getattr(args, "moe_router_pre_softmax", False)) and scores == "softmax"
-
-
-def _with_gate(sigmoid: Any, softmax: Any) -> Callable[[Namespace], Any]:
-    return lambda args: softmax if _is_softmax(args) else sigmoid
-
-
-def _rope_fusion(args: Namespace) -> Any:
-    return NOT_SET if getattr(args, "rope_type", "rope") == "yarn" else False
-
-
-def _min_lr(args: Namespace) -> Any:
-    """2.2e-5 belongs to the published peak; the schedules by tokens take a tenth of any."""
-    if getattr(args, "train_tokens", None) is not None and hasattr(args, "lr"):
-        return default_min_lr(args.lr)
-    return NOT_SET if hasattr(args, "lr") else 2.2e-5
-
-
-def _batch_size(args: Namespace) -> Any:
-    return NOT_SET if getattr(args, "train_tokens", None) is None else BATCH_SIZE
-
-
-def _by_tokens(name: str) -> Callable[[Namespace], Any]:
-    """What `--train-tokens` makes of one of Megatron's arguments."""
-
-    def value(args: Namespace) -> Any:
-        schedules = schedules_of(args)
-        return NOT_SET if schedules is None else MEGATRON_ARGUMENTS[name](schedules)
-
-    return value
-
-
-def _grouped_gemm(args: Namespace) -> Any:
-    """Transformer Engine's grouped GEMM; the reference backend has none."""
-    return NOT_SET if getattr(args, "transformer_impl", "") == "local" else True
-
-
-def _communication_sms(args: Namespace) -> Any:
-    """Of DeepEP's kernels; the all-to-all of NCCL chooses by itself, and two_hop takes --communication-sms.
-
-    Megatron still takes former names.
-    """
-    former = hasattr(args, "moe_deepep_num_sms") or hasattr(args, "moe_hybridep_num_sms")
-    if getattr(args, "moe_token_dispatcher_type", "") != "flex" or former:
-        return NOT_SET
-    return getattr(args, "communication_sms", 20)
-
-
-def _cp_comm_type(args: Namespace) -> Any:
-    """The reference backend gathers keys and values; Transformer Engine can also pass them around."""
-    gathers = (
-        getattr(args, "transformer_impl", "") == "local" and getattr(args, "context_parallel_size", 1) > 1
-    )
-    return "all_gather" if gathers else NOT_SET
-
-
-def _bf16_moments(value: Any) -> Callable[[Namespace], Any]:
-    """Megatron stores moments in bf16 only in its distributed optimizer; an fp32 run keeps fp32."""
-    wanted = ("bf16", "use_distributed_optimizer")
-    return lambda args: value if all(getattr(args, name, False) for name in wanted) else NOT_SET
-
-
-def _optimizer_checkpoint(args: Namespace) -> Any:
-    """Megatron's local checkpoints, which only the same layout reads again, refuse the option."""
-    local = getattr(args, "non_persistent_ckpt_type", None) == "local"
-    return True if getattr(args, "use_distributed_optimizer", False) and not local else NOT_SET
-
+from dsv3_megatron.recipe.arguments import MEGATRON_ARGUMENTS
 
 MODEL = "R§4.2; V3 config.json"
 ROUTING = "R§2.1.2; V3 Gate.forward"
@@ -225,74 +51,74 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("v_head_dim", 128, "--v-head-dim", "size", MODEL),
     Setting(
         "kv_channels",
-        _from("v_head_dim", 128),
+        same_as("v_head_dim", 128),
         "--kv-channels",
         "run",
         "Megatron's head dim; MLA has its own",
     ),
     Setting("num_experts", 256, "--num-experts", "size", MODEL),
-    Setting("moe_layer_freq", _moe_layers, "--moe-layer-freq", "size", MODEL),
+    Setting("moe_layer_freq", moe_layers, "--moe-layer-freq", "size", MODEL),
     Setting("moe_ffn_hidden_size", 2048, "--moe-ffn-hidden-size", "size", MODEL),
     Setting(
         "moe_shared_expert_intermediate_size",
-        _from("moe_ffn_hidden_size", 2048),
+        same_as("moe_ffn_hidden_size", 2048),
         "--moe-shared-expert-intermediate-size",
         "size",
         MODEL + ": one shared expert",
     ),
     Setting("moe_router_topk", 8, "--moe-router-topk", "size", MODEL),
-    Setting("moe_router_num_groups", _with_gate(8, 1), "--moe-router-num-groups", "size", MODEL),
-    Setting("moe_router_group_topk", _with_gate(4, 1), "--moe-router-group-topk", "size", MODEL),
+    Setting("moe_router_num_groups", with_gate(8, 1), "--moe-router-num-groups", "size", MODEL),
+    Setting("moe_router_group_topk", with_gate(4, 1), "--moe-router-group-topk", "size", MODEL),
     Setting("mtp_num_layers", 1, "--mtp-num-layers", "size", "R§2.2, §4.2: depth D = 1; 0 turns MTP off"),
     Setting("init_method_std", 0.006, "--init-method-std", "size", MODEL),
-    Setting("tokenizer_type", _tokenizer_type, "--tokenizer-type", "run", "byte-level BPE (R§4.1)"),
-    Setting("vocab_size", _vocab_size, "--vocab-size", "size", MODEL),
-    Setting("sft", _sft, "--sft", "run", "with --sft-data and --posttrain"),
+    Setting("tokenizer_type", tokenizer_type, "--tokenizer-type", "run", "byte-level BPE (R§4.1)"),
+    Setting("vocab_size", vocab_size, "--vocab-size", "size", MODEL),
+    Setting("sft", sft, "--sft", "run", "with --sft-data and --posttrain"),
     Setting(
         "calculate_per_token_loss",
-        lambda args: True if _is_posttraining(args) else NOT_SET,
+        lambda args: True if is_posttraining(args) else NOT_SET,
         "--calculate-per-token-loss",
         "run",
         "with --posttrain: a mean over pairs, tokens or sequences of the whole batch",
     ),
     Setting(
         "tokenizer_model",
-        _from_rows(_rows_folder),
+        from_rows(rows_folder),
         "--tokenizer-model",
         "run",
         "with --sft-data or --preference-data",
     ),
     Setting(
         "seq_length",
-        _from_rows(lambda args, report: report["seq_length"], otherwise=4096),
+        from_rows(lambda args, report: report["seq_length"], otherwise=4096),
         "--seq-length",
         "run",
         "R§4.2; the rows of --sft-data or --preference-data",
     ),
     Setting(
         "max_position_embeddings",
-        _from("seq_length", 4096),
+        same_as("seq_length", 4096),
         "--max-position-embeddings",
         "run",
         "R§4.2, the sequence length",
     ),
     Setting("micro_batch_size", 1, "--micro-batch-size", "run", "arXiv 2505.09343: one sequence"),
-    Setting("min_lr", _min_lr, "--min-lr", "run", "R§4.2"),
+    Setting("min_lr", min_lr, "--min-lr", "run", "R§4.2"),
     Setting("lr", 2.2e-4, "--lr", "run", "R§4.2; the right value depends on the model's size"),
-    Setting("global_batch_size", _batch_size, "--global-batch-size", "run", "R§4.2, with --train-tokens"),
+    Setting("global_batch_size", batch_size, "--global-batch-size", "run", "R§4.2, with --train-tokens"),
     *(
-        Setting(name, _by_tokens(name), "--" + name.replace("_", "-"), "run", "R§4.2, from --train-tokens")
+        Setting(name, by_tokens(name), "--" + name.replace("_", "-"), "run", "R§4.2, from --train-tokens")
         for name in MEGATRON_ARGUMENTS
     ),
     Setting(
         "train_iters",
-        _from_rows(_row_iters),
+        from_rows(row_iters),
         "--train-iters",
         "run",
         "R§5.1: 2 epochs of --sft-data; one of --preference-data",
     ),
     Setting("eval_interval", 1000, "--eval-interval", "run", "Megatron fails without"),
-    Setting("cp_comm_type", _cp_comm_type, "--cp-comm-type", "run", "how the reference backend does it"),
+    Setting("cp_comm_type", cp_comm_type, "--cp-comm-type", "run", "how the reference backend does it"),
     # Attention (R§2.1.1).
     Setting(
         "multi_latent_attention",
@@ -338,15 +164,15 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "rotary_scaling_factor",
-        _under_yarn("rotary_scaling_factor", 40.0),
+        under_yarn("rotary_scaling_factor", 40.0),
         "--rotary-scaling-factor",
         "size",
         "R§4.3: 40 with YaRN, none before",
     ),
-    Setting("mscale", _under_yarn("mscale", 1.0), "--mscale", "size", "R§4.3; V3 config.json"),
+    Setting("mscale", under_yarn("mscale", 1.0), "--mscale", "size", "R§4.3; V3 config.json"),
     Setting(
         "mscale_all_dim",
-        _under_yarn("mscale_all_dim", 1.0),
+        under_yarn("mscale_all_dim", 1.0),
         "--mscale-all-dim",
         "size",
         "R§4.3; V3 config.json",
@@ -358,7 +184,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("rotary_interleaved", False, "", "fixed", "MLA interleaves by itself"),
     Setting(
         "apply_rope_fusion",
-        _rope_fusion,
+        rope_fusion,
         "--no-rope-fusion",
         "size",
         "Megatron fuses MLA's rope under YaRN only",
@@ -385,14 +211,14 @@ SETTINGS: tuple[Setting, ...] = (
     # Routing.
     Setting(
         "moe_router_score_function",
-        _with_gate("sigmoid", "softmax"),
+        with_gate("sigmoid", "softmax"),
         "--moe-router-score-function",
         "fixed",
         ROUTING,
     ),
     Setting(
         "moe_router_enable_expert_bias",
-        _with_gate(True, NOT_SET),
+        with_gate(True, NOT_SET),
         "--moe-router-enable-expert-bias",
         "fixed",
         ROUTING,
@@ -454,13 +280,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "moe_flex_dispatcher_num_sms",
-        _communication_sms,
+        communication_sms,
         "--moe-flex-dispatcher-num-sms",
         "run",
         "R§3.2.2: 10 channels, 20 SMs",
     ),
     Setting(
-        "moe_grouped_gemm", _grouped_gemm, "--moe-grouped-gemm", "run", "one GEMM call for all local experts"
+        "moe_grouped_gemm", grouped_gemm, "--moe-grouped-gemm", "run", "one GEMM call for all local experts"
     ),
     # Multi-token prediction.
     Setting(
@@ -485,13 +311,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("main_params_dtype", "fp32", "", "recipe", "R§3.3.3"),
     Setting(
         "use_precision_aware_optimizer",
-        _bf16_moments(True),
+        bf16_moments(True),
         "--use-precision-aware-optimizer",
         "run",
         "R§3.3.3",
     ),
-    Setting("exp_avg_dtype", _bf16_moments("bf16"), "--exp-avg-dtype", "recipe", "R§3.3.3", ("fp32",)),
-    Setting("exp_avg_sq_dtype", _bf16_moments("bf16"), "--exp-avg-sq-dtype", "recipe", "R§3.3.3", ("fp32",)),
+    Setting("exp_avg_dtype", bf16_moments("bf16"), "--exp-avg-dtype", "recipe", "R§3.3.3", ("fp32",)),
+    Setting("exp_avg_sq_dtype", bf16_moments("bf16"), "--exp-avg-sq-dtype", "recipe", "R§3.3.3", ("fp32",)),
     # Pipeline.
     Setting(
         "pipeline_model_parallel_layout",
@@ -503,7 +329,7 @@ SETTINGS: tuple[Setting, ...] = (
     # Checkpoints.
     Setting(
         "dist_ckpt_optim_fully_reshardable",
-        _optimizer_checkpoint,
+        optimizer_checkpoint,
         "--dist-ckpt-optim-fully-reshardable",
         "run",
         "what one layout and schedule saves, any other loads; also under ZeRO-1",

@@ -14,7 +14,8 @@ from typing import Any
 
 from dsv3_megatron.arguments.refusals import REFUSALS, Refusal
 from dsv3_megatron.arguments.requirements import USES
-from dsv3_megatron.arguments.settings import SETTINGS, Setting
+from dsv3_megatron.arguments.setting import Setting
+from dsv3_megatron.arguments.settings import SETTINGS
 from dsv3_megatron.arguments.surroundings import SUPPORTED_MEGATRON
 
 STATUSES = ("run on GPU", "run on CPU", "constructed with TE", "compiled", "not run")

@@ -11,7 +11,8 @@ from dsv3_megatron.arguments.command_line import megatron_parser, parse, parse_g
 from dsv3_megatron.arguments.complete import FULL_SPEC, refuse_contradictions, words_from_checkpoint
 from dsv3_megatron.arguments.errors import RefusedArgument
 from dsv3_megatron.arguments.refusals import check
-from dsv3_megatron.arguments.settings import NOT_SET, SETTINGS, same
+from dsv3_megatron.arguments.setting import NOT_SET, same
+from dsv3_megatron.arguments.settings import SETTINGS
 from dsv3_megatron.resilience.lock import hold_until_exit
 
 

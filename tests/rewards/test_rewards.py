@@ -11,7 +11,8 @@ import pytest
 from dsv3_megatron import rewards
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.rewards.extract import boxed_contents, final_answer
-from dsv3_megatron.rewards.symbolic import NotMath, equal, parse
+from dsv3_megatron.rewards.formula import NotMath, parse
+from dsv3_megatron.rewards.symbolic import equal
 
 answer, code = rewards.resolve("answer"), rewards.resolve("code")
 
