@@ -41,6 +41,7 @@ ADDRESSES = {
     # where Megatron and torch.distributed are
     "pipeline.p2p": "dualpipe.p2p",
     "conf.placement": "pipeline.placement",
+    "preflight.host_memory": "checkpoint.host_memory",
     "fp8.recipe": "fp8.precision",
 }
 _PACKAGE = __name__.partition(".")[0]

@@ -38,7 +38,6 @@ class Surroundings:
         torch, cuda, cudnn: versions; "" where unknown, of which nothing is said.
         capability: of the GPU, (9, 0) for Hopper.
         max_connections: CUDA_DEVICE_MAX_CONNECTIONS; CUDA's own default is 8.
-        host_memory_gb: memory of a machine in GB, None where unknown.
     """
 
     world_size: int = 1
@@ -59,7 +58,6 @@ class Surroundings:
     cudnn: str = ""
     capability: tuple[int, int] = (9, 0)
     max_connections: int = 32
-    host_memory_gb: float | None = None
 
 
 def detect() -> Surroundings:
@@ -94,7 +92,6 @@ def detect() -> Surroundings:
         cudnn=installed_version(CUDNN) or "",
         capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0),
         max_connections=max_connections(os.environ),
-        host_memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
     )
 
 

@@ -1,12 +1,15 @@
-"""What a run does to begin with a checkpoint, beside Megatron's own loading."""
+"""What a run does to begin with a checkpoint, beside Megatron's own loading, and whether the machine has the memory."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dsv3_megatron.checkpoint import host_memory
 from dsv3_megatron.checkpoint.schedule import planned, reads_schedule
 from dsv3_megatron.checkpoint.start import start_of
+from dsv3_megatron.errors import RefusedArgument
 
 __all__ = ["install"]
 
@@ -19,8 +22,47 @@ def install() -> None:
     """
     from dsv3_megatron.training import hooks
 
+    hooks.while_loading(_with_room_in_memory)
+    hooks.before_step(_before_first_step)
     hooks.while_loading(_without_new_mtp_layers)
     hooks.after_load(_load_schedule)
+
+
+@contextmanager
+def _with_room_in_memory(call: dict[str, Any]) -> Iterator[None]:
+    _check_memory(call["ddp_model"])
+    yield
+
+
+def _before_first_step(call: dict[str, Any]) -> None:
+    """A run that loads nothing has to save all the same."""
+    from megatron.training import get_args
+
+    if call["iteration"] == get_args().iteration:
+        _check_memory(call["model"])
+
+
+def _check_memory(model: list[Any]) -> None:
+    """Refuse, on every rank, a checkpoint that the machine of any rank has no room to load or to save.
+
+    The kernel would kill the ranks hours later, at the first save.
+    """
+    import torch
+    from megatron.training import get_args
+
+    args = get_args()
+    if not (args.use_distributed_optimizer and args.save):
+        return
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    there = host_memory.of_this_machine()
+    device = torch.cuda.current_device()
+    fullest = torch.tensor([*host_memory.parameters_held(model), -there], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(fullest, torch.distributed.ReduceOp.MAX)
+    experts, rest, least = fullest.tolist()
+    memory = host_memory.of_job(args, experts, rest, per_node)
+    wrong = host_memory.problem(memory, -least, args.distrib_optim_fully_reshardable_mem_efficient)
+    if wrong is not None:
+        raise RefusedArgument("--dist-ckpt-optim-fully-reshardable: {}. Use {}".format(*wrong))
 
 
 @contextmanager

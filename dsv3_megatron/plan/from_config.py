@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from dsv3_megatron.checkpoint.host_memory import HostMemory, host_memory
 from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.plan.counting import count_parameters
@@ -17,7 +18,6 @@ from dsv3_megatron.plan.hardware import Gpu, gpu_named
 from dsv3_megatron.plan.job import Job
 from dsv3_megatron.plan.launch import Launched, launched, refuse_modules, refuse_sizes
 from dsv3_megatron.plan.parameters import ParameterCounts, counts_of_sizes, held_by
-from dsv3_megatron.preflight.host_memory import HostMemory, host_memory
 
 
 @dataclass(frozen=True)

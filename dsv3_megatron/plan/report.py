@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
+from dsv3_megatron.checkpoint.host_memory import HostMemory, problem
 from dsv3_megatron.plan.confidence import confidence, verdict
 from dsv3_megatron.plan.dispatchers import dispatch_line
 from dsv3_megatron.plan.job import Job, Layout, PlanError
 from dsv3_megatron.plan.memory import GIB, plan_memory
 from dsv3_megatron.plan.parameters import ParameterCounts
 from dsv3_megatron.plan.step import Plan, schedule_of
-from dsv3_megatron.preflight.host_memory import HostMemory, problem
 
 
 def as_dict(plan: Plan) -> dict[str, object]:

@@ -11,11 +11,11 @@ from typing import Any
 from unittest import mock
 
 from dsv3_megatron.arguments.surroundings import imagined
+from dsv3_megatron.checkpoint.host_memory import of_job, parameters_held, problem
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight import findings
 from dsv3_megatron.preflight.advice import advise
 from dsv3_megatron.preflight.findings import Finding
-from dsv3_megatron.preflight.host_memory import host_memory, problem
 from dsv3_megatron.preflight.line import Line
 from dsv3_megatron.preflight.machine import Machine
 from dsv3_megatron.preflight.start import with_packages_of
@@ -273,7 +273,8 @@ def _built(job: Job, machine: Machine, args: Namespace) -> list[Finding]:
             FakeWorld(list(job.words), job.world_size - 1, job.world_size, job.per_node, own) as world,
         ):
             held = [
-                _held(world.build_chunks(position)) for position in sorted({0, world.groups.pp.size() - 1})
+                parameters_held(world.build_chunks(position))
+                for position in sorted({0, world.groups.pp.size() - 1})
             ]
         found += _host_memory(job, machine, args, max(held, key=sum))
     except (AssertionError, ValueError, RuntimeError, ImportError, TypeError, AttributeError) as error:
@@ -281,35 +282,15 @@ def _built(job: Job, machine: Machine, args: Namespace) -> list[Finding]:
     return found
 
 
-def _held(chunks: list[Any]) -> tuple[float, float]:
-    """Parameters of a rank: routed experts, and all others."""
-    sizes = {
-        id(p): (".experts." in name, p.numel()) for chunk in chunks for name, p in chunk.named_parameters()
-    }
-    return (
-        float(sum(size for expert, size in sizes.values() if expert)),
-        float(sum(size for expert, size in sizes.values() if not expert)),
-    )
-
-
 def _host_memory(job: Job, machine: Machine, args: Namespace, held: tuple[float, float]) -> list[Finding]:
     """Whether checkpoints fit the machines; where it is not said how large they are, what that takes."""
     if not args.use_distributed_optimizer or not args.save:
         return []
-    efficient = args.distrib_optim_fully_reshardable_mem_efficient
-    memory = host_memory(
-        *held,
-        job.per_node,
-        dense_ranks_per_stage=args.tensor_model_parallel_size * args.context_parallel_size,
-        reshardable=args.dist_ckpt_optim_fully_reshardable,
-        memory_efficient=efficient,
-        average=args.ema_decay is not None,
-        async_save=args.async_save,
-    )
+    memory = of_job(args, *held, job.per_node)
     if job.host_memory is None:
         takes = f"a machine needs {memory.peak / 1e9:.0f} GB for checkpoints; nobody says how much it has"
         return [Finding("info", "host memory", takes, "host_memory=GB before the line, to have it checked")]
-    wrong = problem(memory, job.host_memory * 1e9, efficient)
+    wrong = problem(memory, job.host_memory * 1e9, args.distrib_optim_fully_reshardable_mem_efficient)
     return [] if wrong is None else [Finding("error", "--dist-ckpt-optim-fully-reshardable", *wrong)]
 
 

@@ -148,7 +148,6 @@ class Machine:
             cudnn=self.cudnn or requirements.installed_version(CUDNN) or "",
             capability=self.capability(),
             max_connections=max_connections(env),
-            host_memory_gb=self.host_memory,
             files_here=False,  # they are on the cluster; what is not seen from here is a warning
         )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv3_megatron.preflight.host_memory import host_memory, problem
+from dsv3_megatron.checkpoint.host_memory import host_memory, problem
 
 GB = 1e9
 

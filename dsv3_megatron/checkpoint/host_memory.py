@@ -6,7 +6,12 @@ its parameters' state to save it; with it only one rank of each data-parallel gr
 holds all of it either way (Megatron `DistributedOptimizer.sharded_param_state_fully_reshardable`).
 """
 
+import os
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 GATHERED = 12  # bytes per parameter: fp32 weight, exp_avg, exp_avg_sq
 AVERAGE = 4  # bytes per parameter of the average of the weights
@@ -64,6 +69,38 @@ def host_memory(
         load=gathered * everywhere,
         average=AVERAGE * everywhere if average else 0,
     )
+
+
+def of_job(args: Namespace, experts: float, rest: float, ranks_per_node: int) -> HostMemory:
+    """`host_memory` as Megatron's validated arguments ask for it."""
+    return host_memory(
+        experts,
+        rest,
+        ranks_per_node,
+        dense_ranks_per_stage=args.tensor_model_parallel_size * args.context_parallel_size,
+        reshardable=args.dist_ckpt_optim_fully_reshardable,
+        memory_efficient=args.distrib_optim_fully_reshardable_mem_efficient,
+        average=args.ema_decay is not None,
+        async_save=args.async_save,
+    )
+
+
+def parameters_held(chunks: Iterable[Any]) -> tuple[float, float]:
+    """Parameters of a rank's model chunks: routed experts, and all others."""
+    sizes = {
+        id(p): (".experts." in name, p.numel()) for chunk in chunks for name, p in chunk.named_parameters()
+    }
+    return (
+        float(sum(size for expert, size in sizes.values() if expert)),
+        float(sum(size for expert, size in sizes.values() if not expert)),
+    )
+
+
+def of_this_machine(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """Bytes that the processes of this machine, or of this container, may have."""
+    there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(there, float(text)) if text.isdecimal() else there
 
 
 def problem(memory: HostMemory, available: float, memory_efficient: bool) -> tuple[str, str] | None:
