@@ -76,7 +76,7 @@ reinforce() { # STAGE FROM OVERRIDE...
         "reward='$REWARD'" "seq_length=$SEQ_LENGTH" "max_response_length=$MAX_RESPONSE" ${RL[@]+"${RL[@]}"} "$@"
 }
 
-OVERRIDES=("$@")
+OVERRIDES=(save_interval=50 "$@") # a later one wins
 finetune cold_start "$BASE" "$COLD_START"
 reinforce rl "$OUT/cold_start/checkpoints"
 run "$OUT/rejection" python -m dsv3_megatron sample --load "$OUT/rl/checkpoints" --tokenizer "$TOKENIZER" \

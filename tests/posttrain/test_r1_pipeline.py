@@ -58,6 +58,7 @@ def test_each_stage_begins_with_the_last_ones_checkpoint() -> None:
     saved = [value(words, "save") for words in trained]
     assert saved == [f"out/{stage}/checkpoints" for stage in STAGES]
     assert [value(words, "pretrained_checkpoint") for words in trained] == ["base", *saved[:-1]]
+    assert all(value(words, "save_interval") == "50" for words in trained)  # without it a stage is refused
     assert [value(words, "recipe") for words in trained] == ["sft", "grpo", "sft", "grpo"]
     (sampled,) = [words for words in found if words[3] == "sample"]
     assert sampled[sampled.index("--load") + 1] == "out/rl/checkpoints"
