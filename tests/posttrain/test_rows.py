@@ -14,6 +14,7 @@ from dsv3_megatron.posttrain import counting
 from dsv3_megatron.posttrain.policy_training import PolicyTraining
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.posttrain.run import Kept, checkpoints
+from dsv3_megatron.sft.rendering import Rendering
 from dsv3_megatron.training.batch import PADDING
 
 
@@ -86,6 +87,21 @@ def test_prompts_without_room_for_a_response_are_left_out(
     assert "1 of 3 prompts are longer than 24 tokens, and left out" in capsys.readouterr().out
     with pytest.raises(RefusedArgument, match="leave 0 tokens for each prompt, which none fits into"):
         policy(file, tokenizer_dir, global_batch_size=2)  # four samples in a row
+
+
+def test_prompts_of_messages_read_the_tokenizer_once_and_name_their_line(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = Rendering.build
+    monkeypatch.setattr(Rendering, "build", lambda self: built.append(self) or build(self))
+    file = tmp_path / "prompts.jsonl"
+    good = json.dumps({"prompt": [{"role": "user", "content": "x"}]}) + "\n"
+    file.write_text(good * 3)
+    assert len(policy(file, tokenizer_dir).prompts) == 3 and len(built) == 1
+    file.write_text(good + json.dumps({"prompt": [{"role": "user"}]}) + "\n")
+    with pytest.raises(RefusedArgument, match=r"^--prompt-data .*prompts\.jsonl:2: prompt: .* no text"):
+        policy(file, tokenizer_dir)
 
 
 def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
