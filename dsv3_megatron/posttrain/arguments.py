@@ -201,8 +201,8 @@ def _check_preferences(args: Namespace) -> None:
         )
     if args.eval_iters and not report["valid"]["rows"]:
         raise RefusedArgument(
-            f"--eval-iters {args.eval_iters}: --preference-data {args.preference_data} has no held-out pairs. Use 0, or "
-            "prepare the pairs with a larger --valid-fraction"
+            f"--eval-iters {args.eval_iters}: --preference-data {args.preference_data} has no held-out pairs. Use 0, "
+            "or prepare the pairs with a larger --valid-fraction"
         )
     _check_reference_dir(args)
     if not (args.dpo_beta > 0 and math.isfinite(args.dpo_beta)):

@@ -75,6 +75,15 @@ def test_each_stage_begins_with_the_last_ones_checkpoint() -> None:
     assert value(again[0], "pretrained_checkpoint") == "base"
 
 
+def test_a_missing_file_is_named_before_the_first_stage(tmp_path: Path) -> None:
+    for name in ("base", "tok", "cold.jsonl"):
+        (tmp_path / name).touch()
+    words = [str(tmp_path / name) for name in ("base", "tok", "cold.jsonl", "p.jsonl", "out")]
+    done = pipeline(*words, variables={})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
+    assert done.stderr.startswith(f"[r1] {words[3]}: not there") and not Path(words[4]).exists()
+
+
 def write(file: Path, lines: list[Any]) -> str:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(file)
