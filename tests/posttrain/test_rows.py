@@ -11,6 +11,7 @@ import torch
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain import counting
+from dsv3_megatron.posttrain.journal import JOURNAL, Journal, read_journal
 from dsv3_megatron.posttrain.policy_training import PolicyTraining
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.posttrain.run import Kept, checkpoints
@@ -118,6 +119,25 @@ def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
     (tmp_path / "iter_0000020").rmdir()
     kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))
     assert kept.iterations() == [96, 112, 128]
+
+
+def test_a_run_that_is_killed_as_it_goes_on_keeps_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / JOURNAL
+    file.write_text('{"iteration": 1, "loss": 2.0}\n{"iteration": 2, "loss": 1.0}\n{"iteration": 3, "lo')
+    before = file.read_bytes()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", killed)  # everything is written, and not yet in its place
+        with pytest.raises(KeyboardInterrupt):
+            Journal(tmp_path, 1)
+    assert file.read_bytes() == before
+    Journal(tmp_path, 1)
+    assert read_journal(file) == [{"iteration": 1, "loss": 2.0}]
 
 
 def test_samples_without_numbers_are_not_usable() -> None:
