@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.arguments import megatron_parser
+from dsv3_megatron.arguments.command_line import parse_given
+from dsv3_megatron.arguments.options import wrong_numbers
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain.arguments import check as check_posttrain
 from dsv3_megatron.sft.arguments import check as check_sft
@@ -48,3 +51,10 @@ def test_a_reference_that_could_not_be_written_is_refused_before_it_is_computed(
         check_posttrain(given(tmp_path, dpo_reference_dir=str(file / "below")))
     check_posttrain(given(tmp_path, dpo_reference_dir=str(file / "below"), dpo_reference="live"))
     check_posttrain(given(tmp_path, dpo_reference_dir=str(tmp_path / "new" / "below")))
+
+
+def test_a_reference_may_stay_and_a_bad_reward_be_below_0() -> None:
+    parser = megatron_parser()
+    assert not wrong_numbers(parse_given(parser, ["--renew-reference", "0", "--bad-reward=-1"]), parser)
+    (message,) = wrong_numbers(parse_given(parser, ["--bad-reward", "nan"]), parser)
+    assert message.startswith("--bad-reward nan: ")
