@@ -18,6 +18,7 @@
 # All five stages are run in small by tests/posttrain/test_r1_pipeline.py; not run on GPUs.
 set -euo pipefail
 
+USAGE="BASE TOKENIZER COLD_START PROMPTS OUT [OVERRIDE ...]"
 BASE=${1:?folder of the base model\'s checkpoints}
 TOKENIZER=${2:?folder of the tokenizer}
 COLD_START=${3:?file of conversations for the cold start}
@@ -34,6 +35,11 @@ read -ra SFT <<< "${SFT:-}"
 read -ra RL <<< "${RL:-}"
 read -ra RL2 <<< "${RL2:-rollout_temperature=0.7}"
 read -ra SAMPLE <<< "${SAMPLE:-}"
+
+for given in "$BASE" "$TOKENIZER" "$COLD_START" "$PROMPTS"; do
+    # PROMPTS are first read after a whole stage.
+    [[ ${DRY_RUN:-0} == 1 || -e $given ]] || { echo "[r1] $given: not there; the arguments are $USAGE" >&2; exit 1; }
+done
 
 run() { # FOLDER COMMAND...: once
     local folder=$1
@@ -76,7 +82,7 @@ reinforce() { # STAGE FROM OVERRIDE...
         "reward='$REWARD'" "seq_length=$SEQ_LENGTH" "max_response_length=$MAX_RESPONSE" ${RL[@]+"${RL[@]}"} "$@"
 }
 
-OVERRIDES=("$@")
+OVERRIDES=(save_interval=50 "$@") # a later one wins
 finetune cold_start "$BASE" "$COLD_START"
 reinforce rl "$OUT/cold_start/checkpoints"
 run "$OUT/rejection" python -m dsv3_megatron sample --load "$OUT/rl/checkpoints" --tokenizer "$TOKENIZER" \

@@ -1,6 +1,7 @@
 """`--posttrain dpo|grpo` and its options, and what they mean as Megatron's own arguments."""
 
 import math
+import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
@@ -198,11 +199,31 @@ def _check_preferences(args: Namespace) -> None:
             f"--global-batch-size {args.global_batch_size}: --preference-data {args.preference_data} has {rows} rows "
             f"in {args.preference_epochs} epochs. Use a smaller batch"
         )
+    if args.eval_iters and not report["valid"]["rows"]:
+        raise RefusedArgument(
+            f"--eval-iters {args.eval_iters}: --preference-data {args.preference_data} has no held-out pairs. Use 0, "
+            "or prepare the pairs with a larger --valid-fraction"
+        )
+    _check_reference_dir(args)
     if not (args.dpo_beta > 0 and math.isfinite(args.dpo_beta)):
         raise RefusedArgument(f"--dpo-beta {args.dpo_beta}: must be above 0")
     if not 0 <= args.dpo_label_smoothing < 0.5:
         raise RefusedArgument(
             f"--dpo-label-smoothing {args.dpo_label_smoothing}: must be at least 0 and below 0.5"
+        )
+
+
+def _check_reference_dir(args: Namespace) -> None:
+    """All pairs are scored before the reference is written: a folder that cannot take it is refused before that."""
+    option = "--preference-data" if args.dpo_reference_dir is None else "--dpo-reference-dir"
+    folder = Path(args.dpo_reference_dir or args.preference_data)
+    if args.dpo_reference != "cached" or any(folder.glob("reference_*.npy")):
+        return
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise RefusedArgument(
+            f"{option} {folder}: --dpo-reference cached cannot write there. Use --dpo-reference-dir with a folder that "
+            "can be written"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.files import whole
+from dsv3_megatron.files import whole, write_whole
 
 __all__ = ["JOURNAL", "PICTURE", "Journal", "draw", "read_journal"]
 
@@ -20,7 +20,7 @@ class Journal:
         self.folder, self.file = folder, folder / JOURNAL
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_journal(self.file) if line["iteration"] <= first_iteration]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, iteration: int, values: Mapping[str, float], last: bool) -> None:
         """A step's numbers; the picture is drawn now and then, and at the end."""

@@ -3,6 +3,7 @@
 DeepSeekMath (arXiv 2402.03300) §4.1; R1 (arXiv 2501.12948) equations 1 to 3.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,7 @@ def grpo_loss(
     counts = mask != 0
     if reduction == "token":
         return loss.sum() / counts.sum().clamp(min=1)
-    return (loss.sum(-1) / counts.sum(-1).clamp(min=1)).mean()
+    return (loss.sum(-1) / counts.sum(-1).clamp(min=1)).sum() / max(len(loss), 1)
 
 
 def grpo_terms(
@@ -91,7 +92,7 @@ def grpo_terms(
     weights: Tensor | None = None,
 ) -> Policy:
     """As `grpo_loss`, token by token. What stands where the mask is 0 is never looked at, NaN included."""
-    if advantages.dim() == logp.dim() - 1:
+    if advantages.shape == logp.shape[:-1]:
         advantages = advantages.unsqueeze(-1).expand_as(logp)
     _check(logp, old_logp, ref_logp, advantages, mask, clip, beta, weights)
     counts = mask != 0
@@ -182,7 +183,7 @@ def _check(
         raise ValueError(f"{', '.join(wrong)}: not of the shape {tuple(logp.shape)} of logp")
     if not clip > 0:
         raise ValueError(f"clip={clip}: must be above 0")
-    if not beta >= 0:
-        raise ValueError(f"beta={beta}: must be 0 or more")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta={beta}: must be 0 or more, and finite")
     if beta and ref_logp is None:
         raise ValueError(f"beta={beta}: needs ref_logp; without a reference use 0")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,13 @@ class PolicyTraining(Run):
         args, special = self.args, self.encoder.special_ids
         begin = special[BOS if args.text_begin == "begin" else EOS]
 
+        @cache  # the tokenizer is read once, and only where there are messages
+        def template() -> Any:
+            return Rendering(Path(args.tokenizer_model)).build()
+
         def render(messages: list[Any]) -> list[int]:
-            return Rendering(Path(args.tokenizer_model)).build().prompt(Conversation.of(messages))
+            tokens: list[int] = template().prompt(Conversation.of(messages))
+            return tokens
 
         try:
             found = read_prompts(

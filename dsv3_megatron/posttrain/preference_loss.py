@@ -91,6 +91,11 @@ def dpo_terms(
     _check(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing, loss)
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ValueError("chosen_lengths and rejected_lengths: give both or none")
+    for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
+        if lengths is not None and lengths.shape != policy_chosen.shape:
+            raise ValueError(
+                f"{name} {tuple(lengths.shape)}: not of the shape {tuple(policy_chosen.shape)} [pairs]"
+            )
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     # Of answers without tokens the ratio is 0, whatever it is divided by.
     h = _per_token(chosen, chosen_lengths) - _per_token(rejected, rejected_lengths)

@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234, help="of the packing (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        check_options(args.valid_fraction, args.chat_template)
+        check_options(args)
         pairs = split_pairs(
             read_preferences(find_files(args.input, GLOBS), set(args.ignore_key)), args.valid_fraction
         )

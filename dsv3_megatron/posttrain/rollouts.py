@@ -82,7 +82,10 @@ def read_prompts(
             given = value["prompt"]
             if not (isinstance(given, str | list) and given):
                 raise ValueError(f"{record.where}: prompt is neither text nor messages, or empty")
-            tokens = encode(given) if isinstance(given, str) else render(given)
+            try:
+                tokens = encode(given) if isinstance(given, str) else render(given)
+            except ValueError as error:
+                raise ValueError(f"{record.where}: prompt: {error}") from None
             text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
             found.append(Prompt(tokens, text, value.get("answer")))
     except InputError as error:

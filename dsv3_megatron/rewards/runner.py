@@ -206,12 +206,18 @@ def _call(reward: Any, prompt: str, response: str, answer: Any) -> dict[str, Any
         return {"outcome": "raised", "detail": _line(error)}
     try:
         return {"value": float(value), "parts": {}}
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # whatever its __float__ does
         return {"outcome": "not a number", "detail": f"the reward returned a {type(value).__name__}"}
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:500]
+    try:
+        said = str(error)
+    except Exception:  # an error of the reward's own may fail at this too
+        said = "(no text)"
+    # Half a surrogate pair could not be printed, and would end the run that tells of it.
+    text = f"{type(error).__name__}: {said}".encode("utf-8", "backslashreplace").decode()
+    return text.replace("\n", " ")[:500]
 
 
 def _encoded(place: int, sample: tuple[str, str, Any]) -> bytes:
@@ -242,6 +248,9 @@ class _Worker:
         answer = self._read(deadline) if self._write(line, deadline) else b""
         if answer:
             return json.loads(answer)
+        if answer is not None:  # it is ending: its own status says more than that of the kill below
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
         self.end()
         if answer is None:
             return {"outcome": "timeout", "detail": f"over {timeout_s:g} s"}

@@ -12,6 +12,7 @@ of each, stand in OUTPUT.samples.jsonl and OUTPUT.rewards.jsonl: the same comman
 
 import argparse
 import json
+import math
 import operator
 import re
 import sys
@@ -50,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.samples < 1:
         raise RefusedArgument(f"--samples {options.samples}: must be 1 or more")
+    if options.samples > 1 and options.temperature == 0:
+        raise RefusedArgument(
+            f"--temperature 0 with --samples {options.samples}: all would be the same; raise it"
+        )
+    if options.reward_workers < 1:
+        raise RefusedArgument(f"--reward-workers {options.reward_workers}: must be 1 or more")
+    if not 0 < options.reward_timeout < math.inf:
+        raise RefusedArgument(f"--reward-timeout {options.reward_timeout:g}: must be above 0, and finite")
     parts = [part.name for part in parts_of(options.reward)]
     keeps = [read_filter(text, parts) for text in options.filter or ["reward>0"]]
     scorer = None
@@ -59,10 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     source = open_model(options)
     source.need_tokenizer("dsv3 sample")
-    if options.samples > 1 and options.temperature == 0:
-        raise RefusedArgument(
-            f"--temperature 0 with --samples {options.samples}: all would be the same; raise it"
-        )
     sampling = sampling_of(options, source)
     prompts = read_prompts(options.prompts, source, options.max_length, also=("answer",))
     given = [prompt.also.get("answer") for prompt in prompts]

@@ -67,3 +67,8 @@ def check(args: Namespace) -> None:
             f"--global-batch-size {args.global_batch_size}: --sft-data {args.sft_data} has {rows} rows in "
             f"{args.sft_epochs} epochs. Use a smaller batch"
         )
+    if args.eval_iters and not report["valid"]["rows"]:
+        raise RefusedArgument(
+            f"--eval-iters {args.eval_iters}: --sft-data {args.sft_data} has no held-out conversations. Use 0, or "
+            "prepare the conversations with a larger --valid-fraction"
+        )

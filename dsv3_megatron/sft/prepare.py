@@ -32,6 +32,7 @@ from dsv3_megatron.sft.rendering import OURS, Rendering, Rows, rendered
 REPORT_FILE = "sft.json"
 SPLITS = ("train", "valid")
 GLOBS = ("*.jsonl", "*.ndjson", "*.json", "*.jsonl.gz", "*.json.gz")  # taken from folders
+LONGEST = 2**24  # tokens of a row; one is allocated whole, however little is in it
 
 __all__ = [
     "REPORT_FILE",
@@ -195,16 +196,24 @@ def read_report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / REPORT_FILE).read_text())
 
 
-def check_options(valid_fraction: float, chat_template: str | None) -> None:
-    """What is asked of conversations and of preferences alike.
+def check_options(options: argparse.Namespace) -> None:
+    """What is asked of conversations and of preferences alike, before the files are read.
 
     Raises:
-        BadConversation: a share that is none, or a template that is not there.
+        BadConversation: a share or a length that is none, a template that is not there, a file in the folder's place.
     """
-    if not 0 <= valid_fraction < 1:
-        raise BadConversation(f"--valid-fraction {valid_fraction}: must be at least 0 and less than 1")
-    if chat_template not in (None, OURS) and not Path(chat_template).is_file():
-        raise BadConversation(f"--chat-template {chat_template}: no such file (ours is called {OURS})")
+    if options.seq_length > LONGEST:
+        raise BadConversation(f"--seq-length {options.seq_length}: must be at most {LONGEST}")
+    if not 0 <= options.valid_fraction < 1:
+        raise BadConversation(
+            f"--valid-fraction {options.valid_fraction}: must be at least 0 and less than 1"
+        )
+    if options.chat_template not in (None, OURS) and not Path(options.chat_template).is_file():
+        raise BadConversation(
+            f"--chat-template {options.chat_template}: no such file (ours is called {OURS})"
+        )
+    if options.output_dir.exists() and not options.output_dir.is_dir():
+        raise BadConversation(f"--output-dir {options.output_dir}: is a file; name a folder")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -257,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234, help="of the packing (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        check_options(args.valid_fraction, args.chat_template)
+        check_options(args)
         if args.workers < 1:
             raise BadConversation(f"--workers {args.workers}: must be at least 1")
         rendering = Rendering(

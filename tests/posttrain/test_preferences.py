@@ -128,6 +128,18 @@ def test_bad_pairs_are_left_out_and_counted(
     assert "no pair is left to train on" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_a_length_or_a_folder_that_cannot_be_is_one_line(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write(tmp_path, {"prompt": "p", "chosen": "yes", "rejected": "no"})
+    for length in (3 * 10**9, 10**12):
+        assert run(file, tokenizer_dir, tmp_path / "out", seq_length=length) == 1
+        assert capsys.readouterr().err == f"error: --seq-length {length}: must be at most 16777216\n"
+    assert run(file, tokenizer_dir, file) == 1
+    assert capsys.readouterr().err == f"error: --output-dir {file}: is a file; name a folder\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "record, text",
     [

@@ -58,6 +58,7 @@ def test_each_stage_begins_with_the_last_ones_checkpoint() -> None:
     saved = [value(words, "save") for words in trained]
     assert saved == [f"out/{stage}/checkpoints" for stage in STAGES]
     assert [value(words, "pretrained_checkpoint") for words in trained] == ["base", *saved[:-1]]
+    assert all(value(words, "save_interval") == "50" for words in trained)  # without it a stage is refused
     assert [value(words, "recipe") for words in trained] == ["sft", "grpo", "sft", "grpo"]
     (sampled,) = [words for words in found if words[3] == "sample"]
     assert sampled[sampled.index("--load") + 1] == "out/rl/checkpoints"
@@ -72,6 +73,15 @@ def test_each_stage_begins_with_the_last_ones_checkpoint() -> None:
     assert cfg.rollout_temperature == 0.7 and cfg.reward == "answer=1,format=0.2,language=0.2"
     again = [words for words in commands(SECOND_SFT_FROM="base") if "save=out/sft/checkpoints" in words]
     assert value(again[0], "pretrained_checkpoint") == "base"
+
+
+def test_a_missing_file_is_named_before_the_first_stage(tmp_path: Path) -> None:
+    for name in ("base", "tok", "cold.jsonl"):
+        (tmp_path / name).touch()
+    words = [str(tmp_path / name) for name in ("base", "tok", "cold.jsonl", "p.jsonl", "out")]
+    done = pipeline(*words, variables={})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
+    assert done.stderr.startswith(f"[r1] {words[3]}: not there") and not Path(words[4]).exists()
 
 
 def write(file: Path, lines: list[Any]) -> str:

@@ -11,9 +11,11 @@ import torch
 
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.posttrain import counting
+from dsv3_megatron.posttrain.journal import JOURNAL, Journal, read_journal
 from dsv3_megatron.posttrain.policy_training import PolicyTraining
 from dsv3_megatron.posttrain.rollouts import Sample, chosen_prompts, mtp_weights, read_prompts, row_of
 from dsv3_megatron.posttrain.run import Kept, checkpoints
+from dsv3_megatron.sft.rendering import Rendering
 from dsv3_megatron.training.batch import PADDING
 
 
@@ -88,6 +90,21 @@ def test_prompts_without_room_for_a_response_are_left_out(
         policy(file, tokenizer_dir, global_batch_size=2)  # four samples in a row
 
 
+def test_prompts_of_messages_read_the_tokenizer_once_and_name_their_line(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = Rendering.build
+    monkeypatch.setattr(Rendering, "build", lambda self: built.append(self) or build(self))
+    file = tmp_path / "prompts.jsonl"
+    good = json.dumps({"prompt": [{"role": "user", "content": "x"}]}) + "\n"
+    file.write_text(good * 3)
+    assert len(policy(file, tokenizer_dir).prompts) == 3 and len(built) == 1
+    file.write_text(good + json.dumps({"prompt": [{"role": "user"}]}) + "\n")
+    with pytest.raises(RefusedArgument, match=r"^--prompt-data .*prompts\.jsonl:2: prompt: .* no text"):
+        policy(file, tokenizer_dir)
+
+
 def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
     kept, other = Kept(tmp_path, "rollout"), Kept(tmp_path, "rollout_more")
     assert kept.iterations() == [] and checkpoints(str(tmp_path)) == []
@@ -102,6 +119,25 @@ def test_a_checkpoint_finds_what_was_kept_for_it(tmp_path: Path) -> None:
     (tmp_path / "iter_0000020").rmdir()
     kept.keep(saved - saved % 16 for saved in checkpoints(str(tmp_path)))
     assert kept.iterations() == [96, 112, 128]
+
+
+def test_a_run_that_is_killed_as_it_goes_on_keeps_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / JOURNAL
+    file.write_text('{"iteration": 1, "loss": 2.0}\n{"iteration": 2, "loss": 1.0}\n{"iteration": 3, "lo')
+    before = file.read_bytes()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", killed)  # everything is written, and not yet in its place
+        with pytest.raises(KeyboardInterrupt):
+            Journal(tmp_path, 1)
+    assert file.read_bytes() == before
+    Journal(tmp_path, 1)
+    assert read_journal(file) == [{"iteration": 1, "loss": 2.0}]
 
 
 def test_samples_without_numbers_are_not_usable() -> None:

@@ -13,10 +13,28 @@ from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.rewards.named import parts_of
 
 
+class NoText(Exception):
+    def __str__(self):
+        raise RuntimeError("an error without a text")
+
+
+class NoNumber:
+    def __float__(self):
+        raise RuntimeError("as a tensor of two elements")
+
+
 def troubled(prompt, response, answer):
     """A reward that does what the response says."""
     if response == "raise":
         raise KeyError("broken\nreward")
+    if response == "no text":
+        raise NoText
+    if response == "half":
+        raise ValueError("\ud800")
+    if response == "interrupt":
+        raise KeyboardInterrupt
+    if response == "no number":
+        return NoNumber()
     if response == "exit":
         sys.exit(3)
     if response == "nan":
@@ -40,7 +58,8 @@ def troubled(prompt, response, answer):
 
 HERE = f"{__name__}:troubled"
 EXPECTED = {
-    "raise": "raised", "exit": "raised", "nan": "not finite", "infinite": "not finite", "text": "not a number",
+    "raise": "raised", "no text": "raised", "half": "raised", "no number": "not a number", "interrupt": "killed",
+    "exit": "raised", "nan": "not finite", "infinite": "not finite", "text": "not a number",
     "nothing": "not a number", "hang": "timeout", "die": "killed", "leave": "killed", "print": "ok", "": "ok",
 }  # fmt: skip
 
@@ -57,15 +76,17 @@ def test_every_failure_has_an_outcome_and_costs_its_sample_only(caplog, monkeypa
             assert score.outcome == EXPECTED.get(response, "ok"), (response, score)
             assert score.value == (answer if score.ok else -7.0)
             assert score.ok or (score.detail and "\n" not in score.detail)
+            score.detail.encode()  # can be printed
+            assert response != "leave" or score.detail.endswith("status 0")  # its own end, not our kill
         assert scorer.outcomes["ok"] == len(EXPECTED) + 2
         assert [one.value for one in scorer.score(["p"], ["again"], [5.0])] == [5.0]
-    assert "9 of 22 rewards failed and count -7" in caplog.text
+    assert "13 of 30 rewards failed and count -7" in caplog.text
 
 
 def test_in_this_process_without_isolation():
-    words = ["raise", "exit", "nan", "text", "fine"]
-    scores = rewards.score(troubled, [""] * 5, words, [1.0] * 5, isolate=False)
-    assert [score.outcome for score in scores] == ["raised", "raised", "not finite", "not a number", "ok"]
+    words = ["raise", "no text", "exit", "nan", "text", "no number", "fine"]
+    scores = rewards.score(troubled, [""] * 7, words, [1.0] * 7, isolate=False)
+    assert [score.outcome for score in scores] == [EXPECTED.get(word, "ok") for word in words]
     assert [score.value for score in rewards.score(lambda p, r, a: 2, ["", ""], ["", ""], isolate=False)] == [
         2.0,
         2.0,

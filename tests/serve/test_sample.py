@@ -109,7 +109,8 @@ def test_prompts_of_messages_are_rendered_and_kept_with_what_was_said(tokenizer_
         (["--reward", "anwser"], "did you mean 'answer'"),
         (["--samples", "0"], "--samples 0"),
         (["--temperature", "0"], "--temperature 0 with --samples 3"),
-        (["--reward-timeout", "0"], "timeout_s 0"),
+        (["--reward-timeout", "0"], "--reward-timeout 0: must be above 0"),
+        (["--reward-workers", "0"], "--reward-workers 0: must be 1 or more"),
     ],
 )
 def test_wrong_words_are_refused_in_a_line(hf, questions, tmp_path, capsys, more, message):
@@ -119,6 +120,13 @@ def test_wrong_words_are_refused_in_a_line(hf, questions, tmp_path, capsys, more
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_samples_that_would_be_the_same_are_refused_before_the_model_is_read(tmp_path, capsys):
+    words = ["--load", "nowhere", "--prompts", "nowhere", "--output", str(tmp_path / "kept.jsonl")]
+    with pytest.raises(SystemExit):
+        main([*words, "--samples", "2", "--temperature", "0"])
+    assert capsys.readouterr().err.startswith("error: --temperature 0 with --samples 2")
 
 
 def test_filters():

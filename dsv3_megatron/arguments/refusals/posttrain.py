@@ -141,6 +141,16 @@ ROWS = (
         DPO + " --dpo-loss ipo --dpo-label-smoothing 0.1",
     ),
     Refusal(
+        "posttrain_mtp_loss_without_layer",
+        FEATURE,
+        "--posttrain-mtp-loss",
+        "",
+        lambda a, s: _on(a) and a.posttrain_mtp_loss and not a.mtp_num_layers,
+        "there is no MTP layer to learn",
+        "--no-posttrain-mtp-loss, or --mtp-num-layers 1 with a checkpoint that has it",
+        DPO + " --posttrain-mtp-loss --mtp-num-layers 0",
+    ),
+    Refusal(
         "dpo_live_evaluation",
         FEATURE,
         "--dpo-reference",
