@@ -185,6 +185,14 @@ def test_bad_requests_are_refused_and_harm_no_one(server, path, body, status, na
     assert server.post("/v1/completions", BODY)[0] == 200
 
 
+@pytest.mark.parametrize(
+    "extreme", [{"top_k": 2**40}, {"top_k": 10**30}, {"top_p": 1e-300}, {"temperature": 1e-300}]
+)
+def test_extreme_sampling_harms_no_one(server, extreme):
+    assert server.post("/v1/completions", {**BODY, "temperature": 1, **extreme})[0] == 200
+    assert server.post("/v1/completions", BODY)[0] == 200
+
+
 def test_more_than_it_lets_in_is_pushed_back(server):
     """While eight long answers are under way the ninth gets 429; the eight are answered; then there is room."""
     results: list[int] = []

@@ -161,12 +161,11 @@ class Server:
         return Choice(index, prompt, asked, served.ends, served.decode, served.token_text or str)
 
     def _params(self, asked: Request, index: int) -> RequestParams:
-        greedy = asked.temperature == 0
-        params = RequestParams(
+        params = RequestParams.sampled(
+            asked.temperature,
+            asked.top_k,
+            asked.top_p,
             num_tokens_to_generate=asked.max_tokens,
-            temperature=1.0 if greedy else asked.temperature,
-            top_k=1 if greedy else asked.top_k,
-            top_p=0.0 if greedy or asked.top_p == 1 else asked.top_p,
             return_log_probs=asked.top_logprobs is not None,
             top_n_logprobs=asked.top_logprobs or 0,
             skip_prompt_log_probs=not asked.echo,
