@@ -218,6 +218,8 @@ def test_a_deployment_gives_the_tokens_of_one_process(
     ("line", "named"),
     [
         ("nonsense", "p.jsonl:2: not JSON"),
+        ("[" * 100_000, "p.jsonl:2: not JSON"),
+        ('{"prompt": "\\ud800"}', "p.jsonl:2: not JSON ('utf-8'"),
         ('{"text": "x"}', 'p.jsonl:2: give {"prompt": text or messages}'),
         ('{"prompt": "x", "tokens": [1]}', "p.jsonl:2: give"),
         ('{"prompt": 5}', "p.jsonl:2: prompt must be a text"),

@@ -172,6 +172,9 @@ def test_models_and_wrong_addresses(server):
     ("path", "body", "status", "named"),
     [
         ("/v1/completions", "{", 400, "not JSON"),
+        ("/v1/completions", "[" * 100_000, 400, "not JSON"),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, "not JSON"),
+        ("/v1/completions", {"prompt": "x", "stop": "\ud800"}, 400, "not JSON"),
         ("/v1/completions", {"prompt": "x", "temprature": 1}, 400, "temprature"),
         ("/v1/completions", {"prompt": "x" * 500}, 400, "maximum context length"),
         ("/v1/completions", {"prompt": "x", "model": "other"}, 404, "other"),

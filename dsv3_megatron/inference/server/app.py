@@ -274,8 +274,10 @@ def _reasons(reply: dict[str, Any]) -> str:
 
 async def _json_body() -> Any:
     try:
-        return json.loads(await request.get_data())
-    except ValueError as error:
+        body = json.loads(await request.get_data())
+        json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        return body
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON ({error})") from error
 
 
