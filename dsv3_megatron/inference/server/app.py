@@ -61,6 +61,7 @@ class Server:
     Attributes:
         num_requests: answers under way.
         closing: no new requests are let in (503).
+        cut: why answers under way are not written on.
         failed: why the engines have stopped; every request then gets 500.
     """
 
@@ -68,6 +69,7 @@ class Server:
         self.served, self.client, self.max_requests = served, client, max_requests
         self.num_requests = 0
         self.closing = False
+        self.cut: str | None = None
         self.failed: str | None = None
 
     def app(self) -> Quart:
@@ -81,17 +83,23 @@ class Server:
         app.add_url_rule("/v1/models", view_func=self._models, methods=["GET"])
         app.add_url_rule("/v1/models/<path:name>", view_func=self._model, methods=["GET"])
         app.add_url_rule("/health", view_func=self._health, methods=["GET"])
-        for status in (404, 405, 413):
+        for status in (404, 405, 413, 500):
             app.register_error_handler(status, _as_json)
         return app
 
-    async def drained(self, seconds: float) -> bool:
-        """Let no one in, and wait until all answers are written, at most so long; whether they are."""
+    async def drained(self, seconds: float, hurried: Callable[[], bool]) -> bool:
+        """Let no one in, and wait until all answers are written, at most so long; whether they are.
+
+        Those that are not are cut: an HTTP server waits for its connections, however long an answer is.
+        """
         self.closing = True
         for _ in range(max(1, int(seconds * 20))):
             if not self.num_requests:
                 return True
+            if hurried():
+                break
             await asyncio.sleep(0.05)
+        self.cut = "the server has closed"
         return False
 
     async def _completions(self) -> Response:
@@ -232,6 +240,8 @@ class Server:
     async def _next(self, queue: "asyncio.Queue[Any]") -> Any:
         """The next message, or `EngineFailed` where none will come, or the request failed."""
         while True:
+            if self.cut:
+                raise EngineFailed(self.cut)
             try:
                 message = await asyncio.wait_for(queue.get(), timeout=1.0)
             except TimeoutError:
@@ -300,4 +310,5 @@ def _error(status: int, message: str, kind: str, param: str | None = None) -> Re
 
 
 async def _as_json(error: Any) -> Response:
-    return _error(error.code, f"{error.name}: {error.description}", "invalid_request_error")
+    kind = "server_error" if error.code == 500 else "invalid_request_error"
+    return _error(error.code, f"{error.name}: {error.description}", kind)
