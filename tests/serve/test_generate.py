@@ -1,12 +1,16 @@
 """`dsv3 generate`: its contract, in every layout, interrupted, and its errors."""
 
 import json
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Encoder
 
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.serve.generate import main
 from dsv3_megatron.serve.output import Answers
 from dsv3_megatron.serve.prompts import Prompt
@@ -285,6 +289,58 @@ def test_files_of_another_job_are_refused(hf, questions, tmp_path, capsys):
         Answers(tmp_path / "b.jsonl", [Prompt("x", [1])], {"seed": 2})
     with pytest.raises(ValueError, match=r"b\.jsonl:1: answers another prompt"):
         Answers(tmp_path / "b.jsonl", [Prompt("y", [1])], {"seed": 1})
+
+
+@pytest.mark.parametrize("line", [b"{garbage", b"[1]", b"{}", b'{"prompt": "x", "tokens": null}', b"\xff"])
+def test_a_line_that_is_no_answer_is_refused_and_kept(line, tmp_path):
+    output, questions = tmp_path / "out.jsonl", [Prompt("x", [1])]
+    Answers(output, questions, {"seed": 1}).close()
+    output.write_bytes(line + b"\n")
+    with pytest.raises(RefusedArgument, match=r"out\.jsonl:1: is no answer"):
+        Answers(output, questions, {"seed": 1})
+    assert output.read_bytes() == line + b"\n"
+
+
+def test_a_full_disk_is_one_line_and_the_job_goes_on(tmp_path):
+    output, questions = tmp_path / "out.jsonl", [Prompt("x", [1]), Prompt("y", [2])]
+    answers = Answers(output, questions, {"seed": 1})
+    answers.add(0, "first", [7])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (output.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(RefusedArgument, match="File too large; make room, and the same command"):
+            answers.add(1, "second", [8])
+        answers.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = Answers(output, questions, {"seed": 1})
+    assert again.done == 1
+    again.add(1, "second", [8])
+    again.close()
+    assert [answer["text"] for answer in read(output)] == ["first", "second"]
+
+
+def test_what_is_no_file_is_no_output():
+    with pytest.raises(RefusedArgument, match="--output /dev/full: is no file"):
+        Answers(Path("/dev/full"), [Prompt("x", [1])], {"seed": 1})
+
+
+def test_settings_that_are_none_are_refused(tmp_path):
+    output = write(tmp_path / "out.jsonl", {"prompt": "x"})
+    (tmp_path / "out.jsonl.settings.json").write_text("[1]")
+    with pytest.raises(RefusedArgument, match="was not written by this command"):
+        Answers(output, [Prompt("x", [1])], {"seed": 1})
+
+
+def test_another_tokenizer_is_another_job(hf, tmp_path, capsys):
+    questions, output = write(tmp_path / "p.jsonl", {"prompt": "Name"}), tmp_path / "out.jsonl"
+    assert main(words(hf, questions, output)) == 0
+    capsys.readouterr()
+    (tmp_path / "other").mkdir()
+    shutil.copy(hf / "tokenizer.json", tmp_path / "other")
+    refused(
+        words(hf, questions, output, "--tokenizer", str(tmp_path / "other")), "tokenizer None there", capsys
+    )
 
 
 def refused(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
