@@ -256,6 +256,9 @@ def test_wrong_lines_are_named(hf, line, named, tmp_path, capsys):
         (("--top-p", "0"), "--top-p 0"),
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--max-length", "500"), "--max-length 500"),
+        (("--max-length", "0"), "--max-length 0"),
+        (("--cache-gb", "1000000"), "--cache-gb 1e+06: "),
+        (("--transformer-impl", "transformer_engine"), "use --transformer-impl local"),
         (("--max-batch", "0"), "--max-batch 0"),
         (("--expert-model-parallel-size", "3"), "--expert-model-parallel-size 3"),
         (("--tensor-model-parallel-size", "2"), "processes"),
@@ -279,6 +282,35 @@ def test_wrong_models_are_named(bare, questions, tmp_path, capsys):
     refused(words(tmp_path / "empty", questions, output, kind="--load"), "empty", capsys)
     ids = write(tmp_path / "ids.jsonl", {"tokens": [1]})
     refused(words(bare, ids, tmp_path / "none" / "out.jsonl"), "make its folder first", capsys)
+
+
+def test_a_batch_larger_than_memory_is_as_large_as_the_cache(hf, questions, wanted, tmp_path):
+    more = (
+        "--ignore-eos",
+        "--cache-gb",
+        "0.01",
+        "--max-batch",
+        "1000000000",
+        "--max-step-tokens",
+        "1000000000",
+    )
+    assert main(words(hf, questions, tmp_path / "out.jsonl", *more)) == 0
+    assert [answer["tokens"] for answer in read(tmp_path / "out.jsonl")] == wanted
+
+
+@pytest.mark.parametrize("value", ["one", [1, None], True])
+def test_ends_that_are_no_ids_are_named(bare, questions, value, tmp_path, capsys):
+    folder = shutil.copytree(bare, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(words(folder, questions, tmp_path / "out.jsonl"), f"eos_token_id {value!r}: must be", capsys)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(hf, questions, tmp_path, capsys):
+    larger = Encoder.from_file(str(hf / "tokenizer.json"))
+    larger.add_tokens(["beyond"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    more = ("--tokenizer", str(tmp_path))
+    refused(words(hf, questions, tmp_path / "out.jsonl", *more), "has ids up to 300, the vocabulary", capsys)
 
 
 def test_files_of_another_job_are_refused(hf, questions, tmp_path, capsys):
