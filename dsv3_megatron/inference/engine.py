@@ -327,12 +327,11 @@ class Engine:
             )
 
     def _params(self, how: Sampling, seed: int) -> RequestParams:
-        greedy = how.temperature == 0
-        return RequestParams(
+        return RequestParams.sampled(
+            how.temperature,
+            how.top_k,
+            how.top_p,
             num_tokens_to_generate=how.max_new_tokens,
-            temperature=1.0 if greedy else how.temperature,
-            top_k=1 if greedy else how.top_k,
-            top_p=0.0 if greedy or how.top_p == 1 else how.top_p,
             return_log_probs=how.log_probs,
             skip_prompt_log_probs=True,
             seed=seed,

@@ -18,6 +18,8 @@ from dsv3_megatron.inference.text import TextStream
 
 __all__ = ["LatentEngine", "RequestParams"]
 
+LEAST_TEMPERATURE = 1e-6  # below it sampling is greedy, and logits / temperature leave fp32
+
 
 class RequestParams(SamplingParams):
     """Megatron's parameters of a request, and ours; both travel to the engines as one dictionary.
@@ -40,6 +42,20 @@ class RequestParams(SamplingParams):
     ):
         super().__init__(**of_megatron, termination_id=ends[0] if ends else -1)
         self.add_attributes({"seed": seed, "ends": list(ends), "stop": list(stop), "abort": abort})
+
+    @classmethod
+    def sampled(cls, temperature: float, top_k: int, top_p: float, **others: Any) -> "RequestParams":
+        """As users say it: temperature 0 is greedy, top_k 0 and top_p 1 are no limit.
+
+        Megatron keeps these in fp32 and int32, where what is too small would be 0 and what is too large none.
+        """
+        greedy = temperature < LEAST_TEMPERATURE
+        return cls(
+            temperature=1.0 if greedy else min(temperature, 1e30),
+            top_k=1 if greedy else min(top_k, 2**31 - 1),
+            top_p=0.0 if greedy or top_p == 1 else max(top_p, 1e-30),
+            **others,
+        )
 
 
 @dataclass

@@ -7,6 +7,7 @@ chat. Lines may also come from a pipe.
 """
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         [*system, {"role": "user", "content": "Hello"}]
     )  # is there a template? before anything is loaded
     sampling = sampling_of(options, source)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     with opened_engine(options, source, prefix_caching=True) as engine:
         chat = Chat(engine, tokenizer, sampling, options.system, sys.stdout)
         for line in _lines():

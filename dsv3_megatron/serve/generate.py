@@ -87,7 +87,8 @@ def settings_of(options: argparse.Namespace, source: Source) -> dict[str, Any]:
         "max_length",
     )
     model = (source.checkpoint or source.folder).resolve()
-    return {"model": str(model), **{name: getattr(options, name) for name in names}}
+    tokenizer = None if options.tokenizer is None else str(options.tokenizer.resolve())
+    return {"model": str(model), "tokenizer": tokenizer, **{name: getattr(options, name) for name in names}}
 
 
 def answer_all(

@@ -214,25 +214,32 @@ def _fill_by_name(model: Any, source: Source, weights: HFDirectory | MegatronWei
             weight.copy_(shard.take(full))
 
 
-def default_cache_bytes(
-    arch: Architecture, layout: Layout, dtype: str, batch: int, length: int, draft: bool
-) -> int:
-    """Cache of one rank that `batch` requests of `length` tokens can fill, or what the device has to spare."""
+def page_bytes(arch: Architecture, layout: Layout, dtype: str, draft: bool) -> int:
+    """Of a page of 64 tokens, all layers of one rank."""
+    layers = math.ceil(arch.num_layers / layout.pipeline) + int(draft)
+    return 64 * layers * (arch.kv_lora_rank + arch.qk_pos_emb_head_dim) * (2 if dtype == "bf16" else 4)
+
+
+def free_bytes() -> int:
+    """What the device has for one rank."""
     import torch
 
     from dsv3_megatron import cpu
 
-    layers = math.ceil(arch.num_layers / layout.pipeline) + int(draft)
-    per_token = layers * (arch.kv_lora_rank + arch.qk_pos_emb_head_dim) * (2 if dtype == "bf16" else 4)
-    pages = batch * (math.ceil(length / 64) + 1) + 2
-    wanted = pages * 64 * per_token
-    if cpu.is_active():
-        from dsv3_megatron.convert.logits import free_memory
+    if not cpu.is_active():
+        return int(torch.cuda.mem_get_info()[0])
+    from dsv3_megatron.convert.logits import free_memory
 
-        spare = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    else:
-        spare = int(torch.cuda.mem_get_info()[0] * 0.8)
-    least = (math.ceil(length / 64) + 3) * 64 * per_token
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def default_cache_bytes(page: int, batch: int, length: int) -> int:
+    """Cache of one rank that `batch` requests of `length` tokens can fill, or what the device has to spare."""
+    from dsv3_megatron import cpu
+
+    wanted = (batch * (math.ceil(length / 64) + 1) + 2) * page
+    spare = int(free_bytes() * (0.5 if cpu.is_active() else 0.8))
+    least = (math.ceil(length / 64) + 3) * page
     if spare < least:
         raise RefusedArgument(
             f"--max-length {length}: one request takes {least / 2**30:.2f} GiB of cache, {spare / 2**30:.2f} are free; "

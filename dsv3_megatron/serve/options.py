@@ -4,11 +4,20 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.errors import RefusedArgument
-from dsv3_megatron.serve.load import DTYPES, Layout, default_cache_bytes, loaded_model, use_device
+from dsv3_megatron.serve.load import (
+    DTYPES,
+    Layout,
+    default_cache_bytes,
+    free_bytes,
+    loaded_model,
+    page_bytes,
+    use_device,
+)
 from dsv3_megatron.serve.source import Source, open_source
 from dsv3_megatron.specs.deployment import Deployment
 
@@ -154,11 +163,16 @@ def open_model(options: argparse.Namespace) -> Source:
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
     options.transformer_impl = options.transformer_impl or ("transformer_engine" if on_gpu else "local")
+    if options.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise RefusedArgument(
+            "--transformer-impl transformer_engine: is not there (nor ever on the CPU); use --transformer-impl local"
+        )
     source = open_source(options.load, options.hf, options.tokenizer)
     arch = source.architecture
     layout_of(options).check(arch, int(os.environ.get("WORLD_SIZE", "1")))
     longest = arch.max_position_embeddings
-    options.max_length = options.max_length or longest
+    if options.max_length is None:
+        options.max_length = longest
     if not 2 <= options.max_length <= longest:
         raise RefusedArgument(
             f"--max-length {options.max_length}: from 2 to the model's context of {longest} tokens"
@@ -203,22 +217,22 @@ def engine_settings(options: argparse.Namespace, source: Source, **more: Any) ->
     from dsv3_megatron.inference import EngineSettings
 
     layout = layout_of(options)
-    max_batch = -(-options.max_batch // layout.tensor) * layout.tensor
-    if options.cache_gb is not None:
-        cache_bytes = int(options.cache_gb * 2**30)
+    page = page_bytes(source.architecture, layout, options.dtype, bool(options.speculative))
+    if options.cache_gb is None:
+        cache_bytes = default_cache_bytes(page, options.max_batch, options.max_length)
     else:
-        cache_bytes = default_cache_bytes(
-            source.architecture,
-            layout,
-            options.dtype,
-            max_batch,
-            options.max_length,
-            bool(options.speculative),
-        )
+        cache_bytes = int(options.cache_gb * 2**30)
+        if cache_bytes > (free := free_bytes()):
+            raise RefusedArgument(
+                f"--cache-gb {options.cache_gb:g}: {free / 2**30:.2f} GiB are free; give less"
+            )
+    # More requests than pages are never under way, and Megatron lays out its tables for as many as it is told.
+    max_batch = min(options.max_batch, max(1, cache_bytes // page))
+    max_batch = -(-max_batch // layout.tensor) * layout.tensor
     return EngineSettings(
         max_length=options.max_length,
         max_batch=max_batch,
-        max_step_tokens=options.max_step_tokens,
+        max_step_tokens=min(options.max_step_tokens, max_batch * options.max_length),
         cache_bytes=cache_bytes,
         speculative=bool(options.speculative),
         rebalance_interval=options.rebalance_interval,

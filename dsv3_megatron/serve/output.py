@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ class Answers:
             raise RefusedArgument(f"--output {file}: {error.strerror}{fix}") from error
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
+        if self.file.exists() and not self.file.is_file():
+            raise RefusedArgument(f"--output {self.file}: is no file to go on from; name one")
         path = self.file.with_name(self.file.name + ".settings.json")
         if not self.file.exists() or not self.file.stat().st_size:
             write_whole(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
-            there = json.loads(path.read_text())
-        except (OSError, ValueError):
+            there = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
             raise RefusedArgument(
                 f"--output {self.file}: exists, and was not written by this command; remove it, or name another"
             ) from None
@@ -70,18 +73,24 @@ class Answers:
             return 0
         content = self.file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8").split("\n")[:-1]  # not splitlines: a text may hold U+2028
+        lines = whole.split(b"\n")[:-1]  # not splitlines: a text may hold U+2028
         if len(lines) > len(self._prompts):
             raise RefusedArgument(
                 f"--output {self.file}: has {len(lines)} answers to {len(self._prompts)} prompts; name another"
             )
         for number, (line, prompt) in enumerate(zip(lines, self._prompts, strict=False), 1):
-            answer = json.loads(line)
-            if answer["prompt"] != prompt.given:
+            try:
+                answer = json.loads(line)
+                given, num_tokens = answer["prompt"], len(answer["tokens"])
+            except (ValueError, TypeError, KeyError):
+                raise RefusedArgument(
+                    f"{self.file}:{number}: is no answer; remove the file, or name another"
+                ) from None
+            if given != prompt.given:
                 raise RefusedArgument(
                     f"{self.file}:{number}: answers another prompt; remove the file, or name another"
                 )
-            self.num_tokens += len(answer["tokens"])
+            self.num_tokens += num_tokens
         if len(whole) < len(content):
             with open(self.file, "r+b") as handle:
                 handle.truncate(len(whole))
@@ -92,11 +101,17 @@ class Answers:
         answer = {"prompt": self._prompts[index].given, "text": text, "tokens": tokens}
         self._waiting[index] = json.dumps(answer, ensure_ascii=False)
         self.num_tokens += len(tokens)
-        while self.done in self._waiting:
-            self._handle.write(self._waiting.pop(self.done) + "\n")
-            self.done += 1
-        self._handle.flush()
+        try:
+            while self.done in self._waiting:
+                self._handle.write(self._waiting.pop(self.done) + "\n")
+                self.done += 1
+            self._handle.flush()
+        except OSError as error:
+            raise RefusedArgument(
+                f"--output {self.file}: {error.strerror}; make room, and the same command goes on"
+            ) from error
 
     def close(self) -> None:
         """After the last answer, or where the job is interrupted."""
-        self._handle.close()
+        with suppress(OSError):  # what was not written `add` has told
+            self._handle.close()

@@ -54,7 +54,8 @@ def read_prompts(file: Path, source: Source, max_length: int, also: Sequence[str
 def _prompt(line: str, source: Source, max_length: int, also: Sequence[str]) -> Prompt:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or len(value.keys() & {"prompt", "tokens"}) != 1:
         raise ValueError('give {"prompt": text or messages} or {"tokens": [ids]}')

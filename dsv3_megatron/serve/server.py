@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise RefusedArgument(f"dsv3 serve needs {', '.join(missing)}: pip install 'dsv3_megatron[serve]'")
     if options.max_requests < 1:
         raise RefusedArgument(f"--max-requests {options.max_requests}: must be 1 or more")
+    if not 0 <= options.grace_seconds < float("inf"):
+        raise RefusedArgument(f"--grace-seconds {options.grace_seconds}: must be 0 or more, and finite")
     if options.rebalance_interval:
         raise RefusedArgument(
             f"--rebalance-interval {options.rebalance_interval}: the server's ranks do not count their steps together; "

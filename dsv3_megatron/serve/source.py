@@ -110,6 +110,11 @@ def _source(
     tokenizer = None
     if (tokenizer_folder / TOKENIZER_FILE).exists():
         tokenizer = Tokenizer(tokenizer_folder)
+        if tokenizer.vocab_size > architecture.vocab_size:
+            raise RefusedArgument(
+                f"--tokenizer {tokenizer_folder}: has ids up to {tokenizer.vocab_size - 1}, the vocabulary of {folder} "
+                f"is {architecture.vocab_size}; give the model's own"
+            )
     ends = [*_ids(config_folder / "generation_config.json"), *_ids(config_folder / "config.json")]
     if tokenizer is not None and tokenizer.eos_id is not None:
         ends.append(tokenizer.eos_id)
@@ -122,4 +127,7 @@ def _ids(file: Path) -> list[int]:
         value: Any = json.loads(file.read_text()).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         return []
-    return [value] if isinstance(value, int) else list(value or [])
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise RefusedArgument(f"{file}: eos_token_id {value!r}: must be a token id, or a list of them")
+    return ids

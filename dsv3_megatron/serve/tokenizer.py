@@ -58,6 +58,11 @@ class Tokenizer:
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._encoder.token_to_id(token)
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._encoder.get_vocab().values(), default=-1) + 1
+
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, special tokens in it recognised, with a beginning token where the tokenizer adds one."""
         ids = self._encoder.encode(text).ids

@@ -256,6 +256,19 @@ def test_sampled_tokens_do_not_depend_on_the_batch(model):
     assert [g.tokens for g in engine(model).generate(batch, other)] != together
 
 
+def test_extreme_sampling_is_its_limit(model):
+    """Numbers that are 0 in Megatron's fp32, or none in it or in int32."""
+    batch = prompts(5, 9)
+
+    def answers(**how):
+        return [g.tokens for g in engine(model).generate(batch, Sampling(max_new_tokens=16, seed=5, **how))]
+
+    greedy = answers(temperature=0)
+    assert answers(temperature=1e-300) == answers(top_p=1e-300) == greedy
+    assert answers(top_k=2**40) == answers() != greedy
+    assert answers(temperature=1e300) == answers(temperature=1e30) != greedy
+
+
 def _seeded(batch, how):
     from dsv3_megatron.inference.sampling import request_seed
 

@@ -80,6 +80,12 @@ def test_the_command(hf, say, capsys):
     assert "of the drafts accepted" in shown.err
 
 
+def test_a_byte_that_is_no_text_ends_no_conversation(hf, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def \xff\n/nonsense\n"), encoding="utf-8"))
+    assert main(words(hf)) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("/nonsense: there are /reset")
+
+
 def test_the_command_that_the_demo_prints():
     words = shlex.split(chat_command(Path("runs/a folder")))
     assert words[:2] == ["dsv3", "chat"]

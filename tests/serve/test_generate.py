@@ -1,12 +1,16 @@
 """`dsv3 generate`: its contract, in every layout, interrupted, and its errors."""
 
 import json
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Encoder
 
+from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.serve.generate import main
 from dsv3_megatron.serve.output import Answers
 from dsv3_megatron.serve.prompts import Prompt
@@ -218,6 +222,8 @@ def test_a_deployment_gives_the_tokens_of_one_process(
     ("line", "named"),
     [
         ("nonsense", "p.jsonl:2: not JSON"),
+        ("[" * 100_000, "p.jsonl:2: not JSON"),
+        ('{"prompt": "\\ud800"}', "p.jsonl:2: not JSON ('utf-8'"),
         ('{"text": "x"}', 'p.jsonl:2: give {"prompt": text or messages}'),
         ('{"prompt": "x", "tokens": [1]}', "p.jsonl:2: give"),
         ('{"prompt": 5}', "p.jsonl:2: prompt must be a text"),
@@ -250,6 +256,9 @@ def test_wrong_lines_are_named(hf, line, named, tmp_path, capsys):
         (("--top-p", "0"), "--top-p 0"),
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--max-length", "500"), "--max-length 500"),
+        (("--max-length", "0"), "--max-length 0"),
+        (("--cache-gb", "1000000"), "--cache-gb 1e+06: "),
+        (("--transformer-impl", "transformer_engine"), "use --transformer-impl local"),
         (("--max-batch", "0"), "--max-batch 0"),
         (("--expert-model-parallel-size", "3"), "--expert-model-parallel-size 3"),
         (("--tensor-model-parallel-size", "2"), "processes"),
@@ -275,6 +284,35 @@ def test_wrong_models_are_named(bare, questions, tmp_path, capsys):
     refused(words(bare, ids, tmp_path / "none" / "out.jsonl"), "make its folder first", capsys)
 
 
+def test_a_batch_larger_than_memory_is_as_large_as_the_cache(hf, questions, wanted, tmp_path):
+    more = (
+        "--ignore-eos",
+        "--cache-gb",
+        "0.01",
+        "--max-batch",
+        "1000000000",
+        "--max-step-tokens",
+        "1000000000",
+    )
+    assert main(words(hf, questions, tmp_path / "out.jsonl", *more)) == 0
+    assert [answer["tokens"] for answer in read(tmp_path / "out.jsonl")] == wanted
+
+
+@pytest.mark.parametrize("value", ["one", [1, None], True])
+def test_ends_that_are_no_ids_are_named(bare, questions, value, tmp_path, capsys):
+    folder = shutil.copytree(bare, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(words(folder, questions, tmp_path / "out.jsonl"), f"eos_token_id {value!r}: must be", capsys)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(hf, questions, tmp_path, capsys):
+    larger = Encoder.from_file(str(hf / "tokenizer.json"))
+    larger.add_tokens(["beyond"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    more = ("--tokenizer", str(tmp_path))
+    refused(words(hf, questions, tmp_path / "out.jsonl", *more), "has ids up to 300, the vocabulary", capsys)
+
+
 def test_files_of_another_job_are_refused(hf, questions, tmp_path, capsys):
     output = write(tmp_path / "out.jsonl", {"prompt": "x"})
     refused(words(hf, questions, output), "was not written by this command", capsys)
@@ -283,6 +321,58 @@ def test_files_of_another_job_are_refused(hf, questions, tmp_path, capsys):
         Answers(tmp_path / "b.jsonl", [Prompt("x", [1])], {"seed": 2})
     with pytest.raises(ValueError, match=r"b\.jsonl:1: answers another prompt"):
         Answers(tmp_path / "b.jsonl", [Prompt("y", [1])], {"seed": 1})
+
+
+@pytest.mark.parametrize("line", [b"{garbage", b"[1]", b"{}", b'{"prompt": "x", "tokens": null}', b"\xff"])
+def test_a_line_that_is_no_answer_is_refused_and_kept(line, tmp_path):
+    output, questions = tmp_path / "out.jsonl", [Prompt("x", [1])]
+    Answers(output, questions, {"seed": 1}).close()
+    output.write_bytes(line + b"\n")
+    with pytest.raises(RefusedArgument, match=r"out\.jsonl:1: is no answer"):
+        Answers(output, questions, {"seed": 1})
+    assert output.read_bytes() == line + b"\n"
+
+
+def test_a_full_disk_is_one_line_and_the_job_goes_on(tmp_path):
+    output, questions = tmp_path / "out.jsonl", [Prompt("x", [1]), Prompt("y", [2])]
+    answers = Answers(output, questions, {"seed": 1})
+    answers.add(0, "first", [7])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (output.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(RefusedArgument, match="File too large; make room, and the same command"):
+            answers.add(1, "second", [8])
+        answers.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = Answers(output, questions, {"seed": 1})
+    assert again.done == 1
+    again.add(1, "second", [8])
+    again.close()
+    assert [answer["text"] for answer in read(output)] == ["first", "second"]
+
+
+def test_what_is_no_file_is_no_output():
+    with pytest.raises(RefusedArgument, match="--output /dev/full: is no file"):
+        Answers(Path("/dev/full"), [Prompt("x", [1])], {"seed": 1})
+
+
+def test_settings_that_are_none_are_refused(tmp_path):
+    output = write(tmp_path / "out.jsonl", {"prompt": "x"})
+    (tmp_path / "out.jsonl.settings.json").write_text("[1]")
+    with pytest.raises(RefusedArgument, match="was not written by this command"):
+        Answers(output, [Prompt("x", [1])], {"seed": 1})
+
+
+def test_another_tokenizer_is_another_job(hf, tmp_path, capsys):
+    questions, output = write(tmp_path / "p.jsonl", {"prompt": "Name"}), tmp_path / "out.jsonl"
+    assert main(words(hf, questions, output)) == 0
+    capsys.readouterr()
+    (tmp_path / "other").mkdir()
+    shutil.copy(hf / "tokenizer.json", tmp_path / "other")
+    refused(
+        words(hf, questions, output, "--tokenizer", str(tmp_path / "other")), "tokenizer None there", capsys
+    )
 
 
 def refused(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

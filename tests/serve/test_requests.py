@@ -76,7 +76,9 @@ def test_bad_chats(hf):
     chat = Tokenizer(hf).chat
     user = {"role": "user", "content": "x"}
     for body, named, status in (
-        ({}, "messages: missing", 400),
+        ({}, "messages must be a list", 400),
+        ({"messages": 5}, "messages must be a list", 400),
+        ({"messages": {"role": "user"}}, "messages must be a list", 400),
         ({"messages": []}, "no messages", 400),
         ({"messages": "x"}, "", 400),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "role", 400),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dsv3_megatron.serve.server import main
 from dsv3_megatron.serve.source import open_source
 from dsv3_megatron.studies.ports import free_port
 from tests.inference.models import full_log_probs, opened, transformers_greedy
@@ -132,6 +133,14 @@ def test_log_probs_and_echo_are_the_trainers(server, source, hf):
     assert all(max(top.values()) >= value - 1e-6 for top, value in zip(tops, found[1:], strict=True))
 
 
+def test_a_stream_counts_text_offsets_on(server):
+    body = {**BODY, "logprobs": 1}
+    (whole,) = server.post("/v1/completions", body)[1]["choices"]
+    events = server.stream("/v1/completions", body)
+    offsets = [place for event in events for place in event["choices"][0]["logprobs"]["text_offset"]]
+    assert len(events) > 3 and offsets == whole["logprobs"]["text_offset"]
+
+
 def test_chat(server, source, hf):
     messages = [
         {"role": "system", "content": "You are brief."},
@@ -172,6 +181,9 @@ def test_models_and_wrong_addresses(server):
     ("path", "body", "status", "named"),
     [
         ("/v1/completions", "{", 400, "not JSON"),
+        ("/v1/completions", "[" * 100_000, 400, "not JSON"),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, "not JSON"),
+        ("/v1/completions", {"prompt": "x", "stop": "\ud800"}, 400, "not JSON"),
         ("/v1/completions", {"prompt": "x", "temprature": 1}, 400, "temprature"),
         ("/v1/completions", {"prompt": "x" * 500}, 400, "maximum context length"),
         ("/v1/completions", {"prompt": "x", "model": "other"}, 404, "other"),
@@ -182,6 +194,14 @@ def test_models_and_wrong_addresses(server):
 def test_bad_requests_are_refused_and_harm_no_one(server, path, body, status, named):
     found, answer = server.post(path, body)
     assert found == status and named in answer["error"]["message"]
+    assert server.post("/v1/completions", BODY)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "extreme", [{"top_k": 2**40}, {"top_k": 10**30}, {"top_p": 1e-300}, {"temperature": 1e-300}]
+)
+def test_extreme_sampling_harms_no_one(server, extreme):
+    assert server.post("/v1/completions", {**BODY, "temperature": 1, **extreme})[0] == 200
     assert server.post("/v1/completions", BODY)[0] == 200
 
 
@@ -223,6 +243,31 @@ def test_the_end_waits_for_answers_under_way(hf):
     assert text.endswith("data: [DONE]\n\n") and '"finish_reason": "length"' in text
     assert running.process.wait(60) == 0
     assert "closing: 1 answers" in running.process.communicate()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grace", ["0", "600"])
+def test_what_is_over_the_grace_is_cut(hf, grace):
+    """With no grace at once, with a long one at the second signal."""
+    running = Running(hf, "--grace-seconds", grace)
+    connection = running.begin("/v1/completions", {**BODY, "max_tokens": 120, "prompt": "d", "n": 64})
+    response = connection.getresponse()
+    first = response.read(10)
+    running.process.send_signal(signal.SIGTERM)
+    if grace != "0":
+        time.sleep(0.1)  # two pending signals are one
+        running.process.send_signal(signal.SIGTERM)
+    text = (first + response.read()).decode()
+    assert "the server has closed" in text and text.endswith("data: [DONE]\n\n")
+    assert running.process.wait(60) == 0
+    assert "answers are cut short" in running.process.communicate()[1]
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_a_grace_that_is_no_time_is_refused_before_anything_is_loaded(hf, seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--hf", str(hf), "--device", "cpu", "--grace-seconds", seconds])
+    assert ended.value.code == 2 and f"error: --grace-seconds {float(seconds)}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

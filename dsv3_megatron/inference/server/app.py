@@ -61,6 +61,7 @@ class Server:
     Attributes:
         num_requests: answers under way.
         closing: no new requests are let in (503).
+        cut: why answers under way are not written on.
         failed: why the engines have stopped; every request then gets 500.
     """
 
@@ -68,6 +69,7 @@ class Server:
         self.served, self.client, self.max_requests = served, client, max_requests
         self.num_requests = 0
         self.closing = False
+        self.cut: str | None = None
         self.failed: str | None = None
 
     def app(self) -> Quart:
@@ -81,17 +83,23 @@ class Server:
         app.add_url_rule("/v1/models", view_func=self._models, methods=["GET"])
         app.add_url_rule("/v1/models/<path:name>", view_func=self._model, methods=["GET"])
         app.add_url_rule("/health", view_func=self._health, methods=["GET"])
-        for status in (404, 405, 413):
+        for status in (404, 405, 413, 500):
             app.register_error_handler(status, _as_json)
         return app
 
-    async def drained(self, seconds: float) -> bool:
-        """Let no one in, and wait until all answers are written, at most so long; whether they are."""
+    async def drained(self, seconds: float, hurried: Callable[[], bool]) -> bool:
+        """Let no one in, and wait until all answers are written, at most so long; whether they are.
+
+        Those that are not are cut: an HTTP server waits for its connections, however long an answer is.
+        """
         self.closing = True
         for _ in range(max(1, int(seconds * 20))):
             if not self.num_requests:
                 return True
+            if hurried():
+                break
             await asyncio.sleep(0.05)
+        self.cut = "the server has closed"
         return False
 
     async def _completions(self) -> Response:
@@ -161,12 +169,11 @@ class Server:
         return Choice(index, prompt, asked, served.ends, served.decode, served.token_text or str)
 
     def _params(self, asked: Request, index: int) -> RequestParams:
-        greedy = asked.temperature == 0
-        params = RequestParams(
+        params = RequestParams.sampled(
+            asked.temperature,
+            asked.top_k,
+            asked.top_p,
             num_tokens_to_generate=asked.max_tokens,
-            temperature=1.0 if greedy else asked.temperature,
-            top_k=1 if greedy else asked.top_k,
-            top_p=0.0 if greedy or asked.top_p == 1 else asked.top_p,
             return_log_probs=asked.top_logprobs is not None,
             top_n_logprobs=asked.top_logprobs or 0,
             skip_prompt_log_probs=not asked.echo,
@@ -233,6 +240,8 @@ class Server:
     async def _next(self, queue: "asyncio.Queue[Any]") -> Any:
         """The next message, or `EngineFailed` where none will come, or the request failed."""
         while True:
+            if self.cut:
+                raise EngineFailed(self.cut)
             try:
                 message = await asyncio.wait_for(queue.get(), timeout=1.0)
             except TimeoutError:
@@ -275,8 +284,10 @@ def _reasons(reply: dict[str, Any]) -> str:
 
 async def _json_body() -> Any:
     try:
-        return json.loads(await request.get_data())
-    except ValueError as error:
+        body = json.loads(await request.get_data())
+        json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        return body
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON ({error})") from error
 
 
@@ -299,4 +310,5 @@ def _error(status: int, message: str, kind: str, param: str | None = None) -> Re
 
 
 async def _as_json(error: Any) -> Response:
-    return _error(error.code, f"{error.name}: {error.description}", "invalid_request_error")
+    kind = "server_error" if error.code == 500 else "invalid_request_error"
+    return _error(error.code, f"{error.name}: {error.description}", kind)

@@ -38,6 +38,7 @@ class Choice:
         self._token_text = token_text
         self._stream = TextStream(decode or (lambda ids: ""), request.stop)
         self.num_tokens = 0
+        self.offset = 0  # in the texts of its tokens, of the next one that is named
         self.finish_reason: str | None = None
         self._ended = False
 
@@ -160,9 +161,10 @@ class Form:
     @staticmethod
     def _completion_logprobs(choice: Choice, piece: Piece) -> dict[str, Any]:
         tokens = [choice.token_text(token) for token, _, _ in piece.tokens]
-        offsets = [0]
+        offsets = [choice.offset]
         for text in tokens:
             offsets.append(offsets[-1] + len(text))
+        choice.offset = offsets[-1]
         return {
             "tokens": tokens,
             "token_logprobs": [log_prob for _, log_prob, _ in piece.tokens],

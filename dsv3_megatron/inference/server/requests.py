@@ -132,8 +132,8 @@ def chat_request(body: Any, limits: Limits, chat: Callable[[Any], list[int]] | N
     body = _checked_keys(body, limits, _COMMON | _OF_CHAT)
     if chat is None:
         raise BadRequest("the model has no tokenizer: use /v1/completions with token ids", status=404)
-    if body.get("messages") is None:
-        raise BadRequest("messages: missing", "messages")
+    if not isinstance(body.get("messages"), list):
+        raise BadRequest("messages must be a list of objects with role and content", "messages")
     try:
         prompt = chat(_with_plain_text(body["messages"]))
     except ValueError as error:

@@ -141,7 +141,7 @@ async def _run(
         await _until_end(llm, server, http, asked_to_end)
         if not server.failed and not http.done():
             _say(f"closing: {server.num_requests} answers are written to the end, at most {grace_s:g} s")
-            if not await server.drained(grace_s) or len(asked_to_end) > 1:
+            if not await server.drained(grace_s, hurried=lambda: len(asked_to_end) > 1):
                 _say(f"closing: {server.num_requests} answers are cut short")
     finally:
         stop.set()
