@@ -218,20 +218,13 @@ def default_cache_bytes(
     arch: Architecture, layout: Layout, dtype: str, batch: int, length: int, draft: bool
 ) -> int:
     """Cache of one rank that `batch` requests of `length` tokens can fill, or what the device has to spare."""
-    import torch
-
     from dsv3_megatron import cpu
 
     layers = math.ceil(arch.num_layers / layout.pipeline) + int(draft)
     per_token = layers * (arch.kv_lora_rank + arch.qk_pos_emb_head_dim) * (2 if dtype == "bf16" else 4)
     pages = batch * (math.ceil(length / 64) + 1) + 2
     wanted = pages * 64 * per_token
-    if cpu.is_active():
-        from dsv3_megatron.convert.logits import free_memory
-
-        spare = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    else:
-        spare = int(torch.cuda.mem_get_info()[0] * 0.8)
+    spare = int(free_bytes() * (0.5 if cpu.is_active() else 0.8))
     least = (math.ceil(length / 64) + 3) * 64 * per_token
     if spare < least:
         raise RefusedArgument(
@@ -239,3 +232,16 @@ def default_cache_bytes(
             "use a smaller one"
         )
     return min(wanted, spare)
+
+
+def free_bytes() -> int:
+    """This rank's share of what the machine's memory has free, or of its device."""
+    import torch
+
+    from dsv3_megatron import cpu
+
+    if not cpu.is_active():
+        return torch.cuda.mem_get_info()[0]
+    from dsv3_megatron.convert.logits import free_memory
+
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

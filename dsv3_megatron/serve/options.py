@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.errors import RefusedArgument
-from dsv3_megatron.serve.load import DTYPES, Layout, default_cache_bytes, loaded_model, use_device
+from dsv3_megatron.serve.load import DTYPES, Layout, default_cache_bytes, free_bytes, loaded_model, use_device
 from dsv3_megatron.serve.source import Source, open_source
 from dsv3_megatron.specs.deployment import Deployment
 
@@ -158,7 +158,7 @@ def open_model(options: argparse.Namespace) -> Source:
     arch = source.architecture
     layout_of(options).check(arch, int(os.environ.get("WORLD_SIZE", "1")))
     longest = arch.max_position_embeddings
-    options.max_length = options.max_length or longest
+    options.max_length = longest if options.max_length is None else options.max_length
     if not 2 <= options.max_length <= longest:
         raise RefusedArgument(
             f"--max-length {options.max_length}: from 2 to the model's context of {longest} tokens"
@@ -205,7 +205,11 @@ def engine_settings(options: argparse.Namespace, source: Source, **more: Any) ->
     layout = layout_of(options)
     max_batch = -(-options.max_batch // layout.tensor) * layout.tensor
     if options.cache_gb is not None:
-        cache_bytes = int(options.cache_gb * 2**30)
+        cache_bytes, free = int(options.cache_gb * 2**30), free_bytes()
+        if cache_bytes > free:
+            raise RefusedArgument(
+                f"--cache-gb {options.cache_gb:g}: {free / 2**30:.2f} GiB are free; use a smaller one"
+            )
     else:
         cache_bytes = default_cache_bytes(
             source.architecture,
