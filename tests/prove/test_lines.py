@@ -9,7 +9,7 @@ import pytest
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.prove.__main__ import main
 from dsv3_megatron.prove.line import MAX_PROCESSES, shrink
-from dsv3_megatron.prove.runs import RunFailed
+from dsv3_megatron.prove.runs import RunFailed, _last_words
 from tests.harness import DistributedFailure, run_distributed
 
 LINE = [
@@ -126,6 +126,31 @@ def test_a_version_that_pip_does_not_have_is_refused():
 
     with pytest.raises(RefusedArgument, match=r"OLD \./nowhere: pip cannot install it"):
         prove_commit("./nowhere", "here", [])
+
+
+RULE = "=" * 60
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        (["error: --lr 0: must be above 0", "ValueError: x", RULE], "--lr 0: must be above 0"),
+        (
+            ["[rank3]: Traceback (most recent call last):", "[rank3]: RuntimeError: gloo", RULE],
+            "RuntimeError: gloo",
+        ),
+        (
+            ["  traceback : Signal 9 (SIGKILL) received by PID 71", RULE],
+            "Signal 9 (SIGKILL) received by PID 71",
+        ),
+        (["some words", RULE], "some words"),
+        ([], "no output"),
+    ],
+)
+def test_the_last_words_of_a_run(log, said, tmp_path):
+    """torchrun's own summary, with the rule under it, comes last."""
+    (tmp_path / "log").write_text("\n".join(log))
+    assert _last_words(tmp_path / "log") == said
 
 
 def words_of(kind, output, *line):
