@@ -153,6 +153,28 @@ def test_the_last_words_of_a_run(log, said, tmp_path):
     assert _last_words(tmp_path / "log") == said
 
 
+@pytest.mark.parametrize("failing, word", [(1, "incomplete"), (2, "refuted")])
+def test_a_line_that_does_not_run_is_not_refuted(failing, word, monkeypatch):
+    """Only the run that the proof is about can refute it."""
+    from dsv3_megatron.prove.layout import prove_layout
+    from dsv3_megatron.prove.resume import prove_resume
+
+    started = []
+
+    def launch(job, world_size, first_on_path=None):
+        started.append(job)
+        if len(started) % 2 == failing % 2:
+            raise RunFailed("killed")
+        for rank in range(world_size):
+            (Path(job["output"]) / f"rank-{rank}.json").write_text('{"steps": [], "loaded": []}')
+
+    monkeypatch.setattr("dsv3_megatron.prove.runs.launch", launch)
+    for prove in (prove_layout, prove_resume):
+        started.clear()
+        report = prove(LAYOUTS["1F1B"])
+        assert report.word == word and "killed" in report.checks[-1].detail and len(started) == failing
+
+
 def words_of(kind, output, *line):
     return [kind, "--output", str(output), "--json", *line]
 
