@@ -127,7 +127,10 @@ def _checkpoint(words: list[str]) -> int:
     from dsv3_megatron.prove.checkpoint import audit
 
     unfinished = options.output.with_name(options.output.name + ".part.jsonl")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedArgument(f"--output {options.output}: {error.strerror}") from error
     with contextlib.redirect_stdout(sys.stderr):
         report = audit(
             options.hf, options.megatron, options.positions, options.prompt, not options.no_logits, unfinished

@@ -214,6 +214,7 @@ def test_what_is_no_model_is_no_side(pair, tmp_path, capsys):
         (["--hf", "."], "--megatron"),
         (["resum"], "dsv3 prove resum: give --hf"),
         (["--hf", ".", "--megatron", ".", "--positions", "a"], "--positions: a: give whole numbers"),
+        (["--hf", ".", "--megatron", ".", "--output", "/proc/a/b"], "--output /proc/a/b: No such file"),
         (["--hf", ".", "--megatron", ".", "--output", "tests"], "--output tests: is there already"),
     ],
 )
