@@ -47,6 +47,9 @@ LINE = [
 ]
 
 
+SPLIT = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2"]
+
+
 def value(words, option):
     return words[words.index(option) + 1] if option in words else None
 
@@ -101,6 +104,7 @@ def test_other_lines(words):
         (["layout", "python", "other.py"], "starts no trainer of ours"),
         (["resume", "--steps", "0", *LINE], "--steps: 0: must be"),
         (["resume", "--spec", "dsv3", "--pipelin-schedule", "dualpipe"], "--pipelin-schedule"),
+        (["layout", *SPLIT[:-1], "0"], "--pipeline-model-parallel-size 0: must be 1 or more"),
         (["commit", "here"], "give OLD and NEW"),
         (["commit", "", "here"], "give OLD and NEW"),
         (["commit", "here", "--steps", "3"], "give OLD and NEW"),
@@ -121,11 +125,19 @@ def test_wrong_words_are_refused(words, message, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_version_that_pip_does_not_have_is_refused():
+def test_a_version_that_pip_does_not_have_is_refused(tmp_path, monkeypatch):
+    """Either one before anything is trained; a folder's bare name is that folder."""
     from dsv3_megatron.prove.commit import prove_commit
 
-    with pytest.raises(RefusedArgument, match=r"OLD \./nowhere: pip cannot install it"):
-        prove_commit("./nowhere", "here", [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsv3_megatron.prove.commit.run", lambda *words, **more: pytest.fail("it trains"))
+    (tmp_path / "a_copy").mkdir()
+    for old, new, said in (
+        ("./nowhere", "here", r"OLD \./nowhere: pip cannot install it"),
+        ("here", "a_copy", r"NEW a_copy: pip cannot install it: .*not installable"),
+    ):
+        with pytest.raises(RefusedArgument, match=said):
+            prove_commit(old, new, [])
 
 
 RULE = "=" * 60
@@ -206,7 +218,6 @@ def smaller(monkeypatch):
     monkeypatch.setattr("dsv3_megatron.prove.line.BATCH", 4)
 
 
-SPLIT = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2"]
 LAYOUTS = {
     "DualPipe, bf16": [*SPLIT, "--pipeline-schedule", "dualpipe", "--bf16"],
     "DualPipeV": [*SPLIT, "--pipeline-schedule", "dualpipev"],
@@ -217,6 +228,10 @@ LAYOUTS = {
     "TP2": ["--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "EP2": ["--spec", "dsv3", "--expert-model-parallel-size", "2", "--use-distributed-optimizer"],
     "CP2": ["--spec", "dsv3", "--context-parallel-size", "2"],
+    "TP2 × EP2": [
+        "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
+        "2",
+    ],
     "TP2 × EP2, experts whole": [
         "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
         "2", "--expert-tensor-parallel-size", "1",
