@@ -6,6 +6,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 KEPT_BACKENDS = ("gloo", "fake", "mpi")
@@ -35,6 +38,41 @@ def new_group(original: Callable) -> Callable:
         return original(ranks, timeout, None if backend is None else gloo_backend(backend), None, **kw)
 
     return new
+
+
+def all_gather(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        sizes = [part.shape[0] if part.dim() else 1 for part in tensor_list]
+        if async_op or len(set(sizes)) == 1:
+            return original(tensor_list, tensor, group, async_op)
+        sent = tensor.repeat(len(sizes), *[1] * (tensor.dim() - 1))
+        received = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        dist.all_to_all_single(received, sent, sizes, [len(tensor)] * len(sizes), group)
+        for part, got in zip(tensor_list, received.split(sizes), strict=True):
+            part.copy_(got)
+
+    return gather
+
+
+def reduce_scatter(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def reduce(
+        output: Tensor,
+        input_list: list[Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = [part.shape[0] if part.dim() else 1 for part in input_list]
+        if async_op or op != dist.ReduceOp.SUM or len(set(sizes)) == 1:
+            return original(output, input_list, op, group, async_op)
+        received = output.new_empty(len(sizes), *output.shape)
+        own = [len(output)] * len(sizes)
+        dist.all_to_all_single(received.flatten(0, 1), torch.cat(input_list), own, sizes, group)
+        output.copy_(received.sum(0))
+
+    return reduce
 
 
 def one_gloo_device(original: type) -> type:

@@ -124,6 +124,9 @@ DEVICES: tuple[Replacement, ...] = (
     _device("torch.distributed", ("init_process_group",), distributed.init_process_group,
                 "nccl becomes gloo; no device or NCCL options. Collectives stay as asynchronous as asked"),
     _device("torch.distributed", ("new_group",), distributed.new_group, "nccl becomes gloo; no NCCL options"),
+    _device("torch.distributed", ("all_gather",), distributed.all_gather,
+                "gloo gathers equal parts only; experts cut over tensor-parallel ranks have uneven ones"),
+    _device("torch.distributed", ("reduce_scatter",), distributed.reduce_scatter, "the same on the way back"),
     _device("torch.distributed.distributed_c10d", ("ProcessGroupGloo",), distributed.one_gloo_device,
                 "each group would have a polling thread of its own, and Megatron makes dozens of groups"),
     # Megatron

@@ -22,6 +22,7 @@ __all__ = ["OURS", "check_names", "load_tasks", "our_tasks", "split_names"]
 OURS = Path(__file__).parent / "tasks"
 # Inside a group too, where others are defined or referred to.
 _NAME = re.compile(r"^[ \t-]*[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
+_MISSING = re.compile(r"^Unable to find '([^']+)'")
 _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
 
 
@@ -98,6 +99,8 @@ def _load(manager: Any, name: str, include: Path | None, option: str) -> dict[st
             "requests",
             "httpx",
         )
+        if missing := _MISSING.search(str(error)):  # of a task that names files of its own
+            raise RefusedArgument(f"{option} {name}: {missing[1]}: no such file") from error
         if from_data or isinstance(error, OSError):
             named = re.search(r"'([\w.-]+/[\w.-]+)'", str(error))
             where = f" ({named[1]})" if named else _data_of(manager, name)

@@ -11,6 +11,7 @@ import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 
 from dsv3_megatron.errors import RefusedArgument
 
@@ -118,7 +119,7 @@ def by_endpoint(url: str, model: str, key: str | None = None, timeout_s: float =
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as reply:
                 text = json.load(reply)["choices"][0]["message"]["content"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
             raise RefusedArgument(f"--grader {url}: does not answer as OpenAI's API ({error})") from error
         letter = re.search(r"\b([ABC])\b", text or "")
         if letter is None:

@@ -63,7 +63,7 @@ def run(
             return evaluate(
                 lm=model,
                 task_dict=loaded,
-                limit=limit,
+                limit=None if limit is None else min(limit, sys.maxsize),
                 bootstrap_iters=bootstraps,
                 system_instruction=system,
                 apply_chat_template=chat_template,

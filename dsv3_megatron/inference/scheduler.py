@@ -1,5 +1,7 @@
 """Megatron's dynamic engine with what a request may want besides: a seed, several ends, stop strings, to be aborted."""
 
+import faulthandler
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,10 @@ from dsv3_megatron.inference.context import LatentContext
 from dsv3_megatron.inference.text import TextStream
 
 __all__ = ["LatentEngine", "RequestParams"]
+
+# Importing Megatron's engine makes every process print its stack at Ctrl-C and SIGTERM, a pool's workers at their end.
+for _end in (signal.SIGINT, signal.SIGTERM):
+    faulthandler.unregister(_end)
 
 LEAST_TEMPERATURE = 1e-6  # below it sampling is greedy, and logits / temperature leave fp32
 

@@ -127,10 +127,14 @@ def _checkpoint(words: list[str]) -> int:
     from dsv3_megatron.prove.checkpoint import audit
 
     unfinished = options.output.with_name(options.output.name + ".part.jsonl")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    report = audit(
-        options.hf, options.megatron, options.positions, options.prompt, not options.no_logits, unfinished
-    )
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedArgument(f"--output {options.output}: {error.strerror}") from error
+    with contextlib.redirect_stdout(sys.stderr):
+        report = audit(
+            options.hf, options.megatron, options.positions, options.prompt, not options.no_logits, unfinished
+        )
     status = _end(report, options, private_words(hf=options.hf, megatron=options.megatron))
     unfinished.unlink(missing_ok=True)
     return status
@@ -286,14 +290,15 @@ def _fp8(words: list[str]) -> int:
     new_folder(options.output)
     from dsv3_megatron.prove.fp8 import prove_fp8
 
-    report = prove_fp8(
-        options.megatron,
-        options.hf,
-        not options.no_logits,
-        bound=options.bound,
-        beside=options.beside,
-        prompts=options.prompt,
-    )
+    with contextlib.redirect_stdout(sys.stderr):
+        report = prove_fp8(
+            options.megatron,
+            options.hf,
+            not options.no_logits,
+            bound=options.bound,
+            beside=options.beside,
+            prompts=options.prompt,
+        )
     named = private_words(hf=options.hf, megatron=options.megatron, beside=options.beside)
     return _end(report, options, named)
 

@@ -60,14 +60,18 @@ def prove_commit(
     folder = Path(tempfile.mkdtemp(prefix="dsv3-prove-"))
     try:
         runs: dict[str, Recorded] = {}
-        for side, version in (("old", old), ("new", new)):
-            path, told = _installed(side, version, folder)
-            report.settings[f"{side} installed"] = told
+        versions = {"old": old, "new": new}
+        paths: dict[str, Path | None] = {}
+        for side, version in versions.items():  # what pip does not have is known before anything is trained
+            paths[side], report.settings[f"{side} installed"] = _installed(side, version, folder)
+        for side, version in versions.items():
             course = ["--train-iters", str(steps), "--lr-decay-iters", str(steps), "--lr-warmup-iters", "0"]
             seen = () if "--on-bad-step" in small.words else NAN_IS_SEEN
             words = [*small.words, *course, *seen, *(spoil if side == "new" else ())]
             try:
-                runs[side] = run(f"{side} version", words, small.world_size, folder, first_on_path=path)
+                runs[side] = run(
+                    f"{side} version", words, small.world_size, folder, first_on_path=paths[side]
+                )
             except RunFailed as error:
                 # Without the old one nothing is said of the new one; a new one that stops is no good.
                 holds = None if side == "old" else False
@@ -90,7 +94,9 @@ def _installed(side: str, version: str, folder: Path) -> tuple[Path | None, str]
     target = folder / f"site-{side}"
     print(f"prove: {side}: pip install {version} …", file=sys.stderr, flush=True)
     words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*words, "--target", str(target), version], capture_output=True, text=True)
+    # pip takes a folder's bare name for a package of that name somewhere else.
+    source = str(Path(version).resolve()) if Path(version).is_dir() else version
+    done = subprocess.run([*words, "--target", str(target), source], capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
         raise RefusedArgument(

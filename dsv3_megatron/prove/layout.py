@@ -45,7 +45,9 @@ def prove_layout(line: Sequence[str], spoil: str = "") -> Report:
         split = run("layout", [*small.words, *course], small.world_size, folder, gradients=True, spoil=spoil)
         report.checks += [_losses(whole, split), _gradients(report, whole, split)]
     except RunFailed as error:
-        report.checks.append(Check("runs", "each run", "ends without an error", False, detail=str(error)))
+        # Without the one process there is nothing to compare the layout with.
+        holds = False if (folder / "layout").exists() else None
+        report.checks.append(Check("runs", "each run", "ends without an error", holds, detail=str(error)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return report

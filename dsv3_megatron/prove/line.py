@@ -129,7 +129,10 @@ def shrink(line: Sequence[str], precision: bool = True, single: bool = False) ->
     words = words_of(line)
     parser = megatron_parser()
     given = vars(parse_given(parser, words))
-    asked = {name: int(given.get(name) or 1) for name in _PARALLEL}
+    asked = {name: 1 if given.get(name) is None else int(given[name]) for name in _PARALLEL}
+    for name, size in asked.items():
+        if size < 1:
+            raise RefusedArgument(f"{_PARALLEL[name]} {size}: must be 1 or more")
     sizes = {name: min(2, size) for name, size in asked.items()}
     whole = int(given.get("expert_tensor_parallel_size") or 0)
     expert_tensor = min(2, whole) or None  # the tensor-parallel size where the line does not say

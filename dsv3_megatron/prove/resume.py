@@ -43,7 +43,9 @@ def prove_resume(
     try:
         _compare(report, small, line, steps, across, list(spoil), folder)
     except RunFailed as error:
-        report.checks.append(Check("runs", "each run", "ends without an error", False, detail=str(error)))
+        # A line that does not run at all says nothing of resuming it.
+        holds = False if (folder / "first-half").exists() else None
+        report.checks.append(Check("runs", "each run", "ends without an error", holds, detail=str(error)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return report
@@ -83,6 +85,8 @@ def _compare(
             "resuming in another layout: " + ("left out" if not across else "it is one process")
         )
         return
+    if steps == 1:  # a step's loss and gradients come before its update
+        report.not_covered.append("the optimizer's state in another layout: it shows from --steps 2 on")
     other = shrink(line, single=True)
     again = [*words("c", other), "--load", str(folder / "c"), "--no-load-rng", *spoil]
     there = run("second half in one process", again, 1, folder)

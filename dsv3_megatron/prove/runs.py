@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ __all__ = ["Recorded", "RunFailed", "gradients", "launch", "run"]
 
 RECORDER = Path(__file__).with_name("recorder.py")
 TIME_S = 1200.0
+_RANK = re.compile(r"^\[rank\d+\]: *")  # torch puts it before what a rank dies of
+_LETTER = re.compile(r"[^\W\d_]")
 
 
 class RunFailed(RuntimeError):
@@ -162,6 +165,8 @@ def _last_words(log: Path) -> str:
     told = [line for line in lines if line.startswith("error:")]
     if told:
         return told[0].removeprefix("error: ")
+    lines = [_RANK.sub("", line) for line in lines]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Refused", "RefusedArgument"))]
     errors = [line for line in errors if "ChildFailedError" not in line]
-    return (errors or lines or ["no output"])[-1][:500]
+    killed = [line.removeprefix("traceback : ") for line in lines if "received by PID" in line]
+    return (errors or killed or [line for line in lines if _LETTER.search(line)] or ["no output"])[-1][:500]

@@ -13,10 +13,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from dsv3_megatron.errors import Parser, RefusedArgument, exits_cleanly
 from dsv3_megatron.evaluation import catalog
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = None
     if is_first_rank():
         use(_setting(options, tokenizer))
-        loaded = catalog.load_tasks(names, options.include_path, download=options.download)
+        with redirect_stdout(sys.stderr):  # what tasks print is no result
+            loaded = catalog.load_tasks(names, options.include_path, download=options.download)
     try:
         with _scorer(options, source, tokenizer) as scorer:
             return _evaluate(options, source, tokenizer, loaded, scorer)
@@ -140,10 +142,19 @@ def _check(options: argparse.Namespace) -> None:
         raise RefusedArgument(
             f"--speculative {options.speculative}: log-likelihoods are computed without drafts; leave it out"
         )
-    if options.grader != MATCH and not options.grader.startswith(("http://", "https://")):
+    if options.grader != MATCH and not _is_address(options.grader):
         raise RefusedArgument(f"--grader {options.grader}: {MATCH}, or the URL of an endpoint (http://…/v1)")
-    if (options.grader == MATCH) != (options.grader_model is None):
+    if (options.grader == MATCH) != (not options.grader_model):
         raise RefusedArgument("--grader URL and --grader-model NAME belong together: give both, or neither")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of a bracket, or of a port
+        return False
+    return bool(named) and not any(map(str.isspace, url))
 
 
 def _setting(options: argparse.Namespace, tokenizer: Any) -> Setting:
@@ -194,7 +205,7 @@ def _evaluate(
 
     answers = Answers(options.output, _settings(options, source))
     try:
-        with leading(scorer) as leader:
+        with leading(scorer) as leader, redirect_stdout(sys.stderr):
             results = run(
                 HarnessModel(tokenizer, leader, answers),
                 loaded,

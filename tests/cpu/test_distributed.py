@@ -28,6 +28,23 @@ def test_asynchronous_collectives_do_not_wait():
     assert ranks[0] == (False, 16.0) and ranks[1][1] == 16.0
 
 
+def uneven_parts(rank: int, world_size: int) -> tuple[list[list[float]], list[float]]:
+    """Gather n + 1 numbers of rank n; then sum what both ranks have for those of each."""
+    mine, parts = torch.full((rank + 1, 2), float(rank)), [torch.empty(n + 1, 2) for n in range(world_size)]
+    dist.all_gather(parts, mine)
+    back = torch.empty_like(mine)
+    dist.reduce_scatter(back, [part + 1 for part in parts])
+    return [part.flatten().tolist() for part in parts], back.flatten().tolist()
+
+
+def test_uneven_parts_are_gathered_and_reduced():
+    gathered = [[0.0] * 2, [1.0] * 4]
+    assert run_distributed(uneven_parts, world_size=2, timeout=60) == [
+        (gathered, [2.0] * 2),
+        (gathered, [4.0] * 4),
+    ]
+
+
 def nccl_becomes_gloo(rank: int, world_size: int) -> list[str]:
     options = object()  # NCCL options of any kind are dropped
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank), pg_options=options)

@@ -52,6 +52,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ((*TASK, "--num-fewshot", "-1"), "--num-fewshot -1: must be 0 or more"),
         ((*TASK, "--speculative", "mtp"), "--speculative mtp"),
         ((*TASK, "--grader", "gpt"), "--grader gpt: match, or the URL"),
+        ((*TASK, "--grader", "http://[", "--grader-model", "x"), "--grader http://[: match, or the URL"),
+        ((*TASK, "--grader", "http://a b/v1", "--grader-model", "x"), "--grader http://a b/v1: match, or"),
+        ((*TASK, "--grader", "http://x/v1", "--grader-model", ""), "belong together: give both, or neither"),
+        ((*TASK, "--max-length", "0"), "--max-length 0: from 2 to"),
         ((*TASK, "--grader", "http://x/v1"), "--grader URL and --grader-model NAME belong together"),
         ((*TASK, "--grader-model", "x"), "--grader URL and --grader-model NAME belong together"),
         ((*TASK, "--include-path", "nowhere"), "--include-path nowhere: no such folder"),
@@ -227,6 +231,34 @@ def test_answers_are_graded_by_an_endpoint(hf, endpoint, monkeypatch, capsys):
     assert len(seen) == 2 and seen[0]["model"] == "judge" and seen[0]["key"] == "Bearer secret"
     assert figures["correct,none"] == figures["f_score,none"] == 1.0
     assert "secret" not in captured.out + captured.err
+
+
+PRINTS = """
+task: prints
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUESTIONS}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{q}}"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list: [{metric: bleu}]
+"""
+
+
+def test_with_json_nothing_else_is_on_stdout(hf, tmp_path, capfd):
+    """The harness prints that it draws standard errors; the processes that it ends afterwards print no stacks."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"q": "a town"}\n{"q": "a mill"}\n')
+    (tmp_path / "prints.yaml").write_text(PRINTS.replace("QUESTIONS", str(questions)))
+    words = ["--hf", str(hf), "--device", "cpu", "--include-path", str(tmp_path), "--tasks", "prints"]
+    assert main([*words, "--bootstrap-iters", "1000", "--limit", "1" + 20 * "0", "--json"]) == 0
+    captured = capfd.readouterr()
+    (line,) = captured.out.splitlines()
+    assert "bleu,none" in json.loads(line)["results"]["prints"]
+    assert "bootstrapping" in captured.err and "Stack (most recent call first)" not in captured.err
+    questions.unlink()
+    assert f"--tasks prints: {questions}: no such file" in refused(capfd, *words)
 
 
 @pytest.mark.slow

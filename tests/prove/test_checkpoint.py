@@ -161,6 +161,18 @@ def test_an_interrupted_audit_goes_on_and_without_logits_it_is_incomplete(
     assert [check["holds"] for check in report["checks"]] == [True, True, None, None, None]
 
 
+def test_with_json_nothing_else_is_on_stdout(pair, tmp_path, capsys, monkeypatch):
+    """Megatron's logger writes there once it builds a model."""
+    from dsv3_megatron.prove import checkpoint
+
+    digest = checkpoint.digest
+    monkeypatch.setattr(checkpoint, "digest", lambda value: print("WARNING") or digest(value))
+    sides = ["--hf", str(pair[0]), "--megatron", str(pair[1]), "--output", str(tmp_path / "report")]
+    main([*sides, "--no-logits", "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["word"] == "incomplete"
+
+
 def test_what_is_no_model_is_no_side(pair, tmp_path, capsys):
     """One line with the option, before anything is compared; a model that lacks a tensor is refuted instead."""
     (tmp_path / "empty").mkdir()
@@ -202,6 +214,7 @@ def test_what_is_no_model_is_no_side(pair, tmp_path, capsys):
         (["--hf", "."], "--megatron"),
         (["resum"], "dsv3 prove resum: give --hf"),
         (["--hf", ".", "--megatron", ".", "--positions", "a"], "--positions: a: give whole numbers"),
+        (["--hf", ".", "--megatron", ".", "--output", "/proc/a/b"], "--output /proc/a/b: No such file"),
         (["--hf", ".", "--megatron", ".", "--output", "tests"], "--output tests: is there already"),
     ],
 )

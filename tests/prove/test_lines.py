@@ -9,7 +9,7 @@ import pytest
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.prove.__main__ import main
 from dsv3_megatron.prove.line import MAX_PROCESSES, shrink
-from dsv3_megatron.prove.runs import RunFailed
+from dsv3_megatron.prove.runs import RunFailed, _last_words
 from tests.harness import DistributedFailure, run_distributed
 
 LINE = [
@@ -45,6 +45,9 @@ LINE = [
     *("--data-path", "/data/corpus", "--lr", "2.2e-4", "--global-batch-size", "15360"),
     *("--pipeline-schedule", "dualpipe"),
 ]
+
+
+SPLIT = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2"]
 
 
 def value(words, option):
@@ -101,6 +104,7 @@ def test_other_lines(words):
         (["layout", "python", "other.py"], "starts no trainer of ours"),
         (["resume", "--steps", "0", *LINE], "--steps: 0: must be"),
         (["resume", "--spec", "dsv3", "--pipelin-schedule", "dualpipe"], "--pipelin-schedule"),
+        (["layout", *SPLIT[:-1], "0"], "--pipeline-model-parallel-size 0: must be 1 or more"),
         (["commit", "here"], "give OLD and NEW"),
         (["commit", "", "here"], "give OLD and NEW"),
         (["commit", "here", "--steps", "3"], "give OLD and NEW"),
@@ -121,11 +125,66 @@ def test_wrong_words_are_refused(words, message, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_version_that_pip_does_not_have_is_refused():
+def test_a_version_that_pip_does_not_have_is_refused(tmp_path, monkeypatch):
+    """Either one before anything is trained; a folder's bare name is that folder."""
     from dsv3_megatron.prove.commit import prove_commit
 
-    with pytest.raises(RefusedArgument, match=r"OLD \./nowhere: pip cannot install it"):
-        prove_commit("./nowhere", "here", [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsv3_megatron.prove.commit.run", lambda *words, **more: pytest.fail("it trains"))
+    (tmp_path / "a_copy").mkdir()
+    for old, new, said in (
+        ("./nowhere", "here", r"OLD \./nowhere: pip cannot install it"),
+        ("here", "a_copy", r"NEW a_copy: pip cannot install it: .*not installable"),
+    ):
+        with pytest.raises(RefusedArgument, match=said):
+            prove_commit(old, new, [])
+
+
+RULE = "=" * 60
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        (["error: --lr 0: must be above 0", "ValueError: x", RULE], "--lr 0: must be above 0"),
+        (
+            ["[rank3]: Traceback (most recent call last):", "[rank3]: RuntimeError: gloo", RULE],
+            "RuntimeError: gloo",
+        ),
+        (
+            ["  traceback : Signal 9 (SIGKILL) received by PID 71", RULE],
+            "Signal 9 (SIGKILL) received by PID 71",
+        ),
+        (["some words", RULE], "some words"),
+        ([], "no output"),
+    ],
+)
+def test_the_last_words_of_a_run(log, said, tmp_path):
+    """torchrun's own summary, with the rule under it, comes last."""
+    (tmp_path / "log").write_text("\n".join(log))
+    assert _last_words(tmp_path / "log") == said
+
+
+@pytest.mark.parametrize("failing, word", [(1, "incomplete"), (2, "refuted")])
+def test_a_line_that_does_not_run_is_not_refuted(failing, word, monkeypatch):
+    """Only the run that the proof is about can refute it."""
+    from dsv3_megatron.prove.layout import prove_layout
+    from dsv3_megatron.prove.resume import prove_resume
+
+    started = []
+
+    def launch(job, world_size, first_on_path=None):
+        started.append(job)
+        if len(started) % 2 == failing % 2:
+            raise RunFailed("killed")
+        for rank in range(world_size):
+            (Path(job["output"]) / f"rank-{rank}.json").write_text('{"steps": [], "loaded": []}')
+
+    monkeypatch.setattr("dsv3_megatron.prove.runs.launch", launch)
+    for prove in (prove_layout, prove_resume):
+        started.clear()
+        report = prove(LAYOUTS["1F1B"])
+        assert report.word == word and "killed" in report.checks[-1].detail and len(started) == failing
 
 
 def words_of(kind, output, *line):
@@ -159,7 +218,6 @@ def smaller(monkeypatch):
     monkeypatch.setattr("dsv3_megatron.prove.line.BATCH", 4)
 
 
-SPLIT = ["--spec", "dsv3", "--pipeline-model-parallel-size", "2"]
 LAYOUTS = {
     "DualPipe, bf16": [*SPLIT, "--pipeline-schedule", "dualpipe", "--bf16"],
     "DualPipeV": [*SPLIT, "--pipeline-schedule", "dualpipev"],
@@ -170,6 +228,10 @@ LAYOUTS = {
     "TP2": ["--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "EP2": ["--spec", "dsv3", "--expert-model-parallel-size", "2", "--use-distributed-optimizer"],
     "CP2": ["--spec", "dsv3", "--context-parallel-size", "2"],
+    "TP2 × EP2": [
+        "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
+        "2",
+    ],
     "TP2 × EP2, experts whole": [
         "--spec", "dsv3", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size",
         "2", "--expert-tensor-parallel-size", "1",

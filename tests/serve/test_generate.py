@@ -249,6 +249,7 @@ def test_wrong_lines_are_named(hf, line, named, tmp_path, capsys):
         (("--temperature", "nan"), "--temperature nan"),
         (("--cache-gb", "-1"), "--cache-gb -1.0: must be a number above 0"),
         (("--cache-gb", "nan"), "--cache-gb nan"),
+        (("--cache-gb", "1e9"), "GiB are free; use a smaller one"),
         (("--redundant-experts", "-1"), "--redundant-experts -1"),
         (("--redundant-experts", "3", "--expert-model-parallel-size", "2"), "do not lie evenly on 2"),
         (("--rebalance-interval", "5"), "--rebalance-interval 5: 0 or more, and with --redundant-experts"),
