@@ -224,7 +224,7 @@ def engine_settings(options: argparse.Namespace, source: Source, **more: Any) ->
         cache_bytes = int(options.cache_gb * 2**30)
         if cache_bytes > (free := free_bytes()):
             raise RefusedArgument(
-                f"--cache-gb {options.cache_gb:g}: {free / 2**30:.2f} GiB are free; give less"
+                f"--cache-gb {options.cache_gb:g}: {free / 2**30:.2f} GiB are free; use a smaller one"
             )
     # More requests than pages are never under way, and Megatron lays out its tables for as many as it is told.
     max_batch = min(options.max_batch, max(1, cache_bytes // page))
