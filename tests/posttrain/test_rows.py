@@ -93,9 +93,14 @@ def test_prompts_without_room_for_a_response_are_left_out(
 def test_prompts_of_messages_read_the_tokenizer_once_and_name_their_line(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = []
+    built: list[Rendering] = []
     build = Rendering.build
-    monkeypatch.setattr(Rendering, "build", lambda self: built.append(self) or build(self))
+
+    def counted(self: Rendering) -> Any:
+        built.append(self)
+        return build(self)
+
+    monkeypatch.setattr(Rendering, "build", counted)
     file = tmp_path / "prompts.jsonl"
     good = json.dumps({"prompt": [{"role": "user", "content": "x"}]}) + "\n"
     file.write_text(good * 3)
