@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = catalog.split_names(options.tasks)
     _check(options)
     catalog.check_names(names, options.include_path)
+    _check_read(options, names)
     source = open_model(options)
     tokenizer_folder = source.need_tokenizer("dsv3 evaluate").folder
     from dsv3_megatron.evaluation.text import open_tokenizer
@@ -146,6 +147,22 @@ def _check(options: argparse.Namespace) -> None:
         raise RefusedArgument(f"--grader {options.grader}: {MATCH}, or the URL of an endpoint (http://…/v1)")
     if (options.grader == MATCH) != (not options.grader_model):
         raise RefusedArgument("--grader URL and --grader-model NAME belong together: give both, or neither")
+
+
+def _check_read(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Options of single tasks, where none of these tasks is asked for; other people's tasks may read any."""
+    if options.include_path is not None:
+        return
+    for option, given, reader in (
+        ("--text", options.text, "dsv3_text"),
+        ("--needle-lengths", options.needle_lengths, "dsv3_needle"),
+        ("--needle-depths", options.needle_depths, "dsv3_needle"),
+        ("--grader", options.grader != MATCH, "dsv3_facts_en"),
+    ):
+        readers = {task for task in catalog.our_tasks() if task.startswith(reader.removesuffix("_en"))}
+        readers = {reader} if option == "--text" else {*readers, "dsv3_offline"}
+        if given and readers.isdisjoint(names):
+            raise RefusedArgument(f"{option}: none of --tasks reads it; add {reader}, or leave it out")
 
 
 def _is_address(url: str) -> bool:

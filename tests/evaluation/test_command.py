@@ -62,6 +62,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ((*TASK, "--max-length", "9999"), "--max-length 9999"),
         (("--tasks", "arc_easy"), "--tasks arc_easy: its data (allenai/ai2_arc) is not on this machine"),
         (("--tasks", "dsv3_needle", "--needle-lengths", "4096"), "--needle-lengths 4096: the context of 256"),
+        ((*TASK, "--needle-lengths", "64"), "--needle-lengths: none of --tasks reads it; add dsv3_needle"),
+        ((*TASK, "--grader", "http://x/v1", "--grader-model", "x"), "--grader: none of --tasks reads it"),
+        (("--tasks", "dsv3_text_en", "--text", "x"), "--text: none of --tasks reads it; add dsv3_text"),
         (("--tasks", "dsv3_text", "--text", "nowhere.txt"), "--text nowhere.txt: No such file"),
     ],
 )
