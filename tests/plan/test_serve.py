@@ -166,6 +166,7 @@ def test_json_has_one_line(capsys):
         (["imbalance=0.5"], "imbalance=0.5: use a number from 1"),
         (["cached=1"], "cached=1: use a number from 0 to below 1"),
         (["nonsense"], "write NAME=VALUE"),
+        (["layout=decode_tp4_dp80_ep320", "contxt=8192"], "contxt=8192: no such argument"),
         (["layout=prefill_tp4_dp8_ep32", "mtp=on"], "drafts are of decoding"),
         (["layout=decode_tp4_dp80_ep320", "cached=0.5"], "cached=0.5: is of prefilling"),
         (["layout=decode_tp4_dp80_ep320", "attention=expanded"], "attention=expanded: is of prefilling"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsv3_megatron.conf import compose
+from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.conf.serving import is_for_serving, serving_of
 from dsv3_megatron.metrics.flops import ModelSizes
@@ -97,6 +98,7 @@ def _number(
 def job_of(options: Options) -> ServingJob:
     """The job; PlanError and ConfigError name the word that is wrong."""
     cfg = compose(options.overrides, serving=True)
+    to_megatron_argv(cfg)  # a word that neither we nor Megatron know would do nothing
     if not is_for_serving(cfg):
         named = [word for word in options.overrides if word.startswith("layout=")] or ["layout"]
         raise PlanError(
