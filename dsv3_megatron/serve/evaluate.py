@@ -56,12 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsv3_megatron.evaluation.text import open_tokenizer
 
     tokenizer = open_tokenizer(tokenizer_folder)
-    vocab_size = source.architecture.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise RefusedArgument(
-            f"the tokenizer of {tokenizer_folder} has {len(tokenizer)} tokens, the model {vocab_size}: "
-            "give the model's own with --tokenizer DIR"
-        )
     if options.apply_chat_template and not tokenizer.chat_template:
         raise RefusedArgument(
             f"--apply-chat-template: the tokenizer of {tokenizer_folder} has no chat template"

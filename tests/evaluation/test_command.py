@@ -81,7 +81,7 @@ def test_wrong_models_are_named(hf, tmp_path, capsys):
     assert "give --load DIR" in refused(capsys, "--device", "cpu", *TASK)
     release(tmp_path / "small", micro())
     words = ("--hf", tmp_path / "small", "--tokenizer", hf, "--device", "cpu", *TASK)
-    assert "has 400 tokens, the model 96" in refused(capsys, *words)
+    assert "has ids up to 399, the vocabulary" in refused(capsys, *words)
     (tmp_path / "tracker").mkdir()
     (tmp_path / "tracker" / "latest_checkpointed_iteration.txt").write_text("abc")
     assert "'abc' is neither an iteration nor release" in refused(
