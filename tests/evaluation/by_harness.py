@@ -18,9 +18,10 @@ BOUND = 1e-5  # of each value, relative to its size where that is above 1
 
 def words(kind: str, folder: Path, output: Path | None = None, tasks: tuple[str, ...] = TASKS) -> list[str]:
     """Of `dsv3 evaluate` for these tasks."""
+    needles = ["--needle-lengths", *map(str, NEEDLES)] if "dsv3_needle" in tasks else []
     return [
         kind, str(folder), "--device", "cpu", "--tasks", *tasks, "--limit", str(LIMIT), "--json",
-        "--needle-lengths", *map(str, NEEDLES), *(["--output", str(output)] if output else []),
+        *needles, *(["--output", str(output)] if output else []),
     ]  # fmt: skip
 
 
