@@ -1,8 +1,10 @@
-"""Text of a growing sequence of tokens, as it may be shown, up to a stop string. Pure string logic."""
+"""Text that is asked with, and of a growing sequence of tokens as it may be shown, up to a stop string. Pure logic."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "json_value"]
 
 INCOMPLETE = "\ufffd"  # what bytes of an unfinished character decode to
 
@@ -85,3 +87,17 @@ class TextStream:
 def _beginning(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def json_value(data: str | bytes) -> Any:
+    """What a request or a line of prompts holds.
+
+    Raises:
+        ValueError: it is not JSON, nested without end, or holds half of a surrogate pair, which is no text.
+    """
+    try:
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    return value

@@ -62,9 +62,8 @@ class RankWatch:
         self._cause: str | None = None
         self._first_cause: str | None = None
         self._stop = threading.Event()
-        self._last_words = (
-            threading.Lock()
-        )  # held for good once this process ends: the cause is its last line
+        # Held for good once this process ends: the cause is its last line.
+        self._last_words = threading.Lock()
         self._remote = [r for r in range(world_size) if r != rank] if rank == 0 else [0]
         self._local = [r for r in local_ranks if r != rank]
         self._pids: dict[int, int] = {}

@@ -147,16 +147,22 @@ def _check_read(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Options of single tasks, where none of these tasks is asked for; other people's tasks may read any."""
     if options.include_path is not None:
         return
-    for option, given, reader in (
-        ("--text", options.text, "dsv3_text"),
-        ("--needle-lengths", options.needle_lengths, "dsv3_needle"),
-        ("--needle-depths", options.needle_depths, "dsv3_needle"),
-        ("--grader", options.grader != MATCH, "dsv3_facts_en"),
+    needle = ("dsv3_needle", "dsv3_offline")
+    facts = (
+        "dsv3_facts_en",
+        "dsv3_facts_zh",
+        "dsv3_facts_en_repeated",
+        "dsv3_facts_zh_repeated",
+        "dsv3_offline",
+    )
+    for option, given, readers in (
+        ("--text", options.text, ("dsv3_text",)),
+        ("--needle-lengths", options.needle_lengths, needle),
+        ("--needle-depths", options.needle_depths, needle),
+        ("--grader", options.grader != MATCH, facts),
     ):
-        readers = {task for task in catalog.our_tasks() if task.startswith(reader.removesuffix("_en"))}
-        readers = {reader} if option == "--text" else {*readers, "dsv3_offline"}
-        if given and readers.isdisjoint(names):
-            raise RefusedArgument(f"{option}: none of --tasks reads it; add {reader}, or leave it out")
+        if given and not set(readers) & set(names):
+            raise RefusedArgument(f"{option}: none of --tasks reads it; add {readers[0]}, or leave it out")
 
 
 def _is_address(url: str) -> bool:

@@ -4,10 +4,10 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv3_megatron.arguments.surroundings import is_installed
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.serve.load import (
     DTYPES,
@@ -163,7 +163,7 @@ def open_model(options: argparse.Namespace) -> Source:
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
     options.transformer_impl = options.transformer_impl or ("transformer_engine" if on_gpu else "local")
-    if options.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+    if options.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
         raise RefusedArgument(
             "--transformer-impl transformer_engine: is not there (nor ever on the CPU); use --transformer-impl local"
         )

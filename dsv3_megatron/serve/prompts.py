@@ -1,12 +1,12 @@
 """Prompts from a JSONL file: `{"prompt": text or messages}` or `{"tokens": [ids]}` in each line."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.errors import RefusedArgument
+from dsv3_megatron.inference.text import json_value
 from dsv3_megatron.serve.source import Source
 
 __all__ = ["Prompt", "read_prompts"]
@@ -53,9 +53,8 @@ def read_prompts(file: Path, source: Source, max_length: int, also: Sequence[str
 
 def _prompt(line: str, source: Source, max_length: int, also: Sequence[str]) -> Prompt:
     try:
-        value: Any = json.loads(line)
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
+        value: Any = json_value(line)
+    except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or len(value.keys() & {"prompt", "tokens"}) != 1:
         raise ValueError('give {"prompt": text or messages} or {"tokens": [ids]}')

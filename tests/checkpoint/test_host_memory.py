@@ -10,17 +10,9 @@ from tests.arguments.lines import MICRO
 from tests.harness import run_distributed
 
 WORDS = [
-    *MICRO,
-    "--spec",
-    "dsv3",
-    "--device",
-    "cpu",
-    "--expert-model-parallel-size",
-    "2",
-    "--train-iters",
-    "1",
+    *(*MICRO, "--spec", "dsv3", "--device", "cpu", "--expert-model-parallel-size", "2", "--train-iters", "1"),
+    *("--use-distributed-optimizer", "--log-interval", "1", "--lr-decay-iters", "10"),
 ]
-WORDS += ["--use-distributed-optimizer", "--log-interval", "1", "--lr-decay-iters", "10"]
 
 
 def start(rank: int, world_size: int, words: list[str], least: float) -> str:

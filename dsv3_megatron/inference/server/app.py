@@ -20,6 +20,7 @@ from dsv3_megatron.inference.server.requests import (
     chat_request,
     completion_request,
 )
+from dsv3_megatron.inference.text import json_value
 
 __all__ = ["Served", "Server"]
 
@@ -284,10 +285,8 @@ def _reasons(reply: dict[str, Any]) -> str:
 
 async def _json_body() -> Any:
     try:
-        body = json.loads(await request.get_data())
-        json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        return body
-    except (ValueError, RecursionError) as error:
+        return json_value(await request.get_data())
+    except ValueError as error:
         raise BadRequest(f"the body is not JSON ({error})") from error
 
 
