@@ -27,7 +27,16 @@ from dsv3_megatron.plan.parameters import ParameterCounts
 from dsv3_megatron.plan.step import plan
 
 # What is seconds, SMs or a property of the chip, no speed.
-_NO_SPEED = ("latency", "ramp", "beside_token", "pair_gap", "communication_sms", "flops_per_clock", "tile", "full_watts")
+_NO_SPEED = (
+    "latency",
+    "ramp",
+    "beside_token",
+    "pair_gap",
+    "communication_sms",
+    "flops_per_clock",
+    "tile",
+    "full_watts",
+)
 SLOWEST, FASTEST = 0.25, 4.0
 WANTED = (
     '{"plan": ["model=…", …], "step_s": 1.23}, {"launch": "torchrun …", "gpu": "h100", "step_s": 1.23}, a timeline of '

@@ -154,8 +154,7 @@ def _host(job: Job, gpu: Gpu, moe: bool) -> tuple[tuple[float, float], tuple[flo
         return (0, 0), (0, 0)
     host, parts = gpu.host, host_time.parts(job, moe)
     forward, backward = (
-        tuple(host.seconds(part[way], software) for part in (parts.first, parts.second))
-        for way in (0, 1)
+        tuple(host.seconds(part[way], software) for part in (parts.first, parts.second)) for way in (0, 1)
     )
     return forward, backward  # type: ignore[return-value]
 
