@@ -41,6 +41,7 @@ class Confidence:
 
     Attributes:
         time_percent, memory_percent: largest error seen, of the step and of the fullest rank's peak.
+        memory_range: what a peak was, least and most, of the predicted one.
         domain: whether runs of the plan's own domain were compared.
         compared_with: their names; outside of all domains those on the same hardware.
         unlike: what of the job no compared run has, in words.
@@ -51,6 +52,7 @@ class Confidence:
     domain: bool
     compared_with: tuple[str, ...]
     unlike: tuple[str, ...] = ()
+    memory_range: tuple[float, float] = (1.0, 1.0)
 
     def as_dict(self) -> dict[str, object]:
         """The JSON contract."""
@@ -112,8 +114,10 @@ def confidence(job: Job, gpu: Gpu) -> Confidence:
     else:
         names, time = list(inside), _largest([run.percent for run in inside.values()])
     peaks = [MEMORY_PERCENT[name] for name in names if name in MEMORY_PERCENT]
-    memory = _largest(peaks or list(MEMORY_PERCENT.values()))
-    return Confidence(time, memory, not unlike, tuple(names), unlike)
+    peaks = peaks or list(MEMORY_PERCENT.values())
+    seen = [1 / (1 + percent / 100) for percent in peaks]
+    memory_range = min(1.0, *seen), max(1.0, *seen)
+    return Confidence(time, _largest(peaks), not unlike, tuple(names), unlike, memory_range)
 
 
 def _far(job: Job, runs: Sequence[Compared]) -> tuple[str, ...]:
@@ -130,10 +134,10 @@ def _far(job: Job, runs: Sequence[Compared]) -> tuple[str, ...]:
 
 def verdict(plan: Plan) -> str:
     """ "fits", "tight" or "does not fit": tight where the memory model's own error decides."""
-    error = confidence(plan.job, plan.gpu).memory_percent / 100 * max(plan.memory_gib)
-    if abs(plan.memory_margin_gib) < error:
-        return "tight"
-    return "fits" if plan.fits else "does not fit"
+    peak, (least, most) = max(rank.peak for rank in plan.memory), confidence(plan.job, plan.gpu).memory_range
+    if peak * most <= plan.gpu.memory:
+        return "fits"
+    return "tight" if peak * least <= plan.gpu.memory else "does not fit"
 
 
 def _unlike(job: Job) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Compared(NamedTuple):
-    """Of one run: hardware, dispatcher and precision; predicted step against the published one; its sizes."""
+    """Of one run: hardware, dispatcher, precision; predicted step against the published one; its sizes."""
 
     domain: tuple[str, str, str]
     percent: float
@@ -18,7 +18,7 @@ TIME_PERCENT: dict[str, Compared] = {
         ("h800", "DeepSeek's own", "dsv3"), -0.2, 2048, 120, 7168
     ),
     "1024 H100, FP8 blockwise, TP2 PP8 VPP4 EP64, DeepEP, overlap": Compared(
-        ("h100", "deepep", "blockwise"), 7.9, 1024, 128, 7168
+        ("h100", "deepep", "blockwise"), 1.0, 1024, 128, 7168
     ),
     "1024 H100, FP8 tensorwise, TP2 PP8 VPP4 EP64, DeepEP, overlap": Compared(
         ("h100", "deepep", "tensorwise"), -2.4, 1024, 128, 7168
@@ -115,7 +115,7 @@ TIME_PERCENT: dict[str, Compared] = {
     "256 GB200, MXFP8, PP8 VPP4 EP32, step 13: norms quantise": Compared(
         ("gb200", "hybridep", "mxfp8"), 2.7, 256, 64, 7168
     ),
-    "256 GB200, BF16, PP8 VPP4 EP32, HybridEP": Compared(("gb200", "hybridep", "bf16"), 16.4, 256, 128, 7168),
+    "256 GB200, BF16, PP8 VPP4 EP32, HybridEP": Compared(("gb200", "hybridep", "bf16"), 12.7, 256, 128, 7168),
     "256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP, GBS 8192": Compared(
         ("gb200", "hybridep", "mxfp8"), 1.1, 256, 128, 7168
     ),

@@ -20,8 +20,8 @@ class Achieved:
         fp4_gemm: of the FP4 peak; not fitted: FP8's.
         attention_forward, attention_backward: of the BF16 peak, causal work counted.
         hbm, nvlink, ib: bandwidths; NVLink of collectives and of DeepEP.
-        scores: of HBM's, of kernels that pass over whole matrices of scores, where attention is not fused; fitted on the
-            one run that has it.
+        scores: of HBM's, of kernels that pass over whole matrices of scores, where attention is not fused; fitted on
+            the one run of the fitted half that has it.
         permutation: of HBM's, of kernels that order rows; on B200 SimuMax's `permute_fwd`, on Hopper as any other.
         hybridep_nvlink: of HybridEP's kernels.
         deepep_wide: DeepEP's dispatch and combine in an NVLink domain of more than 8, which it was not written for.
@@ -35,8 +35,8 @@ class Achieved:
         pair_gap: seconds per layer of an overlapped pair in which neither stream works (launches, events).
         communication_sms: taken from computation while a pair runs.
         flops_per_clock: of BF16, of one SM: with it the share of exponentials in attention follows.
-        ramp: seconds of a kernel besides its bytes, which shows where each expert has one of its own: on B200 Transformer
-            Engine quantises 512 rows in 8 to 10 us, of which their bytes are 2 to 3 (its #2634).
+        ramp: seconds of a kernel besides its bytes, which shows where each expert has one of its own: on B200
+            Transformer Engine quantises 512 rows in 8 to 10 us, of which their bytes are 2 to 3 (its #2634).
         tile: rows that one product of the tensor cores works on: of one SM, on Blackwell of two.
         full_watts: power at which the tensor cores would keep the clocks of a short trace; with less they slow down.
     """

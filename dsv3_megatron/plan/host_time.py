@@ -133,8 +133,8 @@ def _graphed(job: Job, part: str, launches: tuple[Launches, Launches]) -> tuple[
 
 
 # Beyond the fused ones. Rotary embedding: cosines, halves, their sums and joins, of queries and of keys (Megatron's
-# `rope_utils.py`). Attention: its causal mask, made for each call, and what is around its products (Transformer Engine's
-# `UnfusedDotProductAttention`).
+# `rope_utils.py`). Attention: its causal mask, made for each call, and what is around its products (Transformer
+# Engine's `UnfusedDotProductAttention`).
 _ROPE = (Launches(24), Launches(26))
 _UNFUSED = (Launches(18), Launches(8))
 

@@ -315,7 +315,10 @@ class Job:
 
     @property
     def experts_pad(self) -> bool:
-        """Whether the experts copy their rows into as many as FP8 asks for (Megatron's `skip_routed_expert_padding`)."""
+        """Whether the experts copy their rows into as many as FP8 asks for.
+
+        Megatron's `skip_routed_expert_padding`.
+        """
         padded = self.software.router_padding or self.capacity_factor is not None
         hybridep = self.dispatcher == "flex" and self.flex_backend == "hybridep"
         return self.precision.fp8 and not (padded or hybridep or self.software.own_kernels)

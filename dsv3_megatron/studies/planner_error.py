@@ -87,6 +87,11 @@ class Judged:
     def domain(self) -> Domain:
         return domain_of(self.run.job, GPUS[self.run.gpu])
 
+    @property
+    def compared(self) -> Compared:
+        """As `plan/errors.py` has it."""
+        return Compared(self.domain, 100 * self.time.error, **sizes_of(self.run.job))
+
 
 def judged() -> list[Judged]:
     """Every published run, planned."""
@@ -105,31 +110,40 @@ def judged() -> list[Judged]:
     return found
 
 
-# A published run to anchor on, and the beginning of the names of others of its hardware, which it then predicts.
-ANCHORED = (
-    (
-        "64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all",
-        "64 H100, BF16, 14 layers, 2048 tokens, all-to-all",
-    ),
-    ("256 B200, BF16, PP16 EP8, all-to-all, GBS 2048", "256 B200, MXFP8, PP16 EP8, HybridEP"),
-    ("256 B300, MXFP8, PP16 EP8, HybridEP", "256 B300, MXFP8, PP8 EP8"),
-    ("256 GB200, BF16, PP8 VPP4 EP32, HybridEP", "256 GB200, BF16, PP4 VPP4 EP64, HybridEP"),
-    ("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "256 GB300, MXFP8, PP2 VPP8 EP32"),
-)
+def alike(one: Judged, other: Judged) -> bool:
+    """Whether one run may anchor another: limited by the same, that is of its domain and size, with the same parts in
+    CUDA graphs, overlapped or not, and its processes bound or not."""
+
+    def limits(job: Job) -> tuple[object, ...]:
+        software = job.software
+        return software.graphs, job.whole_iteration_graph, job.layout.overlap_pairs, software.bound
+
+    near = is_near(one.run.job, other.compared)
+    return one.domain == other.domain and near and limits(one.run.job) == limits(other.run.job)
+
+
+def anchors(rows: Sequence[Judged]) -> list[tuple[Judged, list[Judged]]]:
+    """The first run of each kind, and the others, which it then predicts; each run once."""
+    left = [row for row in rows if row.run.half != "apart" and row.run.job.software.fused_attention]
+    found = []
+    while left:
+        first, *rest = left
+        others = [row for row in rest if alike(first, row)]
+        if others:
+            found.append((first, others))
+        left = [row for row in rest if row not in others]
+    return found
 
 
 def anchored_rows(rows: Sequence[Judged]) -> list[tuple[str, Judged, float]]:
     """Anchor, predicted run with its plain error, and its error when anchored."""
-    by_name = {row.run.name: row.run for row in rows}
     found = []
-    for name, others in ANCHORED:
-        run = by_name[name]
-        gpu = GPUS[run.gpu]
-        gpu = scaled(gpu, speed_of(run.job, gpu, run.counts, run.step_s))
-        for row in rows:
-            if row.run.name.startswith(others) and row.run is not run:
-                step = plan(row.run.job, gpu, row.run.counts).step_s
-                found.append((name, row, step / row.run.step_s - 1))
+    for anchor, others in anchors(rows):
+        run = anchor.run
+        gpu = scaled(GPUS[run.gpu], speed_of(run.job, GPUS[run.gpu], run.counts, run.step_s))
+        for row in others:
+            step = plan(row.run.job, gpu, row.run.counts).step_s
+            found.append((run.name, row, step / row.run.step_s - 1))
     return found
 
 
@@ -158,7 +172,7 @@ def errors_module(rows: Sequence[Judged]) -> str:
         "",
         "",
         "class Compared(NamedTuple):",
-        '    """Of one run: hardware, dispatcher and precision; predicted step against the published one; its sizes."""',
+        '    """Of one run: hardware, dispatcher, precision; predicted step against the published one; its sizes."""',
         "",
         "    domain: tuple[str, str, str]",
         "    percent: float",
@@ -205,9 +219,7 @@ HALVES: dict[str, tuple[str, float]] = {
 def inside(row: Judged, rows: Sequence[Judged]) -> bool:
     """Whether a run is of the domain and near the size of one that had been seen before."""
     seen = [other for other in rows if other.run.half in ("fitted", "judge") and other.domain == row.domain]
-    return any(
-        is_near(row.run.job, Compared(tuple(other.domain), 0, **sizes_of(other.run.job))) for other in seen
-    )
+    return any(is_near(row.run.job, other.compared) for other in seen)
 
 
 def halves(rows: Sequence[Judged]) -> str:

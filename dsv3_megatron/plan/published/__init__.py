@@ -1,5 +1,5 @@
-"""Other people's published runs of DeepSeek-V3 and of models like it, as jobs: what the constants are fitted on, and what
-judges them.
+"""Other people's published runs of DeepSeek-V3 and of models like it, as jobs: what the constants are fitted on, and
+what judges them.
 
 Which is which was written here before anything was fitted: of each domain (hardware, dispatcher, precision) that had
 more than one run the named one is fitted, of the thirteen steps of Megatron's guide the odd ones; the others are

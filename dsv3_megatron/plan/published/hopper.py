@@ -4,7 +4,16 @@ from dataclasses import replace
 
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.job import Software
-from dsv3_megatron.plan.published.run import BF16, BLOCKWISE, STAGES_32, TENSORWISE, Run, megatron, rated
+from dsv3_megatron.plan.published.run import (
+    BF16,
+    BLOCKWISE,
+    PAPER_STAGES,
+    STAGES_32,
+    TENSORWISE,
+    Run,
+    megatron,
+    rated,
+)
 from dsv3_megatron.plan.published.sources import BRIDGE, DGXC, GOLDEN, PAPER, PROXY_2048_TOKENS
 
 H100 = megatron(
@@ -22,8 +31,10 @@ _PROXY_2048 = megatron(
     recompute=set(), dispatcher="alltoall", software=Software(router_fusion=False),
 )  # fmt: skip
 HOPPER = (
-    rated("1024 H100, FP8 blockwise, TP2 PP8 VPP4 EP64, DeepEP, overlap", "h100", H100, 1412, "judge",
-           PAPER, "PP8 (its table 20 prints PP4); layers per stage, no gradient-reduce overlap as in Megatron-Bridge"),
+    rated("1024 H100, FP8 blockwise, TP2 PP8 VPP4 EP64, DeepEP, overlap", "h100",
+          replace(H100, stages=PAPER_STAGES), 1412, "judge", PAPER,
+          "PP8, as its table 17 and its layout have it (table 20 prints PP4); no gradient-reduce overlap as in "
+          "Megatron-Bridge"),
     rated("1024 H100, FP8 tensorwise, TP2 PP8 VPP4 EP64, DeepEP, overlap", "h100",
            replace(H100, recompute=frozenset({"mla_up_proj", "mlp"}), precision=TENSORWISE,
                    software=Software(te=(2, 7), cross_entropy="te")),
@@ -42,10 +53,12 @@ HOPPER = (
         12.03, "judge", GOLDEN,
         "64 GPUs; recorded before the test changed to HybridEP, so DeepEP; real text, so DeepSeek's load imbalance; "
         "vocabulary 256,000 padded to 6,464"),
-    Run("64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all", "h100", _PROXY_2048, 2.50, "judge", PROXY_2048_TOKENS,
-        "225.1 TFLOP/s/GPU is 2.50 s; router not fused; layout Ett|(tt|)*6mL; fp32 moments, Megatron's default", 68_704 / 1024),
+    Run("64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all", "h100", _PROXY_2048, 2.50, "judge",
+        PROXY_2048_TOKENS, "225.1 TFLOP/s/GPU is 2.50 s; router not fused; layout Ett|(tt|)*6mL; fp32 moments, as is "
+        "Megatron's default", 68_704 / 1024),
     Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute", "h100",
-        replace(_PROXY_2048, recompute=frozenset({"full"})), 3.044, "judge", PROXY_2048_TOKENS, "as above", 60_154 / 1024, 68_973 / 1024),
+        replace(_PROXY_2048, recompute=frozenset({"full"})), 3.044, "judge", PROXY_2048_TOKENS, "as above",
+        60_154 / 1024, 68_973 / 1024),
     Run("64 H100, BF16, 14 layers, 2048 tokens, all-to-all, full recompute, overlap", "h100",
         replace(_PROXY_2048, recompute=frozenset({"full"}),
                 layout=replace(_PROXY_2048.layout, overlap_pairs=True)), 2.839, "judge", PROXY_2048_TOKENS,

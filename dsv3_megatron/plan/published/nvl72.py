@@ -12,8 +12,8 @@ from dsv3_megatron.plan.published.run import (
     BF16_GRADIENTS,
     MXFP8,
     MXFP8_BRIDGE,
+    PAPER_STAGES,
     STAGES_16,
-    STAGES_32,
     Half,
     Run,
     megatron,
@@ -22,10 +22,10 @@ from dsv3_megatron.plan.published.run import (
 )
 from dsv3_megatron.plan.published.sources import BRIDGE, DGXC, GUIDE, PAPER
 
-
 GB200_DROP = megatron(
     num_gpus=128, tp=2, pp=4, ep=32, batch=1024, layers=[15, 16, 16, 14], precision=BF16, drop=True,
-    recompute={"core_attn"}, dispatcher="alltoall", shared_expert_overlap=True, software=replace(NEMO, fused_attention=False),
+    recompute={"core_attn"}, dispatcher="alltoall", shared_expert_overlap=True,
+    software=replace(NEMO, fused_attention=False),
 )  # fmt: skip
 _GB200_PP4 = megatron(
     num_gpus=256, pp=4, ep=64, batch=4096, layers=STAGES_16, precision=MXFP8_BRIDGE, recompute={"mlp"},
@@ -100,8 +100,10 @@ NVL72 = (
     *_ladder(),
     rated("256 GB200, BF16, PP8 VPP4 EP32, HybridEP", "gb200",
            replace(_GB200_PP8, precision=BF16, recompute=frozenset({"mlp"}), global_batch_size=4096,
-                   stages=stages(STAGES_32, 1), sizes=deepseek.SIZES),
-           3298, "judge", PAPER, "layers per stage, recompute and graphs as in its MXFP8 run"),
+                   stages=PAPER_STAGES, sizes=deepseek.SIZES,
+                   software=replace(_GB200_PP8.software, router_padding=False)),
+          3298, "judge", PAPER,
+          "MTP, for its 857 TFLOP/s are 260 GFLOP a token; its layout of 32 stages, printed for H100"),
     rated("256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP, GBS 8192", "gb200",
            replace(_GB200_PP4, precision=MXFP8, global_batch_size=8192), 4020, "judge", PAPER,
            "layers per stage, recompute and graphs as in Megatron-MoE-ModelZoo"),

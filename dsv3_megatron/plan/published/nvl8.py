@@ -18,7 +18,6 @@ from dsv3_megatron.plan.published.run import (
 )
 from dsv3_megatron.plan.published.sources import BRIDGE, SIMUMAX
 
-
 # Of a job that had another dispatcher.
 ALL_TO_ALL: dict[str, Any] = {"dispatcher": "alltoall", "flex_backend": "deepep", "communication_sms": 20}
 _B200 = megatron(

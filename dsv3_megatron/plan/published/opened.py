@@ -179,7 +179,7 @@ _GB = (
           f"{BRIDGE}, 26.02.01", "recipe of v0.3.1"),
     _mcore("256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP, overlap, graphs, offload, GBS 8192", "gb200",
            replace(_MCORE_GB, offload_modules=frozenset({"expert_fc1"})), 1127.6,
-           "the recipe is the run's; its optimizer states leave after the step and come back before it, which is left out"),
+           "the recipe is the run's; its optimizer states leave after the step and come back before it: left out"),
     rated("256 GB300, MXFP8, PP4 VPP4 EP64, HybridEP, GBS 2048", "gb300",
           _first(MXFP8_BRIDGE, {"moe_act"}, ATTN_ROUTER, gather=False), 3943, "opened", _FIRST, "recipe of v0.2.0"),
     rated("256 GB300, BF16, PP4 VPP4 EP64, HybridEP, GBS 2048", "gb300",

@@ -58,6 +58,8 @@ def stages(layers: Sequence[int], mtp: int, dense: int = 3) -> tuple[Stage, ...]
     return tuple(result)
 
 
+# "Et*3|(tt|)*29m|L", which the paper prints: MTP and loss have stages of their own.
+PAPER_STAGES = (*stages([3] + [2] * 29, 0)[:-1], Stage(moe=2), Stage(mtp=1), Stage(head=True))
 # Layers of each stage: "Et|(tt|)*30mL", "Et*4|(t*4|)*14tmL", and one or two stages of 8 or 16 ranks.
 STAGES_32 = [1] + [2] * 30 + [0]
 STAGES_16 = [4] * 15 + [1]
