@@ -28,7 +28,7 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
     for _ in range(stage.mtp):
         row += [_mtp_input(job), _attention(job), _moe(job), _mtp_norm(job)]
     if stage.head:
-        row.append(_head(job, 1 + stage.mtp))
+        row.append(_head(job, 1 + job.sizes.mtp_num_layers))
     return row
 
 

@@ -34,7 +34,7 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
     for _ in range(stage.mtp):
         row += [_mtp_input(job), _attention(job), _moe(job), _final_norm(job, "mtp")]
     if stage.head:
-        row.append(_head(job, 1 + stage.mtp))
+        row.append(_head(job, 1 + job.sizes.mtp_num_layers))
     if "full" in job.recompute:
         # Of a layer only its input is kept; one layer's own is there while it runs backward.
         again = 2 * round(job.recomputed_layers(stage.dense + stage.moe))  # two blocks per layer

@@ -27,7 +27,16 @@ from dsv3_megatron.plan.parameters import ParameterCounts
 from dsv3_megatron.plan.step import plan
 
 # What is seconds, SMs or a property of the chip, no speed.
-_NO_SPEED = ("latency", "beside_token", "pair_gap", "communication_sms", "flops_per_clock", "full_watts")
+_NO_SPEED = (
+    "latency",
+    "ramp",
+    "beside_token",
+    "pair_gap",
+    "communication_sms",
+    "flops_per_clock",
+    "tile",
+    "full_watts",
+)
 SLOWEST, FASTEST = 0.25, 4.0
 WANTED = (
     '{"plan": ["model=…", …], "step_s": 1.23}, {"launch": "torchrun …", "gpu": "h100", "step_s": 1.23}, a timeline of '
@@ -171,9 +180,7 @@ def scaled(gpu: Gpu, speed: float) -> Gpu:
 
     names = [field.name for field in fields(Achieved) if field.name not in _NO_SPEED]
     achieved = replace(gpu.achieved, **{name: times(getattr(gpu.achieved, name)) for name in names})
-    host = replace(
-        gpu.host, **{name: getattr(gpu.host, name) / speed for name in ("kernel", "module", "graph")}
-    )
+    host = gpu.host.slower(1 / speed)
     return replace(gpu, achieved=achieved, host=host)
 
 

@@ -67,6 +67,7 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
         moe_router_group_topk=args.moe_router_group_topk or 1,
         load_imbalance=load_imbalance,
         balance_loss=bool(args.moe_aux_loss_coeff),
+        shared_expert_overlap=bool(args.moe_shared_expert_overlap),
         communication_sms=_communication_sms(args, dispatcher),
         whole_iteration_graph=args.cuda_graph_impl == "full_iteration",
         software=_software(args),
@@ -168,6 +169,8 @@ def _software(args: Namespace) -> Software:
     return Software(
         router_fusion=bool(args.moe_router_fusion),
         permute_fusion=bool(args.moe_permute_fusion),
+        rope_fusion=bool(args.apply_rope_fusion),
+        router_padding=bool(args.moe_router_padding_for_quantization),
         fused_attention=getattr(args.attention_backend, "name", "auto") not in ("unfused", "local"),
         cross_entropy=loss,
         graphs=frozenset(graphs),

@@ -7,7 +7,7 @@ fit; `calibration.py` repeats the fits. Peaks of NVIDIA's GPUs as in its dgxc-be
 
 from dataclasses import dataclass, replace
 
-from dsv3_megatron.plan.host_time import GRACE, X86, XEON_6776P, XEON_8480C, Host
+from dsv3_megatron.plan.host_time import GRACE, XEON_6776P, XEON_8480C, XEON_8570, Host
 from dsv3_megatron.plan.job import PlanError
 
 
@@ -20,6 +20,9 @@ class Achieved:
         fp4_gemm: of the FP4 peak; not fitted: FP8's.
         attention_forward, attention_backward: of the BF16 peak, causal work counted.
         hbm, nvlink, ib: bandwidths; NVLink of collectives and of DeepEP.
+        scores: of HBM's, of kernels that pass over whole matrices of scores, where attention is not fused; fitted on
+            the one run of the fitted half that has it.
+        permutation: of HBM's, of kernels that order rows; on B200 SimuMax's `permute_fwd`, on Hopper as any other.
         hybridep_nvlink: of HybridEP's kernels.
         deepep_wide: DeepEP's dispatch and combine in an NVLink domain of more than 8, which it was not written for.
         nccl_nvlink: of NCCL's all-to-all; in a rack's domain, one tier of switches, as in one of 8.
@@ -32,6 +35,9 @@ class Achieved:
         pair_gap: seconds per layer of an overlapped pair in which neither stream works (launches, events).
         communication_sms: taken from computation while a pair runs.
         flops_per_clock: of BF16, of one SM: with it the share of exponentials in attention follows.
+        ramp: seconds of a kernel besides its bytes, which shows where each expert has one of its own: on B200
+            Transformer Engine quantises 512 rows in 8 to 10 us, of which their bytes are 2 to 3 (its #2634).
+        tile: rows that one product of the tensor cores works on: of one SM, on Blackwell of two.
         full_watts: power at which the tensor cores would keep the clocks of a short trace; with less they slow down.
     """
 
@@ -40,6 +46,8 @@ class Achieved:
     attention_forward: float
     attention_backward: float
     hbm: float
+    permutation: float
+    scores: float = 0.22
     nvlink: float = 0.80
     ib: float = 0.95
     hybridep_nvlink: float = 0.69
@@ -48,11 +56,13 @@ class Achieved:
     nccl_ib: float = 0.94
     nccl_many: float = 0.65
     latency: float = 0.2e-3
+    ramp: float = 5e-6
     beside_token: float = 0.617e-6
     beside_ib: float = 0.737
     pair_gap: float = 0.77e-3
     communication_sms: int = 20
     flops_per_clock: int
+    tile: int
     full_watts: float
 
     @property
@@ -66,7 +76,9 @@ HOPPER = Achieved(
     attention_forward=0.584,
     attention_backward=0.4885,
     hbm=0.80,
+    permutation=0.80,
     flops_per_clock=4096,
+    tile=128,
     full_watts=806,
 )
 BLACKWELL = Achieved(
@@ -75,9 +87,11 @@ BLACKWELL = Achieved(
     attention_forward=0.553,
     attention_backward=0.428,
     hbm=0.666,
+    permutation=0.501,
     beside_token=0,
     beside_ib=0.95,
     flops_per_clock=8192,
+    tile=256,
     full_watts=1333,
 )
 
@@ -113,7 +127,7 @@ class Gpu:
     sms: int = 132
     exponentials: int = 16
     watts: float = 700
-    host: Host = X86
+    host: Host = XEON_8570
     overhead: float = 5 * 2**30
 
     @property

@@ -9,17 +9,28 @@ number of tokens of each expert.
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dsv3_megatron.plan.job import Job
+from dsv3_megatron.plan.job import Job, Software
 
 
 class Launches(NamedTuple):
-    """Of one part of a layer in one pass."""
+    """Of one part of a layer in one pass.
+
+    Attributes:
+        kernels: all that the GPU is given.
+        modules: calls of Transformer Engine's modules.
+        products: of these calls' products those of single experts in FP8, each with tensors of its own.
+    """
 
     kernels: float = 0
     modules: float = 0
+    products: float = 0
 
     def __add__(self, other: "Launches") -> "Launches":  # type: ignore[override]
-        return Launches(self.kernels + other.kernels, self.modules + other.modules)
+        return Launches(*(one + two for one, two in zip(self, other, strict=True)))
+
+    def times(self, number: float) -> "Launches":
+        """So many of them."""
+        return Launches(*(number * one for one in self))
 
 
 @dataclass(frozen=True)
@@ -28,38 +39,46 @@ class Host:
 
     Attributes:
         kernel: one kernel, with the few operations of PyTorch around it.
-        module: one call of a module of Transformer Engine, besides its kernels.
+        module: one call of a module of Transformer Engine, besides its kernels; less since 2.11 (`LEAN`).
+        product: one expert's product in FP8, whose operands are quantised tensors made one by one.
         graph: a CUDA graph.
-        clock: highest of a core, GHz: one core launches a GPU's kernels.
         unbound: how much longer everything takes where the scheduler moves processes about.
         link, memory: bytes/s of a GPU to host memory, one way, and of AdamW in it, a GPU's share; stated, not measured.
     """
 
     kernel: float
     module: float
+    product: float
     graph: float = 30e-6
-    clock: float = 4.0
     unbound: float = 1.5
     link: float = 50e9
     memory: float = 40e9
 
-    def seconds(self, launches: Launches, bound: bool) -> float:
+    def seconds(self, launches: Launches, software: Software) -> float:
         """Of so many launches."""
-        time = launches.kernels * self.kernel + launches.modules * self.module
-        return time if bound else time * self.unbound
+        module = self.module * (1 - _LEANER if software.te >= LEAN else 1)
+        time = launches.kernels * self.kernel + launches.modules * module + launches.products * self.product
+        return time if software.bound else time * self.unbound
 
-    def at(self, clock: float) -> "Host":
-        """The same with cores of another clock."""
-        slower = self.clock / clock
-        times = {name: getattr(self, name) * slower for name in ("kernel", "module", "graph")}
-        return replace(self, clock=clock, **times)
+    def slower(self, factor: float, **others: float) -> "Host":
+        """The same where all of it takes so many times as long."""
+        times = {name: getattr(self, name) * factor for name in ("kernel", "module", "product", "graph")}
+        return replace(self, **times, **others)
 
 
-# Fitted in `calibration_host.py` on Megatron's guide (Grace) and on runs on x86 (at the clock of DGX B200's Xeon 8570).
-GRACE = Host(kernel=16.5e-6, module=300e-6, clock=3.1, link=200e9, memory=120e9)
-X86 = Host(kernel=19.5e-6, module=370e-6, clock=4.0)
-# Of DGX H100, and of DGX B300, whose priority cores are made for this (Intel's data sheets).
-XEON_8480C, XEON_6776P = X86.at(3.8), X86.at(4.6)
+# Fitted in `calibration_host.py` on the odd steps of Megatron's guide.
+GRACE = Host(kernel=15e-6, module=240e-6, product=34e-6, link=200e9, memory=120e9)
+# Of DGX H100 (8480C, at most 3.8 GHz), DGX B200 (8570, 4.0 GHz) and DGX B300 (6776P, whose priority cores reach 4.6):
+# what the host takes for PyTorch's linear layer on the first and on Grace (Transformer Engine #2053), by their clocks.
+_OF_GRACE = 13.48 / 37.08
+XEON_8480C, XEON_8570, XEON_6776P = (
+    GRACE.slower(_OF_GRACE * 3.8 / clock, link=50e9, memory=40e9) for clock in (3.8, 4.0, 4.6)
+)
+# Since 2.11 Transformer Engine's modules cost the host less (its #2377 and #2400, then #2439 and #2559): on Grace the
+# forward of a BF16 linear layer took 99.66 us where PyTorch's takes 37.08 (#2053, 2025-08), and since nearly the same
+# (NVIDIA in #2126, 2026-01). What is gone is the difference; of other processors the same share.
+LEAN = (2, 11)
+_LEANER = (99.66e-6 - 37.08e-6) / GRACE.module
 
 
 @dataclass(frozen=True)
@@ -98,12 +117,7 @@ def _grouped(job: Job) -> tuple[Launches, Launches]:
     swizzle = 0 if not mx else 2 * n if job.software.te < (2, 9) else 2
     forward = n + n + zeros + swizzle
     backward = 2 * n + n + zeros + 2 * swizzle
-    return Launches(2 * forward + 2, 2), Launches(2 * backward + 3, 2)
-
-
-def _times(launches: tuple[Launches, Launches], number: float) -> tuple[Launches, Launches]:
-    forward, backward = (Launches(x.kernels * number, x.modules * number) for x in launches)
-    return forward, backward
+    return Launches(2 * forward + 2, 2, 4 * n), Launches(2 * backward + 3, 2, 6 * n)
 
 
 def _plus(*parts: tuple[Launches, Launches]) -> tuple[Launches, Launches]:
@@ -118,21 +132,35 @@ def _graphed(job: Job, part: str, launches: tuple[Launches, Launches]) -> tuple[
     return (Launches(3), Launches(3)) if part in job.software.graphs else launches
 
 
+# Beyond the fused ones. Rotary embedding: cosines, halves, their sums and joins, of queries and of keys (Megatron's
+# `rope_utils.py`). Attention: its causal mask, made for each call, and what is around its products (Transformer
+# Engine's `UnfusedDotProductAttention`).
+_ROPE = (Launches(24), Launches(26))
+_UNFUSED = (Launches(18), Launches(8))
+
+
 def _attention(job: Job) -> tuple[Launches, Launches]:
     """MLA: norms, five projections, rotary embedding, attention, residual; tensor parallelism adds its collectives."""
+    software = job.software
     norms = (Launches(2, 1), Launches(2, 1))
-    if job.software.norm_quantises and job.precision.fp8:
+    if software.norm_quantises and job.precision.fp8:
         norms = (Launches(0, 1), Launches(1, 1))
     around = (Launches(11, 1), Launches(15, 1))  # splits, rotary embedding, attention, residual
     up = _linear(job, 2)
     parts = [norms, _linear(job, 3), up, around]
+    if not software.rope_fusion:
+        parts.append(_ROPE)
+    if not software.fused_attention:
+        parts.append(_UNFUSED)
     if job.layout.tp > 1:
         parts.append((Launches(6), Launches(8)))
     forward, backward = _plus(*parts)
     if "mla_up_proj" in job.recompute:
         backward = backward + up[0] + Launches(6, 2)  # rotary embedding again, and the checkpoint
+        backward = backward if software.rope_fusion else backward + _ROPE[0]
     if "core_attn" in job.recompute:
         backward = backward + Launches(6, 2)
+        backward = backward if software.fused_attention else backward + _UNFUSED[0]
     if "layernorm" in job.recompute:
         backward = backward + Launches(4, 3)
     return _graphed(job, "attn", (forward, backward))
@@ -154,11 +182,12 @@ def _moving(job: Job) -> tuple[Launches, Launches]:
     """Permutations, all-to-alls and what belongs to them; tokens per expert are read by the host unless all shapes are
     known."""
     fused = 1 if job.software.permute_fusion else 3
+    padding = 3 if job.experts_pad else 0
     if job.layout.etp > 1 and job.dispatcher == "alltoall":  # gathers, and sums of the parts of the outputs
-        return Launches(8 + 4 * fused, 2), Launches(8 + 4 * fused, 2)
-    if job.dispatcher == "alltoall":
-        return Launches(4 + 4 * fused, 2), Launches(4 + 4 * fused, 2)
-    return Launches(3 + 2 * fused, 2), Launches(3 + 2 * fused, 2)
+        kernels = 8 + 4 * fused
+    else:
+        kernels = 4 + 4 * fused if job.dispatcher == "alltoall" else 3 + 2 * fused
+    return Launches(kernels + padding, 2), Launches(kernels + padding, 2)
 
 
 def waits(job: Job) -> bool:

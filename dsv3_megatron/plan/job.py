@@ -19,7 +19,8 @@ RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", 
 CROSS_ENTROPIES = ("te", "native")
 GRAPHED = ("attn", "mlp", "moe", "router", "preprocess", "shared_experts")
 SOFTWARE_FLAGS = (
-    "router_fusion", "permute_fusion", "fused_attention", "norm_quantises", "bound", "overlap_pairs", "fp8_attention",
+    "router_fusion", "permute_fusion", "rope_fusion", "router_padding", "fused_attention", "norm_quantises", "bound",
+    "overlap_pairs", "fp8_attention",
 )  # fmt: skip
 
 
@@ -34,7 +35,10 @@ class Software:
     Attributes:
         own_kernels: DeepSeek's: everything is fused, and nothing waits for the host; with it the rest says nothing.
         te: Transformer Engine's version.
-        router_fusion, permute_fusion: `--moe-router-fusion`, `--moe-permute-fusion`.
+        router_fusion, permute_fusion, rope_fusion: `--moe-router-fusion`, `--moe-permute-fusion`, no
+            `--no-rope-fusion`.
+        router_padding: `--moe-router-padding-for-quantization`: each expert gets as many rows as FP8 asks for; without
+            it the rows are copied to where there are as many.
         fused_attention: cuDNN has MLA's head sizes on this GPU; without it whole attention matrices are written.
         cross_entropy: "te", "native" (Megatron's fused one) or "", unfused.
         norm_quantises: quantisation is fused into the norms (cuDNN's, `NVTE_NORM_FWD_USE_CUDNN`).
@@ -46,6 +50,8 @@ class Software:
     te: tuple[int, int] = (2, 12)
     router_fusion: bool = True
     permute_fusion: bool = True
+    rope_fusion: bool = True
+    router_padding: bool = False
     fused_attention: bool = True
     cross_entropy: str = "native"
     norm_quantises: bool = False
@@ -211,6 +217,7 @@ class Job:
         balance_loss: the sequence-wise balance loss is on.
         communication_sms: that dispatch and combine take from a pair's computation while they run; None: those of the
             hardware table, set aside for as long as a pair runs, which is DeepSeek's way (R§3.2.2) and what is fitted.
+        shared_expert_overlap: the shared expert computes beside dispatch and combine (`--moe-shared-expert-overlap`).
         whole_iteration_graph: a step is one CUDA graph: nothing waits for launches.
         software: versions, fusions and graphs.
         offload_optimizer: share of the optimizer's states in host memory (`--optimizer-offload-fraction`).
@@ -240,6 +247,7 @@ class Job:
     load_imbalance: float = 1.0
     balance_loss: bool = True
     communication_sms: int | None = None
+    shared_expert_overlap: bool = False
     whole_iteration_graph: bool = False
     software: Software = field(default_factory=Software)
     offload_optimizer: float = 0.0
@@ -304,3 +312,13 @@ class Job:
         if "full" not in self.recompute:
             return 0
         return num_layers if self.recompute_layers is None else min(num_layers, self.recompute_layers)
+
+    @property
+    def experts_pad(self) -> bool:
+        """Whether the experts copy their rows into as many as FP8 asks for.
+
+        Megatron's `skip_routed_expert_padding`.
+        """
+        padded = self.software.router_padding or self.capacity_factor is not None
+        hybridep = self.dispatcher == "flex" and self.flex_backend == "hybridep"
+        return self.precision.fp8 and not (padded or hybridep or self.software.own_kernels)

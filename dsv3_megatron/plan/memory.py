@@ -39,6 +39,11 @@ class RankMemory:
         return sum(self.parts.values())
 
     @property
+    def allocated(self) -> float:
+        """Of `peak` the tensors: what PyTorch calls allocated. NCCL, DeepEP and the CUDA context have the rest."""
+        return self.peak - self.parts.get("overhead", 0) - self.parts.get("dispatch buffers", 0)
+
+    @property
     def resident(self) -> float:
         """What is there before the first microbatch."""
         return self.peak - max((moment.peak for moment in self.moments), default=0)

@@ -18,6 +18,12 @@ from dsv3_megatron.plan.job import Job
 CROSS_ENTROPY = {"": (34, 20), "native": (22, 12), "te": (8, 4)}
 
 
+# Bytes per score of the integers and comparisons that a causal mask is made of.
+_MASK = 81
+# On which Transformer Engine runs the products of single experts.
+_STREAMS = 4
+
+
 class Product(NamedTuple):
     """Seconds of a linear layer: forward, gradient of its input, gradient of its weights."""
 
@@ -100,9 +106,19 @@ class Operators:
         own.
         """
         p, dense = self.job.precision, self.linear(parameters, rows)
+        tiled = self.linear(parameters, rows + self._empty_rows * experts)
         read = self.memory(parameters * experts * (1 if p.fp8 else p.compute))
         added = self.memory(parameters * experts * 2 * p.main_gradient)
-        return Product(dense.f + read, dense.b + read, dense.w + added)
+        apart = 0 if self.job.software.own_kernels else experts * self.gpu.achieved.ramp / _STREAMS
+        return Product(tiled.f + read + apart, tiled.b + read + apart, dense.w + added + apart)
+
+    @property
+    def _empty_rows(self) -> float:
+        """Rows of an expert's last tile that hold no token: half a tile, unless all experts have as many as one
+        another (tokens dropped and padded). DeepSeek's kernels are calibrated with theirs.
+        """
+        even = self.job.capacity_factor is not None or self.job.software.own_kernels
+        return 0 if even else self.gpu.achieved.tile / 2
 
     def memory(self, bytes_: float) -> float:
         """Reading and writing so many bytes."""
@@ -120,20 +136,36 @@ class Operators:
         job, s, tp = self.job, self.job.sizes, self.job.layout.tp
         routed = self._mlp(job.expert_width, job.routed_tokens, "moe", job.local_experts)
         shared = self._mlp(s.moe_shared_expert_intermediate_size / tp, job.tokens, "shared_experts")
-        mlp = [r + t for r, t in zip(routed, shared, strict=True)]
-        order = self.memory(token_exchange.permutations(job))
-        mlp[0], mlp[1] = mlp[0] + order, mlp[1] + order
         there = self.all_to_all(self._dispatch_bytes, beside)
         back = self.all_to_all(2.0, beside, back=True)
+        mlp = [r + t for r, t in zip(routed, self._not_beside(shared, there + back), strict=True)]
+        order = token_exchange.permutations(job) / (self.gpu.hbm * self.gpu.achieved.permutation)
+        mlp[0], mlp[1] = mlp[0] + order, mlp[1] + order
+        # Megatron's all-to-all sends the probabilities in one of their own, and their gradients back.
+        probabilities = self.gpu.achieved.latency if there and job.dispatcher == "alltoall" else 0
         return LayerTimes(
             *self._attention(),
             *mlp,  # type: ignore[misc]
-            dispatch=there,
+            dispatch=there + probabilities,
             combine=back,
-            dispatch_b=back,
+            dispatch_b=back + probabilities,
             combine_b=there,
-            again=there + back + order if "moe" in job.recompute else 0,
+            again=there + probabilities + back + order if "moe" in job.recompute else 0,
         )
+
+    def _not_beside(
+        self, shared: tuple[float, float, float], communicating: float
+    ) -> tuple[float, float, float]:
+        """What of the shared expert is not hidden by dispatch and combine, which leave it the other SMs."""
+        if not self.job.shared_expert_overlap:
+            return shared
+        gpu = self.gpu
+        beside = communicating * (
+            1 - (self.job.communication_sms or gpu.achieved.communication_sms) / gpu.sms
+        )
+        f, b, w = shared
+        hidden_b = min(b, beside)
+        return max(0, f - beside), b - hidden_b, max(0, w - (beside - hidden_b))
 
     @property
     def _dispatch_bytes(self) -> float:
@@ -192,11 +224,15 @@ class Operators:
         return flops / (gpu.bf16 * gpu.sustained) * share
 
     def _unfused_attention(self, heads: float, causal_flops: float) -> tuple[float, float]:
-        """Forward and backward over whole matrices of scores: four passes over them, and seven back."""
+        """Forward and backward over whole matrices of scores: four passes over them, and seven back; and the causal
+        mask, which is made for each forward (Transformer Engine's `UnfusedDotProductAttention`, `get_full_mask`).
+        """
         job, a = self.job, self.gpu.achieved
-        scores = heads * job.sizes.seq_length * job.tokens * job.precision.compute
+        seq = job.sizes.seq_length
+        scores = heads * seq * job.tokens * job.precision.compute
         products = 2 * causal_flops / (self.gpu.bf16 * a.bf16_gemm * self.gpu.sustained)
-        return products + self.memory(4 * scores), 2 * products + self.memory(7 * scores)
+        rate = self.gpu.hbm * a.scores
+        return products + 4 * scores / rate + self.memory(_MASK * seq**2), 2 * products + 7 * scores / rate
 
     def _mlp(self, width: float, tokens: float, module: str, experts: int = 1) -> tuple[float, float, float]:
         """Forward, input backward, weight backward of `experts` SwiGLU MLPs of `width`, on `tokens` rows in all."""
@@ -205,10 +241,17 @@ class Operators:
         gemm = self.linear(parameters, tokens) if experts == 1 else self.grouped(parameters, tokens, experts)
         cache = 1 if self.job.precision.fp8 else 2
         swiglu = tokens * width * (2 * 2 * 2 + cache)  # both halves written and read, the product written
+        alone = self.job.precision.fp8 and not self.job.software.own_kernels
+        quantised = (
+            tokens * width * (2 + 2 + cache) if alone else 0
+        )  # in BF16 first, then by rows and by columns
         again = 0 if "online_quantization" in self.job.hardware and self.job.precision.fp8 else 2 * cache
         edge = tokens * s.hidden_size * (2 + again)
-        f = gemm.f + self.memory(swiglu + edge)
-        b = gemm.b + self.memory(2 * (swiglu + edge))
+        ramps = (
+            2 * experts * self.gpu.achieved.ramp if alone and experts > 1 else 0
+        )  # each expert's own kernels
+        f = gemm.f + self.memory(swiglu + quantised + edge) + ramps
+        b = gemm.b + self.memory(2 * (swiglu + edge)) + ramps
         if module in recompute or (module == "shared_experts" and "moe" in recompute):
             b += f
         elif "moe_act" in recompute:

@@ -86,7 +86,9 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     total = total.recomputed(again)
     ends = []
     if stage.head:
-        ends.append(ops.head(1 + stage.mtp))
+        ends.append(
+            ops.head(1 + job.sizes.mtp_num_layers)
+        )  # each MTP layer's loss is taken where the model's is
     ends += [ops.mtp_projection()] * stage.mtp
     for end_f, end_b, end_w in ends:
         total = total.plus(StageTimes(end_f, end_b, end_w, end_f + end_b), 1)
@@ -154,8 +156,7 @@ def _host(job: Job, gpu: Gpu, moe: bool) -> tuple[tuple[float, float], tuple[flo
         return (0, 0), (0, 0)
     host, parts = gpu.host, host_time.parts(job, moe)
     forward, backward = (
-        tuple(host.seconds(part[way], software.bound) for part in (parts.first, parts.second))
-        for way in (0, 1)
+        tuple(host.seconds(part[way], software) for part in (parts.first, parts.second)) for way in (0, 1)
     )
     return forward, backward  # type: ignore[return-value]
 

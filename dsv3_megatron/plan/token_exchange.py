@@ -109,17 +109,15 @@ def permutations(job: Job) -> float:
     experts' own operators read and write.
 
     NCCL's all-to-all: rows are copied for each expert, sent, and sorted by expert; the same back. DeepEP writes its
-    rows by rank, and a copy for each expert follows; HybridEP does that while it receives.
+    rows by rank, and a copy for each expert follows; HybridEP does that while it receives. In FP8 a copy into rows
+    padded to its tiles follows, and one back, unless router or dispatcher have padded.
     """
     if job.layout.expert_ranks == 1 or job.software.own_kernels:
         return 0
-    topk, row = (
-        job.sizes.moe_router_topk,
-        job.tokens / job.layout.tp * job.sizes.hidden_size * job.precision.compute,
-    )
-    if job.dispatcher == "allgather":
-        return row * 2 * topk * job.layout.etp
+    copies = job.sizes.moe_router_topk * job.layout.etp
+    row = job.tokens / job.layout.tp * job.sizes.hidden_size * job.precision.compute
     if job.dispatcher in ("alltoall", "two_hop"):
-        sorted_ = 2 * topk * job.layout.etp if job.local_experts > 1 else 0
-        return row * 2 * (1 + topk + sorted_)
-    return 0 if job.flex_backend == "hybridep" else row * 2 * topk * job.layout.etp
+        moved = 1 + job.sizes.moe_router_topk + (2 * copies if job.local_experts > 1 else 0)
+    else:
+        moved = 0 if job.flex_backend == "hybridep" and job.dispatcher == "flex" else copies
+    return row * 2 * (moved + (2 * copies if job.experts_pad else 0))

@@ -11,10 +11,12 @@ from dsv3_megatron.plan.anchor import scaled, speed_of
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.calibration import trace_times, unit_times
 from dsv3_megatron.plan.compare import comparison
-from dsv3_megatron.plan.confidence import DEEPSEEK, Domain, domain_of
+from dsv3_megatron.plan.confidence import DEEPSEEK, Domain, domain_of, is_near, sizes_of
 from dsv3_megatron.plan.cost import report_totals
+from dsv3_megatron.plan.errors import Compared
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.job import Job
+from dsv3_megatron.plan.memory import GIB
 from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.published import ALL_TO_ALL_US, RUNS, Run
 from dsv3_megatron.plan.stage_times import costs
@@ -26,7 +28,7 @@ TRAINING = replace(deepseek.JOB, load_imbalance=LOAD_IMBALANCE)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the error table; `kind` is "fit" or "prediction"."""
+    """One line of a table; `kind`: "fit", "prediction" or a run's half; of memory "tensors" or "device"."""
 
     what: str
     unit: str
@@ -73,16 +75,22 @@ class Judged:
     """A published run beside its plan.
 
     Attributes:
-        time: of the step; `memory` of the fullest rank's peak, where it was published.
+        time: of the step.
+        memory: of the fullest rank at its peak, where it was published: its tensors, and all of the device's.
     """
 
     run: Run
     time: Row
-    memory: Row | None
+    memory: tuple[Row, ...]
 
     @property
     def domain(self) -> Domain:
         return domain_of(self.run.job, GPUS[self.run.gpu])
+
+    @property
+    def compared(self) -> Compared:
+        """As `plan/errors.py` has it."""
+        return Compared(self.domain, 100 * self.time.error, **sizes_of(self.run.job))
 
 
 def judged() -> list[Judged]:
@@ -92,38 +100,50 @@ def judged() -> list[Judged]:
         result = plan(run.job, GPUS[run.gpu], run.counts)
         note = f"{run.source}; assumed: {run.assumed}"
         time = Row(run.name, "s", run.step_s, result.step_s, run.half, note)
-        memory = None
+        memory = []
         if run.peak_gib is not None:
-            memory = Row(run.name, "GiB", run.peak_gib, max(result.memory_gib), "prediction")
-        found.append(Judged(run, time, memory))
+            allocated = max(rank.allocated for rank in result.memory) / GIB
+            memory.append(Row(run.name, "GiB", run.peak_gib, allocated, "tensors"))
+        if run.device_gib is not None:
+            memory.append(Row(run.name, "GiB", run.device_gib, max(result.memory_gib), "device"))
+        found.append(Judged(run, time, tuple(memory)))
     return found
 
 
-# A published run to anchor on, and the beginning of the names of others of its hardware, which it then predicts.
-ANCHORED = (
-    (
-        "64 H100, BF16, 14 layers, 2048 tokens, PP4 VPP2 EP16, all-to-all",
-        "64 H100, BF16, 14 layers, 2048 tokens, all-to-all",
-    ),
-    ("256 B200, BF16, PP16 EP8, all-to-all, GBS 2048", "256 B200, MXFP8, PP16 EP8, HybridEP"),
-    ("256 B300, MXFP8, PP16 EP8, HybridEP", "256 B300, MXFP8, PP8 EP8"),
-    ("256 GB200, BF16, PP8 VPP4 EP32, HybridEP", "256 GB200, BF16, PP4 VPP4 EP64, HybridEP"),
-    ("256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, overlap, one graph", "256 GB300, MXFP8, PP2 VPP8 EP32"),
-)
+def alike(one: Judged, other: Judged) -> bool:
+    """Whether one run may anchor another: limited by the same, that is of its domain and size, with the same parts in
+    CUDA graphs, overlapped or not, and its processes bound or not."""
+
+    def limits(job: Job) -> tuple[object, ...]:
+        software = job.software
+        return software.graphs, job.whole_iteration_graph, job.layout.overlap_pairs, software.bound
+
+    near = is_near(one.run.job, other.compared)
+    return one.domain == other.domain and near and limits(one.run.job) == limits(other.run.job)
+
+
+def anchors(rows: Sequence[Judged]) -> list[tuple[Judged, list[Judged]]]:
+    """The first run of each kind, and the others, which it then predicts; each run once."""
+    left = [row for row in rows if row.run.half != "apart" and row.run.job.software.fused_attention]
+    found = []
+    while left:
+        first, *rest = left
+        others = [row for row in rest if alike(first, row)]
+        if others:
+            found.append((first, others))
+        left = [row for row in rest if row not in others]
+    return found
 
 
 def anchored_rows(rows: Sequence[Judged]) -> list[tuple[str, Judged, float]]:
     """Anchor, predicted run with its plain error, and its error when anchored."""
-    by_name = {row.run.name: row.run for row in rows}
     found = []
-    for name, others in ANCHORED:
-        run = by_name[name]
-        gpu = GPUS[run.gpu]
-        gpu = scaled(gpu, speed_of(run.job, gpu, run.counts, run.step_s))
-        for row in rows:
-            if row.run.name.startswith(others) and row.run is not run:
-                step = plan(row.run.job, gpu, row.run.counts).step_s
-                found.append((name, row, step / row.run.step_s - 1))
+    for anchor, others in anchors(rows):
+        run = anchor.run
+        gpu = scaled(GPUS[run.gpu], speed_of(run.job, GPUS[run.gpu], run.counts, run.step_s))
+        for row in others:
+            step = plan(row.run.job, gpu, row.run.counts).step_s
+            found.append((run.name, row, step / row.run.step_s - 1))
     return found
 
 
@@ -138,23 +158,47 @@ def anchored_table(rows: Sequence[Judged]) -> str:
 def errors_module(rows: Sequence[Judged]) -> str:
     """The text of `plan/errors.py`: `python -m dsv3_megatron.studies.planner_error errors`."""
     own = plan(TRAINING, H800, deepseek.COUNTS).step_s / deepseek.STEP_S - 1
-    times = {DEEPSEEK: (tuple(domain_of(TRAINING, H800)), 100 * own)}
-    # What no other run is like says nothing of them.
-    times |= {
-        r.run.name: (tuple(r.domain), 100 * r.time.error) for r in rows if r.run.job.software.fused_attention
-    }
+    compared = [(DEEPSEEK, domain_of(TRAINING, H800), own, TRAINING)]
+    # What no other run is like says nothing of them, nor does a run of which too little is known.
+    compared += [
+        (r.run.name, r.domain, r.time.error, r.run.job)
+        for r in rows
+        if r.run.job.software.fused_attention and r.run.half != "apart"
+    ]
     lines = [
         '"""Errors in percent, by published run: written by `python -m dsv3_megatron.studies.planner_error errors`."""',
         "",
-        "# Name: (hardware, dispatcher, precision), predicted step against the published one.",
-        "TIME_PERCENT: dict[str, tuple[tuple[str, str, str], float]] = {",
+        "from typing import NamedTuple",
+        "",
+        "",
+        "class Compared(NamedTuple):",
+        '    """Of one run: hardware, dispatcher, precision; predicted step against the published one; its sizes."""',
+        "",
+        "    domain: tuple[str, str, str]",
+        "    percent: float",
+        "    num_gpus: int",
+        "    num_microbatches: int",
+        "    hidden_size: int",
+        "",
+        "",
+        "TIME_PERCENT: dict[str, Compared] = {",
+    ]
+    for name, domain, error, job in compared:
+        numbers = ", ".join(map(str, sizes_of(job).values()))
+        lines += [
+            f"    {json.dumps(name)}: Compared(",
+            f"        {_words(domain)}, {100 * error:.1f}, {numbers}",
+            "    ),",
+        ]
+    lines += [
+        "}",
+        "# Of the fullest rank's peak: of its tensors, or of the device where that is published and further off.",
+        "MEMORY_PERCENT: dict[str, float] = {",
     ]
     lines += [
-        f"    {json.dumps(name)}: ({_words(domain)}, {error:.1f})," for name, (domain, error) in times.items()
-    ]
-    lines += ["}", "# Of the fullest rank's peak.", "MEMORY_PERCENT: dict[str, float] = {"]
-    lines += [
-        f"    {json.dumps(r.run.name)}: {100 * r.memory.error:.1f}," for r in rows if r.memory is not None
+        f"    {json.dumps(r.run.name)}: {100 * max((row.error for row in r.memory), key=abs):.1f},"
+        for r in rows
+        if r.memory
     ]
     return "\n".join([*lines, "}", ""])
 
@@ -163,25 +207,47 @@ def _words(domain: Sequence[str]) -> str:
     return "(" + ", ".join(json.dumps(part) for part in domain) + ")"
 
 
+# Title and limit of each half.
+HALVES: dict[str, tuple[str, float]] = {
+    "fitted": ("Fitted half", 0.10),
+    "judge": ("Judges: not fitted", 0.15),
+    "opened": ("Opened once: not fitted, and unseen when the form was settled", 0.15),
+    "apart": ("Apart: too little of them is published", 0.15),
+}
+
+
+def inside(row: Judged, rows: Sequence[Judged]) -> bool:
+    """Whether a run is of the domain and near the size of one that had been seen before."""
+    seen = [other for other in rows if other.run.half in ("fitted", "judge") and other.domain == row.domain]
+    return any(is_near(row.run.job, other.compared) for other in seen)
+
+
 def halves(rows: Sequence[Judged]) -> str:
-    """The fitted half and the judges, apart."""
+    """The fitted half, the judges, and those opened once, apart; of these last which were inside of a domain."""
     parts = []
-    for half, title in (("fitted", "Fitted half"), ("judge", "Judges: not fitted")):
+    for half, (title, limit) in HALVES.items():
         mine = [row for row in rows if row.run.half == half]
-        within = sum(abs(row.time.error) <= (0.10 if half == "fitted" else 0.15) for row in mine)
-        limit = "10%" if half == "fitted" else "15%"
-        lines = [
-            f"{title}: {within} of {len(mine)} within {limit}",
-            "",
-            "| what | domain | published | predicted | error |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r.run.name} | {r.domain} | {r.time.published:.4g} s | {r.time.predicted:.4g} s | {r.time.error:+.1%} |"
-            for r in mine
-        ]
-        parts.append("\n".join(lines))
+        groups = [(f"{title}: {_within(mine, limit)}", mine)]
+        if half == "opened":
+            near = [row for row in mine if inside(row, rows)]
+            far = [row for row in mine if row not in near]
+            groups = [
+                (f"{title}, inside of a domain: {_within(near, limit)}", near),
+                (f"{title}, outside of every domain: {_within(far, limit)}", far),
+            ]
+        for words, group in groups:
+            lines = [words, "", "| what | domain | published | predicted | error |", "|---|---|---|---|---|"]
+            lines += [
+                f"| {r.run.name} | {r.domain} | {r.time.published:.4g} s | {r.time.predicted:.4g} s | "
+                f"{r.time.error:+.1%} |"
+                for r in group
+            ]
+            parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _within(rows: Sequence[Judged], limit: float) -> str:
+    return f"{sum(abs(row.time.error) <= limit for row in rows)} of {len(rows)} within {limit:.0%}"
 
 
 def all_to_all_rows() -> list[Row]:
@@ -249,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(errors_module(runs), end="")
         return
     own, exchange = deepseek_rows(), all_to_all_rows()
-    memory = [row.memory for row in runs if row.memory is not None]
+    memory = [row for run in runs for row in run.memory]
     if words == ["output=json"]:
         rows = [
             vars(row) | {"error": row.error} for row in (*own, *[r.time for r in runs], *memory, *exchange)
@@ -263,7 +329,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\nOther published runs of DeepSeek-V3, seconds of a step\n\n" + halves(runs) + "\n")
     for row in runs:
         print(f"  {row.run.name}: {row.time.note}")
-    print("\nPeak of the fullest rank: predictions\n\n" + table(memory))
+    print(
+        "\nPeak of the fullest rank, none fitted: its tensors, or all of the device's memory\n\n"
+        + table(memory)
+    )
     print("\nOne published run as the anchor of another of its hardware\n\n" + anchored_table(runs))
     print("\nAll-to-all alone, BF16, 4096 tokens (arXiv 2603.07685, table 7, HybridEP)\n\n" + table(exchange))
     print("\nCost of DeepSeek-V3 (report, Table 1: 2664K, 119K, 5K, 2788K GPU-hours, $5.576M)\n")

@@ -17,14 +17,14 @@ from dsv3_megatron.plan.published import RUNS, Run
 # DeepSeek-V3 without MTP, and what all runs have in common.
 V3 = (
     "--num-layers 61 --moe-layer-freq ([0]*3+[1]*58) --hidden-size 7168 --ffn-hidden-size 18432 "
-    "--num-attention-heads 128 --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --qk-head-dim 128 "
+    "--num-attention-heads 128 --multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 "
     "--qk-pos-emb-head-dim 64 --v-head-dim 128 --qk-layernorm --num-experts 256 --moe-ffn-hidden-size 2048 "
     "--moe-shared-expert-intermediate-size 2048 --moe-router-topk 8 --moe-router-num-groups 8 "
     "--moe-router-group-topk 4 --moe-router-score-function sigmoid --moe-router-load-balancing-type seq_aux_loss "
     "--moe-aux-loss-coeff 1e-4 --moe-grouped-gemm --moe-permute-fusion --swiglu --normalization RMSNorm "
     "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope --vocab-size 129280 "
     "--seq-length 4096 --max-position-embeddings 4096 --cross-entropy-loss-fusion --bf16 --lr 1e-4 --train-iters 10 "
-    "--use-distributed-optimizer --expert-tensor-parallel-size 1"
+    "--attention-dropout 0 --hidden-dropout 0 --use-distributed-optimizer --expert-tensor-parallel-size 1"
 )
 # Parts of a layer that are CUDA graphs; the router's has the shared expert in it.
 _GRAPHS = {"attn": "attn", "router": "moe_router", "preprocess": "moe_preprocess"}
@@ -48,13 +48,32 @@ def words(run: Run) -> list[str]:
 
 
 def _overlaps(job: Job) -> bool:
-    return job.layout.overlap_pairs and job.layout.schedule == INTERLEAVED
+    return job.layout.overlap_pairs and (job.layout.schedule == INTERLEAVED or job.layout.pp == 1)
+
+
+# Widths by which a model may differ from DeepSeek-V3.
+_WIDTHS = {
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "moe_ffn_hidden_size": "--moe-ffn-hidden-size",
+    "moe_shared_expert_intermediate_size": "--moe-shared-expert-intermediate-size",
+    "moe_router_topk": "--moe-router-topk",
+}
 
 
 def _model(job: Job) -> list[str]:
     s, published = job.sizes, deepseek.SIZES
-    dense, said = s.num_layers - s.num_moe_layers, []
-    if s.num_layers != published.num_layers:
+    dense = s.num_layers - s.num_moe_layers
+    said = [f"--q-lora-rank {s.q_lora_rank}"] if s.q_lora_rank else []
+    for name, option in _WIDTHS.items():
+        if getattr(s, name) != getattr(published, name):
+            said.append(f"{option} {getattr(s, name)}")
+    if (job.moe_router_num_groups, job.moe_router_group_topk) != (8, 4):
+        said.append(
+            f"--moe-router-num-groups {job.moe_router_num_groups} --moe-router-group-topk {job.moe_router_group_topk}"
+        )
+    if (s.num_layers, s.num_moe_layers) != (published.num_layers, published.num_moe_layers):
         said.append(f"--num-layers {s.num_layers} --moe-layer-freq ([0]*{dense}+[1]*{s.num_moe_layers})")
     said += [f"--mtp-num-layers {s.mtp_num_layers}"] if s.mtp_num_layers else []
     if s.num_moe_experts != published.num_moe_experts:
@@ -83,7 +102,8 @@ def notation(stages: Sequence[Stage]) -> str:
 
 def _precision(job: Job) -> list[str]:
     p = job.precision
-    said = [f"--fp8-format e4m3 --fp8-recipe {p.recipe}"] if p.fp8 else []
+    said = [f"--fp8-format e4m3 --fp8-recipe {p.recipe}"] if p.fp8 and not p.fp4 else []
+    said += ["--fp4-format e2m1 --fp4-recipe nvfp4"] if p.fp4 else []
     said += ["--fp8-param-gather"] if p.fp8_parameters else []
     said += ["--fp8-output-proj"] if p.fp8_head else []
     said += ["--grad-reduce-in-bf16"] if p.main_gradient == 2 else []
@@ -99,7 +119,7 @@ def _dispatcher(job: Job) -> list[str]:
             said.append(
                 f"--moe-expert-capacity-factor {job.capacity_factor:g} --moe-pad-expert-input-to-capacity"
             )
-        return said
+        return said + (["--moe-shared-expert-overlap"] if job.shared_expert_overlap else [])
     said = [f"--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend {job.flex_backend}"]
     return [*said, f"--moe-{job.flex_backend}-num-sms {job.communication_sms}"]
 
@@ -107,12 +127,15 @@ def _dispatcher(job: Job) -> list[str]:
 def _recompute(job: Job) -> list[str]:
     if "full" in job.recompute:
         return ["--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"]
-    modules = " ".join(sorted(job.recompute))
-    return [f"--recompute-granularity selective --recompute-modules {modules}"] if modules else []
+    modules, away = " ".join(sorted(job.recompute)), " ".join(sorted(job.offload_modules))
+    said = [f"--recompute-granularity selective --recompute-modules {modules}"] if modules else []
+    return said + ([f"--fine-grained-activation-offloading --offload-modules {away}"] if away else [])
 
 
 def _graphs(job: Job) -> list[str]:
     said = ["--moe-router-fusion"] if job.software.router_fusion else []
+    said += ["--moe-router-padding-for-quantization"] if job.software.router_padding else []
+    said += [] if job.software.rope_fusion else ["--no-rope-fusion"]
     if job.whole_iteration_graph:
         return [*said, "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"]
     parts = [name for part, name in _GRAPHS.items() if part in job.software.graphs]

@@ -91,7 +91,7 @@ H100 = [
     "--expert-tensor-parallel-size",
     "1",
     "--pipeline-model-parallel-layout",
-    "'Et|(tt|)*30mL'",
+    "'Ettt|(tt|)*29m|L'",
     "--global-batch-size",
     "8192",
     "--fp8-format",
