@@ -1,4 +1,4 @@
-"""Grace's constants from the fitted half of `published.py`: `python -m dsv3_megatron.plan.calibration_host`.
+"""Grace's constants from the fitted half of `published/`: `python -m dsv3_megatron.plan.calibration_host`.
 
 From the odd steps of Megatron's guide: what changes there is the host's work. The others' hosts follow from Grace by a
 published measurement (`host_time.py`), so nothing of them is fitted; nothing of the judges is read.
