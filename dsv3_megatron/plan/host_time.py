@@ -18,7 +18,7 @@ class Launches(NamedTuple):
     Attributes:
         kernels: all that the GPU is given.
         modules: calls of Transformer Engine's modules.
-        products: of these calls' products those of single experts in FP8, each with tensors of its own.
+        products: of single experts in FP8: operands that are quantised, and products, each with tensors of its own.
     """
 
     kernels: float = 0
@@ -40,7 +40,7 @@ class Host:
     Attributes:
         kernel: one kernel, with the few operations of PyTorch around it.
         module: one call of a module of Transformer Engine, besides its kernels; less since 2.11 (`LEAN`).
-        product: one expert's product in FP8, whose operands are quantised tensors made one by one.
+        product: one operand or product of a single expert in FP8, for which tensors are made one by one.
         graph: a CUDA graph.
         unbound: how much longer everything takes where the scheduler moves processes about.
         link, memory: bytes/s of a GPU to host memory, one way, and of AdamW in it, a GPU's share; stated, not measured.

@@ -160,9 +160,8 @@ class Operators:
         if not self.job.shared_expert_overlap:
             return shared
         gpu = self.gpu
-        beside = communicating * (
-            1 - (self.job.communication_sms or gpu.achieved.communication_sms) / gpu.sms
-        )
+        taken = self.job.communication_sms or gpu.achieved.communication_sms
+        beside = communicating * (1 - taken / gpu.sms)
         f, b, w = shared
         hidden_b = min(b, beside)
         return max(0, f - beside), b - hidden_b, max(0, w - (beside - hidden_b))
@@ -242,14 +241,11 @@ class Operators:
         cache = 1 if self.job.precision.fp8 else 2
         swiglu = tokens * width * (2 * 2 * 2 + cache)  # both halves written and read, the product written
         alone = self.job.precision.fp8 and not self.job.software.own_kernels
-        quantised = (
-            tokens * width * (2 + 2 + cache) if alone else 0
-        )  # in BF16 first, then by rows and by columns
+        # In BF16 first, then by rows and by columns; each expert by kernels of its own.
+        quantised = tokens * width * (2 + 2 + cache) if alone else 0
+        ramps = 2 * experts * self.gpu.achieved.ramp if alone and experts > 1 else 0
         again = 0 if "online_quantization" in self.job.hardware and self.job.precision.fp8 else 2 * cache
         edge = tokens * s.hidden_size * (2 + again)
-        ramps = (
-            2 * experts * self.gpu.achieved.ramp if alone and experts > 1 else 0
-        )  # each expert's own kernels
         f = gemm.f + self.memory(swiglu + quantised + edge) + ramps
         b = gemm.b + self.memory(2 * (swiglu + edge)) + ramps
         if module in recompute or (module == "shared_experts" and "moe" in recompute):

@@ -86,9 +86,8 @@ def stage_times(job: Job, gpu: Gpu, stage: Stage, operators: Operators | None = 
     total = total.recomputed(again)
     ends = []
     if stage.head:
-        ends.append(
-            ops.head(1 + job.sizes.mtp_num_layers)
-        )  # each MTP layer's loss is taken where the model's is
+        # An MTP layer's loss is taken where the model's is, also where the layer has a stage of its own.
+        ends.append(ops.head(1 + job.sizes.mtp_num_layers))
     ends += [ops.mtp_projection()] * stage.mtp
     for end_f, end_b, end_w in ends:
         total = total.plus(StageTimes(end_f, end_b, end_w, end_f + end_b), 1)
