@@ -109,6 +109,8 @@ def _load(manager: Any, name: str, include: Path | None, option: str) -> dict[st
                 "(--download), or set HF_HOME to where it is"
             ) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if error.args == (None,):  # the harness looks up how to aggregate a metric that it does not know
+            reason = "a metric of its metric_list is none of the harness's"
         raise RefusedArgument(f"{option} {name}: cannot be loaded ({reason})") from error
 
 

@@ -280,3 +280,9 @@ def test_tasks_of_the_user(tmp_path: Path):
     )
     loaded = catalog.load_tasks(["mine", "dsv3_choice_en"], tmp_path)
     assert list(loaded["tasks"]) == ["mine", "dsv3_choice_en"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(mine.read_text().replace("metric: acc", "metric: no_such_metric"))
+    with pytest.raises(
+        RefusedArgument, match=r"^--tasks mine: cannot be loaded \(a metric of its metric_list"
+    ):
+        catalog.load_tasks(["mine"], tmp_path)

@@ -12,7 +12,7 @@ from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.serve import time
 from dsv3_megatron.plan.serve.__main__ import main
 from dsv3_megatron.plan.serve.job import ServingJob
-from dsv3_megatron.plan.serve.memory import max_batch, memory_parts
+from dsv3_megatron.plan.serve.memory import longest_context, max_batch, memory_parts
 from dsv3_megatron.plan.serve.options import job_of, parse
 from dsv3_megatron.plan.serve.published import MEASURED, error_rows
 from dsv3_megatron.plan.serve.result import full, serve, variants, without_copies
@@ -112,6 +112,15 @@ def test_memory_is_full_with_the_most_requests(job):
         serve(replace(job, batch=most.batch * 1.01))
 
 
+def test_a_request_that_no_replica_holds_is_refused():
+    holds = int(longest_context(DECODE))
+    serve(full(replace(DECODE, context=holds)))
+    with pytest.raises(
+        PlanError, match=f"context={holds + 1}: a GPU's cache holds {holds} tokens of one request"
+    ):
+        serve(full(replace(DECODE, context=holds + 1)))
+
+
 def test_weights_that_do_not_fit_are_refused():
     small = replace(DECODE, num_gpus=8, deployment=Deployment(0, False, True, 1), weights="bf16")
     assert max_batch(small) < 0
@@ -164,6 +173,10 @@ def test_json_has_one_line(capsys):
         (["redundancy=maybe"], "use redundancy=on or redundancy=off"),
         (["output=xml"], "use output=table or output=json"),
         (["imbalance=0.5"], "imbalance=0.5: use a number from 1"),
+        (
+            ["layout=decode_tp4_dp80_ep320", "imbalance=40"],
+            "imbalance=40: the fullest of 320 GPUs has at most 35.5556",
+        ),
         (["cached=1"], "cached=1: use a number from 0 to below 1"),
         (["nonsense"], "write NAME=VALUE"),
         (["layout=decode_tp4_dp80_ep320", "contxt=8192"], "contxt=8192: no such argument"),

@@ -55,6 +55,7 @@ BAD = [
     ({"prompt": "x", "stop": [""]}, "stop", 400),
     ({"prompt": "x", "stop": 5}, "stop", 400),
     ({"prompt": "x", "stream": "yes"}, "stream='yes'", 400),
+    ({"prompt": "x", "stream": 1}, "stream=1", 400),
     ({"prompt": "x", "echo": True, "logprobs": 1, "stream": True}, "not streamed", 400),
     ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty=0.5", 400),
     ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", 400),

@@ -276,6 +276,6 @@ def _whole(
 
 def _flag(body: Mapping[str, Any], key: str) -> bool:
     value = body.get(key)
-    if value not in (None, True, False):
+    if value is not None and not isinstance(value, bool):  # 1 is no true
         raise BadRequest(f"{key}={value!r}: must be true or false", key)
     return bool(value)

@@ -3,7 +3,7 @@
 from dsv3_megatron.plan.parameters import counts_of_sizes
 from dsv3_megatron.plan.serve.job import BYTES, ServingJob
 
-__all__ = ["max_batch", "memory_parts"]
+__all__ = ["longest_context", "max_batch", "memory_parts"]
 
 _WIDE = 2.0  # bytes of embedding, head, router and norms, which stay in bf16
 
@@ -48,5 +48,14 @@ def memory_parts(job: ServingJob) -> dict[str, float]:
 
 def max_batch(job: ServingJob) -> float:
     """Requests per GPU with which its memory is full; below 0 where the weights alone do not fit."""
-    free = job.gpu.memory - job.gpu.overhead - sum(_weights(job).values())
-    return free / (job.tp * job.context * job.cache_bytes_per_token + _work(job, 1.0))
+    return _free(job) / (job.tp * job.context * job.cache_bytes_per_token + _work(job, 1.0))
+
+
+def longest_context(job: ServingJob) -> float:
+    """Tokens of one request that the cache of a replica holds; each of its GPUs has them all."""
+    return _free(job) / job.cache_bytes_per_token
+
+
+def _free(job: ServingJob) -> float:
+    """Bytes that cache and activations have."""
+    return job.gpu.memory - job.gpu.overhead - sum(_weights(job).values())

@@ -138,6 +138,12 @@ def job_of(options: Options) -> ServingJob:
         absorbed_prefill=options.attention == "absorbed",
         cached=options.cached,
     )
+    fullest = job.num_gpus * min(job.topk, job.slots_per_gpu) / job.topk if job.topk else 1.0
+    if job.imbalance > fullest:
+        raise PlanError(
+            f"imbalance={job.imbalance:g}: the fullest of {job.num_gpus} GPUs has at most {fullest:g} times the mean; "
+            f"use a number from 1 to {fullest:g}"
+        )
     if options.redundancy == "off":
         job = without_copies(job)
     if options.batch is None:

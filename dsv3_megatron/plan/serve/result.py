@@ -6,7 +6,7 @@ from typing import Any
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.serve.job import ServingJob
-from dsv3_megatron.plan.serve.memory import max_batch, memory_parts
+from dsv3_megatron.plan.serve.memory import longest_context, max_batch, memory_parts
 from dsv3_megatron.plan.serve.time import StepTime, step_time
 from dsv3_megatron.specs.deployment import Deployment
 
@@ -58,13 +58,19 @@ class Result:
 
 
 def serve(job: ServingJob) -> Result:
-    """PlanError where the batch does not fit."""
+    """PlanError where a request or the batch does not fit."""
     most, memory = max_batch(job), memory_parts(job)
     if most <= 0:
         used = (sum(memory.values()) - memory["cache"] - memory["activations"]) / 2**30
         raise PlanError(
             f"cluster.gpu={job.gpu.name}: the weights of a GPU and what CUDA takes are {used:.1f} GiB of "
             f"{job.gpu.memory / 2**30:.1f}; use weights=fp8, more GPUs, or ones with more memory"
+        )
+    longest = longest_context(job)
+    if job.context > longest:
+        raise PlanError(
+            f"context={job.context}: a GPU's cache holds {longest:.0f} tokens of one request; use a shorter context, "
+            "cache=fp8, or GPUs with more memory"
         )
     if job.batch > most * (1 + 1e-9):
         raise PlanError(
