@@ -114,6 +114,15 @@ def _timeline(path: Path, file: Path) -> tuple[Event, ...]:
         ) from error
 
 
+def _figures(path: Path, report: dict[str, Any]) -> list[tuple[str, Any]]:
+    """All that its tests recorded."""
+    try:
+        tests = [test for step in report["steps"].values() for test in step.get("tests", ())]
+        return [figure for test in tests for figure in test.get("figures", {}).items()]
+    except (AttributeError, TypeError) as error:
+        raise PlanError(f"anchor={path}: no report of make test-gpu ({error}); use {WANTED}") from error
+
+
 def _speeds(path: Path, report: dict[str, Any]) -> Speeds:
     """Of a report of `tests/gpu`: figures that its tests recorded."""
     device = str(report["device"])
@@ -124,13 +133,11 @@ def _speeds(path: Path, report: dict[str, Any]) -> Speeds:
             f"nothing); use one of {', '.join(GPUS)}"
         )
     found: dict[str, list[float]] = {}
-    for step in report["steps"].values():
-        for test in step.get("tests", ()):
-            for name, value in test.get("figures", {}).items():
-                try:
-                    found.setdefault(name, []).append(float(value))
-                except (TypeError, ValueError):
-                    continue  # words, such as "not measured"
+    for name, value in _figures(path, report):
+        try:
+            found.setdefault(name, []).append(float(value))
+        except (TypeError, ValueError):
+            continue  # words, such as "not measured"
 
     def of(name: str) -> float | None:
         values = [value for value in found.get(name, ()) if value > 0]

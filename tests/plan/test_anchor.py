@@ -31,6 +31,14 @@ def report(path: Path, device: str = "NVIDIA B200", **figures: object) -> Path:
     return path
 
 
+@pytest.mark.parametrize("steps", [[1], {"speeds": 5}, {"speeds": {"tests": [{"figures": 5}]}}])
+def test_a_report_of_another_form_is_refused(tmp_path: Path, steps: object) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({"device": "NVIDIA B200", "steps": steps}))
+    with pytest.raises(PlanError, match=r"no report of make test-gpu"):
+        anchor.read(file)
+
+
 def test_a_measured_step_is_what_the_plan_then_takes() -> None:
     speed = anchor.speed_of(RUN.job, GPU, RUN.counts, 1.2 * planned().step_s)
     assert planned(anchor.scaled(GPU, speed)).step_s == pytest.approx(1.2 * planned().step_s, rel=2e-3)
