@@ -20,6 +20,7 @@ from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 
 WIDTH = 46  # of the first column
+ASK = "give it $1, $2, … after the name, and variables of its environment with --set NAME=VALUE"
 NAMES = r"\$\{([A-Za-z_]\w*)"  # of what a script does not say
 
 
@@ -83,10 +84,7 @@ def launches_of(
     launches = [(f"{path}:{c.line}", launch_of(c.words)) for c in script.commands]
     found = {str(launch): (where, launch) for where, launch in launches if launch is not None}
     if not found:
-        raise RefusedArgument(
-            f"{path}: no command in it starts a Python program with options; give it $1, $2, … after the name, and "
-            "variables of its environment with --set NAME=VALUE"
-        )
+        raise RefusedArgument(f"{path}: no command in it starts a Python program with options; {ASK}")
     return list(found.values()), script.notes
 
 

@@ -108,6 +108,8 @@ def run(options: Options) -> None:
     if options.output == "json":
         told = {"whatif": {one.name: {"step_s": one.step_s, "reason": one.reason} for one in changed}}
         more = anchored | (told if changed else {})
+        for note in planned.notes:
+            print(f"note: {note}", file=sys.stderr)
         print(json.dumps(report.as_dict(result) | report.host_as_dict(planned.host) | more))
         return
     for note in planned.notes:

@@ -130,6 +130,8 @@ def _check(options: Options) -> None:
     """What does not go together, and places that cannot be."""
     if options.measured is not None and options.pictures is None:
         raise PlanError(f"measured={options.measured}: give pictures=FOLDER for the picture of both")
+    if options.proxy and options.output == "json":
+        raise PlanError("--proxy with output=json: a recipe is words; leave one of them out")
     for name in ("measured", "anchor"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
@@ -166,12 +168,17 @@ def _make_place(folder: Path) -> None:
         ) from error
 
 
+_SUCH = {"tokens": "14.8e12", "load_imbalance": "1.1", "best": "10"}
+
+
 def number(name: str, value: str, at_least: float | None = None) -> float:
     """A positive number, or one that is at least so large."""
     try:
         result = float(value)
     except ValueError:
-        raise PlanError(f"{name}={value}: a number is needed, such as {name}=14.8e12") from None
+        raise PlanError(
+            f"{name}={value}: a number is needed, such as {name}={_SUCH.get(name, '1')}"
+        ) from None
     if at_least is None and not 0 < result < float("inf"):
         raise PlanError(f"{name}={value}: a positive number is needed")
     if at_least is not None and not at_least <= result < float("inf"):

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dsv3_megatron.conf import compose
@@ -13,7 +13,7 @@ from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.pipeline.build import ZIGZAG
 from dsv3_megatron.plan.candidates import SCHEDULES, Candidate, Found, Space, search
 from dsv3_megatron.plan.job import PlanError
-from dsv3_megatron.plan.options import number, parse
+from dsv3_megatron.plan.options import Options, number, parse
 from dsv3_megatron.plan.step import Plan, plan
 
 USAGE = """usage: python -m dsv3_megatron.plan.search [best=10] [output=table|json] [NAME=VALUE ...]
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     num_best = [text for text in words if text.startswith("best=")]
     options = parse([text for text in words if text not in num_best])
-    best = int(number("best", num_best[-1].partition("=")[2])) if num_best else 10
+    best = int(number("best", num_best[-1].partition("=")[2], at_least=1)) if num_best else 10
+    _refuse(options)
     request = Request.of(options.overrides)
     cfg = compose(request.base)
     start_megatron()
@@ -64,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text(found, seconds, reference))
     for line in refused:
         print(line)
+
+
+def _refuse(options: Options) -> None:
+    """PlanError for what is said of one plan."""
+    for field in fields(options):
+        ours = field.name in ("output", "load_imbalance", "overrides")
+        if not ours and getattr(options, field.name) != getattr(Options(), field.name):
+            raise PlanError(
+                f"{field.name}: the search does not take it; give it to dsv3 plan, for one layout"
+            )
 
 
 def _any_layout(overrides: list[str]) -> str:
