@@ -142,7 +142,7 @@ def verdict(plan: Plan) -> str:
 
 def _unlike(job: Job) -> tuple[str, ...]:
     """What no compared run has."""
-    found = []
+    found = list(job.unplanned)
     if job.offload_optimizer:
         found.append("optimizer in host memory")
     if job.offload_modules:

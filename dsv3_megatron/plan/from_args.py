@@ -8,10 +8,12 @@ from dsv3_megatron.fp8.precision import recipe_of
 from dsv3_megatron.metrics.flops import ModelSizes
 from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.pipeline.traits import TRAITS
+from dsv3_megatron.plan import unplanned
 from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
+from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
-from dsv3_megatron.plan.launch import Launched
+from dsv3_megatron.plan.launch import Launched, refuse_attention, refuse_fsdp
 
 # DeepSeek-V3's rows of the embedding, where neither the line nor a tokenizer on this machine says how many.
 _VOCABULARY = 129_280
@@ -39,6 +41,7 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
     """
     args, given = found.args, found.given
     _refuse(args, load_imbalance)
+    unplanned.refuse(args, gpu_named(found.gpu))
     stages = tuple(_stages(found))
     layout = _layout(found, len(stages))
     _refuse_spread(layout, args)
@@ -76,6 +79,7 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
         if args.fine_grained_activation_offloading
         else frozenset(),
         nvlink_domain=_domain(args, domain),
+        unplanned=unplanned.unplanned(args),
     )
 
 
@@ -83,15 +87,8 @@ def _refuse(args: Namespace, load_imbalance: float) -> None:
     """What no plan can be made of."""
     if not args.global_batch_size:
         raise PlanError("global_batch_size is not set: give the number of sequences of a step")
-    if not args.multi_latent_attention:
-        raise PlanError(
-            "multi_latent_attention is off: the planner knows multi-latent attention; use --multi-latent-attention"
-        )
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
-        if getattr(args, name, False):
-            raise PlanError(
-                f"{name}=true: the planner knows the distributed optimizer, not FSDP; leave {name} out"
-            )
+    refuse_attention(args.multi_latent_attention)
+    refuse_fsdp(args)
     if args.fine_grained_activation_offloading and "fused_group_mlp" in (args.offload_modules or ()):
         raise PlanError(
             f"offload_modules=fused_group_mlp: the planner knows {', '.join(OFFLOADED)}; use some of those"
@@ -149,8 +146,8 @@ def _communication_sms(args: Namespace, dispatcher: str) -> int | None:
         return said
     if dispatcher == "flex":
         hybrid = args.moe_flex_dispatcher_backend == "hybridep"
-        said = args.moe_hybridep_num_sms if hybrid else args.moe_deepep_num_sms
-        return said or (32 if hybrid else 20)
+        older = args.moe_hybridep_num_sms if hybrid else args.moe_deepep_num_sms
+        return args.moe_flex_dispatcher_num_sms or older or (32 if hybrid else 20)
     return 20
 
 
@@ -285,7 +282,7 @@ def _pattern(args: Namespace) -> list[Any]:
 
 def _precision(args: Namespace) -> Precision:
     low = args.bf16 or args.fp16
-    moment = getattr(args, "exp_avg_dtype", None) if args.use_precision_aware_optimizer else None
+    moments = [args.exp_avg_dtype, args.exp_avg_sq_dtype] if args.use_precision_aware_optimizer else []
     recipe = recipe_of(args)
     fp4 = bool(getattr(args, "fp4", None))
     name = "dsv3" if recipe is not None else "nvfp4" if fp4 else str(args.fp8_recipe) if args.fp8 else ""
@@ -300,7 +297,7 @@ def _precision(args: Namespace) -> Precision:
         fp8_parameters=bool(args.fp8_param_gather),
         main_gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not low else 2,
         master=4 if low else 0,
-        moment=moment.itemsize if moment is not None else 4,
+        moment=sum(moment.itemsize for moment in moments) / 2 if moments else 4,
     )
 
 

@@ -95,7 +95,8 @@ class Precision:
         fp8_attention: queries, keys and values in E4M3 (Transformer Engine's `fp8_dot_product_attention`).
         fp8_head: the output head too (Megatron's `--fp8-output-proj`).
         fp8_parameters: the parameters themselves are E4M3 (`--fp8-param-gather`), with no copy in `compute`.
-        main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32.
+        main_gradient, master, moment: of the optimizer; `master` 0 where the parameters themselves are fp32,
+            `moment` the mean of both.
     """
 
     compute: int = 2
@@ -108,7 +109,7 @@ class Precision:
     fp8_parameters: bool = False
     main_gradient: int = 4
     master: int = 4
-    moment: int = 2
+    moment: float = 2
 
     @property
     def fp4(self) -> bool:
@@ -223,6 +224,7 @@ class Job:
         offload_optimizer: share of the optimizer's states in host memory (`--optimizer-offload-fraction`).
         offload_modules: whose inputs are in host memory (`--offload-modules`).
         hardware: what its GPUs can do that those of the table cannot (`whatif.py`).
+        unplanned: what the arguments say and a plan leaves out, in words (`unplanned.py`).
         nvlink_domain: neighbouring GPUs that share NVLink (`--nvlink-domain-size`); None: as the hardware table has it.
     """
 
@@ -252,6 +254,7 @@ class Job:
     software: Software = field(default_factory=Software)
     offload_optimizer: float = 0.0
     offload_modules: frozenset[str] = frozenset()
+    unplanned: tuple[str, ...] = ()
     nvlink_domain: int | None = None
     hardware: frozenset[str] = frozenset()
 

@@ -26,6 +26,7 @@ from dsv3_megatron.plan.counting import quiet
 from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import RECOMPUTE_MODULES, PlanError
 from dsv3_megatron.plan.options import SIZES
+from dsv3_megatron.plan.unplanned import refuse_model
 from dsv3_megatron.preflight.line import read
 from dsv3_megatron.preflight.machine import GPUS, Machine
 from dsv3_megatron.preflight.start import with_packages_of
@@ -37,7 +38,7 @@ _EXAMPLES = dict(zip(SIZES, ("gpu=h100", "nodes=16", "gpus_per_node=8"), strict=
 # step, at the full batch.
 _ELSEWHERE = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path",
-    "data_cache_path", "load", "save", "pretrained_checkpoint", "tokenizer_model", "tensorboard_dir",
+    "data_cache_path", "load", "save", "pretrained_checkpoint", "tokenizer_type", "tokenizer_model", "tensorboard_dir",
     "wandb_project", "wandb_exp_name", "wandb_save_dir", "batch_ramp", "rampup_batch_size",
 )  # fmt: skip
 
@@ -90,6 +91,10 @@ def launched(
     given = parse_given(megatron_parser(), words, known_only=True)
     refuse_sizes(vars(given))
     refuse_modules(getattr(given, "recompute_modules", None) or ())
+    refuse_model(given)
+    if not ours:  # before Megatron speaks of what these need
+        refuse_attention(getattr(given, "multi_latent_attention", False))
+        refuse_fsdp(given)
     machine, env = machine_of(gpu, env), dict(env or {})
     env.setdefault(MAX_CONNECTIONS, _connections(words, machine))
     env.setdefault("NVTE_CPU_OFFLOAD_V1", "1")  # Megatron asks for it with offloading; nothing else reads it
@@ -136,6 +141,23 @@ def refuse_sizes(said: Mapping[Any, Any]) -> None:
         raise PlanError(
             f"moe_router_topk={topk}: there are num_experts={experts}; use a number of at most {experts}"
         )
+
+
+def refuse_attention(latent: bool) -> None:
+    """PlanError for a model without multi-latent attention."""
+    if not latent:
+        raise PlanError(
+            "multi_latent_attention is off: the planner knows multi-latent attention; use --multi-latent-attention"
+        )
+
+
+def refuse_fsdp(args: Namespace) -> None:
+    """PlanError for sharded parameters."""
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False):
+            raise PlanError(
+                f"{name}=true: the planner knows the distributed optimizer, not FSDP; leave {name} out"
+            )
 
 
 def refuse_modules(modules: Sequence[str]) -> None:
@@ -222,6 +244,10 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
     gpu_named(gpu or DEFAULT_GPU, "gpu")
     notes = list(line.notes)
     machine = _size(machine_of(gpu or DEFAULT_GPU, line.env), said)
+    sizes = (machine.nodes, line.nodes), (machine.gpus_per_node, line.per_node)
+    for name, (other, its) in zip(SIZES[1:], sizes, strict=True):
+        if other and its and other != its:
+            notes.append(f"{name}={other}, in place of the line's {its}")
     ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
     line = replace(line, words=tuple(_without_files(line.words, line.trainer)))
     job, found = job_of(line, machine)
@@ -243,11 +269,15 @@ def of_script(path: Path, said: Mapping[str, str]) -> Launched:
     Args:
         said: as `of_line`; any other NAME is a variable that the script takes from its environment.
     """
-    from dsv3_megatron.adopt.__main__ import launches_of
+    from dsv3_megatron.adopt.__main__ import ASK, launches_of
     from dsv3_megatron.arguments import megatron_parser
 
     variables = {name: value for name, value in said.items() if name not in SIZES}
-    launches, notes = launches_of(path, (), variables)
+    try:
+        launches, notes = launches_of(path, (), variables)
+    except RefusedArgument as error:
+        asked = str(error).replace(ASK, "give variables of its environment as NAME=VALUE")
+        raise PlanError(f"--script {asked}") from error
     if len(launches) > 1:
         places = ", ".join(where for where, _ in launches)
         raise PlanError(f"--script {path}: starts more than one trainer ({places}); plan one with --launch")
