@@ -13,10 +13,8 @@ from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
-from dsv3_megatron.plan.launch import Launched, refuse_attention, refuse_fsdp
+from dsv3_megatron.plan.launch import VOCABULARY, Launched, refuse_attention, refuse_fsdp
 
-# DeepSeek-V3's rows of the embedding, where neither the line nor a tokenizer on this machine says how many.
-_VOCABULARY = 129_280
 # Megatron's parts of a layer that are CUDA graphs, and ours; the router's graph has the shared expert in it.
 _GRAPHS = {
     "attn": ("attn",),
@@ -129,7 +127,7 @@ def sizes_of(found: Launched) -> ModelSizes:
     vocabulary = args.padded_vocab_size
     if not vocabulary:
         step = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-        vocabulary = -(-(args.vocab_size or _VOCABULARY) // step) * step
+        vocabulary = -(-(args.vocab_size or VOCABULARY) // step) * step
     return ModelSizes.from_config(args, vocabulary, args.seq_length)
 
 

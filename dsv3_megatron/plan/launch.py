@@ -33,12 +33,14 @@ from dsv3_megatron.preflight.start import with_packages_of
 
 # Of a line that says nothing; preflight's.
 DEFAULT_GPU = "h100"
+# DeepSeek-V3's rows of the embedding, where the line leaves it to a tokenizer, which is on the cluster.
+VOCABULARY = 129_280
 _EXAMPLES = dict(zip(SIZES, ("gpu=h100", "nodes=16", "gpus_per_node=8"), strict=True))
 # Files, tokenizers and reports: nothing of a step depends on them, and they are on the cluster. Ramps: a plan is of one
 # step, at the full batch.
 _ELSEWHERE = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path",
-    "data_cache_path", "load", "save", "pretrained_checkpoint", "tokenizer_type", "tokenizer_model", "tensorboard_dir",
+    "data_cache_path", "load", "save", "pretrained_checkpoint", "tokenizer_model", "tensorboard_dir",
     "wandb_project", "wandb_exp_name", "wandb_save_dir", "batch_ramp", "rampup_batch_size",
 )  # fmt: skip
 
@@ -249,7 +251,12 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
         if other and its and other != its:
             notes.append(f"{name}={other}, in place of the line's {its}")
     ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
-    line = replace(line, words=tuple(_without_files(line.words, line.trainer)))
+    line = replace(line, words=tuple(_without_files(line.words, line.trainer, ours)))
+    if not ours and not any(
+        w.partition("=")[0] in ("--vocab-size", "--padded-vocab-size") for w in line.words
+    ):
+        notes.append(f"the vocabulary is the tokenizer's: {VOCABULARY:,} words are planned; use --vocab-size")
+        line = replace(line, words=(*line.words, "--vocab-size", str(VOCABULARY)))
     job, found = job_of(line, machine)
     notes += [finding.why for finding in found]
     if gpu is None:
@@ -328,15 +335,18 @@ def _size(machine: Machine, said: Mapping[str, str]) -> Machine:
     return replace(machine, nodes=asked.nodes, gpus_per_node=asked.gpus_per_node)
 
 
-def _without_files(words: Sequence[str], trainer: str) -> list[str]:
+def _without_files(words: Sequence[str], trainer: str, ours: bool) -> list[str]:
     """Without what names files and reports, with random data in their place."""
     if trainer == "hydra":
         return [*words, "batch_ramp=null"]
+    elsewhere = (
+        (*_ELSEWHERE, "tokenizer_type") if ours else _ELSEWHERE
+    )  # Megatron takes the vocabulary's size from it
     kept, skipping, data = [], False, False
     for word in words:
         if word.startswith("--"):
             dest = word.partition("=")[0][2:].replace("-", "_")
-            skipping = dest in _ELSEWHERE
+            skipping = dest in elsewhere
             data = data or dest == "mock_data"
         if not skipping:
             kept.append(word)

@@ -69,15 +69,9 @@ def test_both_moments_and_either_name_of_the_sms_count() -> None:
     assert planned("--moe-flex-dispatcher-num-sms", "8").job.communication_sms == 8
 
 
-def test_a_line_of_ours_with_the_clusters_tokenizer() -> None:
-    words = [
-        "--spec",
-        "dsv3",
-        "--tokenizer-type",
-        "HuggingFaceTokenizer",
-        "--tokenizer-model",
-        "/of/the/cluster",
-    ]
+def test_the_clusters_tokenizer_is_not_asked_for() -> None:
+    """Nor for the size of its vocabulary, in a line of ours and in one of Megatron's."""
+    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/of/the/cluster"]
     words += [
         "--data-path",
         "/of/the/cluster",
@@ -87,8 +81,11 @@ def test_a_line_of_ours_with_the_clusters_tokenizer() -> None:
         "1",
         "--bf16",
     ]
-    text = " ".join(["torchrun --nproc-per-node 8 -m dsv3_megatron.train", *words])
-    assert planned_of(parse(["--launch", text, "gpu=h100"])).job.num_microbatches == 1
+    ours = " ".join(["torchrun --nproc-per-node 8 -m dsv3_megatron.train --spec dsv3", *words])
+    assert planned_of(parse(["--launch", ours, "gpu=h100"])).job.num_microbatches == 1
+    text = line().replace("--vocab-size 129280", "")
+    sizes = planned_of(parse(["--launch", text, "gpu=h100"])).job.sizes
+    assert "--tokenizer-type HuggingFaceTokenizer" in text and sizes.padded_vocab_size == 129_280
 
 
 def test_what_was_left_out_is_said_beside_json(capsys: pytest.CaptureFixture) -> None:
