@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsv3_megatron.plan.errors import MEMORY_PERCENT, TIME_PERCENT, Compared
+from dsv3_megatron.plan.errors import MEMORY_PERCENT, RAN_PERCENT, TIME_PERCENT, Compared
 from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job
 from dsv3_megatron.plan.step import Plan
@@ -114,7 +114,8 @@ def confidence(job: Job, gpu: Gpu) -> Confidence:
     else:
         names, time = list(inside), _largest([run.percent for run in inside.values()])
     peaks = [MEMORY_PERCENT[name] for name in names if name in MEMORY_PERCENT]
-    peaks = peaks or list(MEMORY_PERCENT.values())
+    ran = [RAN_PERCENT[name] for name in names if name in RAN_PERCENT]
+    peaks = peaks + ran if peaks else [*MEMORY_PERCENT.values(), *RAN_PERCENT.values()]
     seen = [1 / (1 + percent / 100) for percent in peaks]
     memory_range = min(1.0, *seen), max(1.0, *seen)
     return Confidence(time, _largest(peaks), not unlike, tuple(names), unlike, memory_range)

@@ -311,3 +311,10 @@ MEMORY_PERCENT: dict[str, float] = {
     "8 H100, Moonlight, BF16, TP2 EP8, all-to-all, GBS 4, moe_act recomputed": -0.3,
     "8 H100, Moonlight, BF16, TP2 EP8, all-to-all, GBS 4, layernorm and moe_act recomputed": -1.6,
 }
+# Planned peaks above what the GPU has, of runs that ran: by so much they are too high, or by more.
+RAN_PERCENT: dict[str, float] = {
+    "256 GB200, BF16, PP8 VPP4 EP32, HybridEP": 3.4,
+    "256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP, GBS 8192": 3.1,
+    "256 GB300, MXFP8, PP2 VPP8 EP32, HybridEP, two sequences": 1.3,
+    "256 B300, NVFP4, PP8 VPP2 EP8, HybridEP, two sequences": 3.9,
+}

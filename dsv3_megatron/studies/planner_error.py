@@ -1,6 +1,7 @@
 """Predicted against published: `python -m dsv3_megatron.studies.planner_error` (`make bench-planner`)."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +201,23 @@ def errors_module(rows: Sequence[Judged]) -> str:
         for r in rows
         if r.memory
     ]
+    lines += [
+        "}",
+        "# Planned peaks above what the GPU has, of runs that ran: by so much they are too high, or by more.",
+        "RAN_PERCENT: dict[str, float] = {",
+    ]
+    lines += [f"    {json.dumps(name)}: {percent:.1f}," for name, percent in above_memory()]
     return "\n".join([*lines, "}", ""])
+
+
+def above_memory() -> list[tuple[str, float]]:
+    """Published runs whose planned peak is more than their GPU has; by how many percent, upwards."""
+    shares = [
+        (run.name, max(p.memory_gib) * GIB / p.gpu.memory)
+        for run in RUNS
+        for p in [plan(run.job, GPUS[run.gpu], run.counts)]
+    ]
+    return [(name, math.ceil(1000 * (share - 1)) / 10) for name, share in shares if share > 1]
 
 
 def _words(domain: Sequence[str]) -> str:

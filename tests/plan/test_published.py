@@ -9,7 +9,7 @@ from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.calibration import fit_imbalance, fit_sustained, fit_trace, trace_times
 from dsv3_megatron.plan.confidence import DEEPSEEK, Domain, confidence, is_near
 from dsv3_megatron.plan.cost import report_totals
-from dsv3_megatron.plan.errors import MEMORY_PERCENT, TIME_PERCENT
+from dsv3_megatron.plan.errors import MEMORY_PERCENT, RAN_PERCENT, TIME_PERCENT
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.published import RUNS
 from dsv3_megatron.plan.step import plan
@@ -91,6 +91,12 @@ def test_errors_are_those_of_the_planner(judged: list[bench.Judged]) -> None:
         if row.memory:
             worst = max((one.error for one in row.memory), key=abs)
             assert MEMORY_PERCENT[row.run.name] == pytest.approx(100 * worst, abs=0.15), row.run.name
+
+
+def test_no_run_that_ran_is_said_not_to_fit() -> None:
+    assert dict(bench.above_memory()) == pytest.approx(RAN_PERCENT, abs=0.15)
+    plans = [plan(run.job, GPUS[run.gpu], run.counts) for run in RUNS]
+    assert not [p for p in plans if report.verdict(p) == "does not fit"]
 
 
 def test_tensors_of_published_peaks(judged: list[bench.Judged]) -> None:
