@@ -72,7 +72,7 @@ def dispatch_line(job: Job, gpu: Gpu) -> str:
     """The job's own dispatcher in a line: what tokens are sent in, how often, and what it comes to."""
     found = figures(job, gpu, job.dispatcher)
     sent = "E4M3" if job.precision.fp8_dispatch else "BF16" if job.precision.compute == 2 else "FP32"
-    copies_per = "expert" if job.dispatcher == "alltoall" else "node"
+    copies_per = {"alltoall": "expert", "allgather": "rank"}.get(job.dispatcher, "node")
     return (
         f"{job.dispatcher}, {sent}, one copy per {copies_per}: {found.infiniband / 1e6:.0f} MB over InfiniBand, "
         f"{found.nvlink / 1e6:.0f} MB over NVLink, {found.seconds * 1e3:.1f} ms per layer and microbatch"

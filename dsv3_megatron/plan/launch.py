@@ -339,9 +339,8 @@ def _without_files(words: Sequence[str], trainer: str, ours: bool) -> list[str]:
     """Without what names files and reports, with random data in their place."""
     if trainer == "hydra":
         return [*words, "batch_ramp=null"]
-    elsewhere = (
-        (*_ELSEWHERE, "tokenizer_type") if ours else _ELSEWHERE
-    )  # Megatron takes the vocabulary's size from it
+    # Megatron takes the vocabulary's size from a tokenizer; the spec of other layers is not here, the sizes say them.
+    elsewhere = (*_ELSEWHERE, "tokenizer_type" if ours else "spec")
     kept, skipping, data = [], False, False
     for word in words:
         if word.startswith("--"):

@@ -55,6 +55,8 @@ def test_more_chunks_are_faster_and_the_job_is_planned_with_its_dispatcher():
     assert many < few
     line = dispatchers.dispatch_line(replace(JOB, dispatcher="two_hop"), H800)
     assert line.startswith("two_hop, E4M3, one copy per node: ")
+    everywhere = dispatchers.dispatch_line(replace(JOB, dispatcher="allgather"), H800)
+    assert "one copy per rank: " in everywhere
 
 
 def test_command(capsys):

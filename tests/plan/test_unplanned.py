@@ -88,6 +88,10 @@ def test_the_clusters_tokenizer_is_not_asked_for() -> None:
     assert "--tokenizer-type HuggingFaceTokenizer" in text and sizes.padded_vocab_size == 129_280
 
 
+def test_the_spec_of_other_layers_is_not_looked_for() -> None:
+    assert planned("--spec", "their.layers", "spec_of_them").job == planned().job
+
+
 def test_what_was_left_out_is_said_beside_json(capsys: pytest.CaptureFixture) -> None:
     command.main(["--launch", line("--no-such-option", "3"), "gpu=h100", "nodes=64", "output=json"])
     out, err = capsys.readouterr()
