@@ -38,6 +38,10 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domai
         PlanError: what the planner does not know, by its argument.
     """
     args, given = found.args, found.given
+    if (
+        args.moe_router_force_load_balancing and load_imbalance == LOAD_IMBALANCE
+    ):  # where nothing else is said
+        load_imbalance = 1.0
     _refuse(args, load_imbalance)
     unplanned.refuse(args, gpu_named(found.gpu))
     stages = tuple(_stages(found))

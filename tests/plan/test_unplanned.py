@@ -69,6 +69,12 @@ def test_both_moments_and_either_name_of_the_sms_count() -> None:
     assert planned("--moe-flex-dispatcher-num-sms", "8").job.communication_sms == 8
 
 
+def test_a_line_that_forces_an_even_load() -> None:
+    words = ["--launch", line("--moe-router-force-load-balancing"), "gpu=h100"]
+    assert planned_of(parse(words)).job.load_imbalance == 1
+    assert planned_of(parse([*words, "load_imbalance=1.2"])).job.load_imbalance == 1.2
+
+
 def test_the_clusters_tokenizer_is_not_asked_for() -> None:
     """Nor for the size of its vocabulary, in a line of ours and in one of Megatron's."""
     words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/of/the/cluster"]
