@@ -77,15 +77,42 @@ def launches_of(
             expander = Expander(dict(given), path, list(arguments))
             table = {name: expander.expand_text(value) for name, value in zoo.model_arguments(path).items()}
             launch = launch_of(["pretrain_gpt.py", *zoo.words(table)])
+            _refuse_unknown(path, given, set(re.findall(r"\w+", path.read_text())))
             return ([(str(path), launch)] if launch is not None else []), []
         script = shell.read(path, arguments, given)
+    except RefusedArgument:
+        raise
     except (ValueError, OSError) as error:
         raise RefusedArgument(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    launches = [(f"{path}:{c.line}", launch_of(c.words)) for c in script.commands]
+    _refuse_idle(path, arguments, given, script)
+    launches = []
+    for c in script.commands:
+        try:
+            launches.append((f"{path}:{c.line}", launch_of(c.words)))
+        except ValueError as error:
+            raise RefusedArgument(f"{path}:{c.line}: {error}") from error
     found = {str(launch): (where, launch) for where, launch in launches if launch is not None}
     if not found:
         raise RefusedArgument(f"{path}: no command in it starts a Python program with options; {ASK}")
     return list(found.values()), script.notes
+
+
+def _refuse_unknown(path: Path, given: dict[str, str], names: set[str]) -> None:
+    for name in given.keys() - names:
+        raise RefusedArgument(f"{path}: has no variable {name}; leave {name}={given[name]} out")
+
+
+def _refuse_idle(path: Path, arguments: Sequence[str], given: dict[str, str], script: shell.Script) -> None:
+    """Variables that would change nothing: the script has none of that name, or sets it whatever it was."""
+    _refuse_unknown(path, given, script.names)
+    for name, value in given.items():
+        if script.variables.get(name) == value:
+            continue
+        without = shell.read(path, arguments, {other: given[other] for other in given if other != name})
+        if without.commands == script.commands:
+            raise RefusedArgument(
+                f"{path}: sets {name} itself, so that {name}={value} changes nothing; change it there, or leave it out"
+            )
 
 
 def _with_ranks(launch: Launch, ranks: int | None, per_node: int | None) -> Launch:

@@ -45,11 +45,13 @@ class Script:
         commands: in the order in which they would be started.
         variables: at the end.
         notes: what could not be decided, for people.
+        names: all words that could be variables, in all that was read.
     """
 
     commands: list[Command] = field(default_factory=list)
     variables: dict[str, str | list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
 
 
 def read(path: Path, arguments: Sequence[str] = (), given: Mapping[str, str] | None = None) -> Script:
@@ -68,6 +70,9 @@ def read(path: Path, arguments: Sequence[str] = (), given: Mapping[str, str] | N
 
 
 _ASSIGNED = re.compile(r"(?:^|[\s;(])([A-Za-z_]\w*)\+?=")
+
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 class _Break(Exception):
@@ -91,6 +96,7 @@ class _Reader(Expander):
 
     def run(self, text: str, first_line: int) -> None:
         self.assigned |= set(_ASSIGNED.findall(text))
+        self.script.names |= set(_NAME.findall(text))
         self._block(statements(tokens(text, first_line)))
 
     def _read_file(self, path: Path, arguments: list[str]) -> None:

@@ -104,7 +104,11 @@ class Step:
 
 
 def launch_of(words: Sequence[str]) -> Launch | None:
-    """A trainer's launch among the words of a command; None for another command."""
+    """A trainer's launch among the words of a command; None for another command.
+
+    Raises:
+        ValueError: a number of nodes or ranks is none.
+    """
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None and "-m" in words:
         modules = [i for i, word in enumerate(words[:-1]) if word == "-m"]
@@ -139,11 +143,17 @@ def _plain(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
+# What may stand for a number: one per device, a range, a variable that is not known.
+_OF_TORCHRUN = re.compile(r"gpu|cpu|auto|xpu|\d+[:-]\d+|.*\$.*")
+
+
 def _number(options: dict[str, list[str]], *names: str) -> int | None:
     for name in names:
         values = options.get(name)
         if values and values[0].isdigit():
             return int(values[0])
+        if values and not _OF_TORCHRUN.fullmatch(values[0]):
+            raise ValueError(f"{name} {values[0]}: is no whole number; use one, or leave {name} out")
     return None
 
 

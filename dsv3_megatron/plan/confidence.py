@@ -144,6 +144,8 @@ def verdict(plan: Plan) -> str:
 def _unlike(job: Job) -> tuple[str, ...]:
     """What no compared run has."""
     found = list(job.unplanned)
+    if not job.layout.wgrad_apart:
+        found.append("overlapped pairs without delay_wgrad_compute")
     if job.offload_optimizer:
         found.append("optimizer in host memory")
     if job.offload_modules:

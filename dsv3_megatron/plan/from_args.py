@@ -26,22 +26,21 @@ _GRAPHS = {
 _WHOLE_LAYER = ("attn", "mlp", "moe", "router", "preprocess", "shared_experts")
 
 
-def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float, domain: int) -> Job:
+def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float | None, domain: int) -> Job:
     """The job of validated arguments.
 
     Args:
         padded_vocab_size: rows of the embedding that were counted.
-        load_imbalance: tokens of the fullest expert-parallel rank against the mean.
+        load_imbalance: tokens of the fullest expert-parallel rank against the mean; None for DeepSeek's, or 1 where the
+            router forces an even load.
         domain: GPUs of an NVLink domain, as the hardware table has it.
 
     Raises:
         PlanError: what the planner does not know, by its argument.
     """
     args, given = found.args, found.given
-    if (
-        args.moe_router_force_load_balancing and load_imbalance == LOAD_IMBALANCE
-    ):  # where nothing else is said
-        load_imbalance = 1.0
+    if load_imbalance is None:
+        load_imbalance = 1.0 if args.moe_router_force_load_balancing else LOAD_IMBALANCE
     _refuse(args, load_imbalance)
     unplanned.refuse(args, gpu_named(found.gpu))
     stages = tuple(_stages(found))
@@ -179,10 +178,11 @@ def _software(args: Namespace) -> Software:
 def _layout(found: Launched, num_stages: int) -> Layout:
     args = found.args
     schedule, pp = args.pipeline_schedule, _pipeline_ranks(found)
-    chunks, overlap = 1, True
+    chunks, overlap, apart = 1, True, True
     if schedule == "1f1b":
         chunks = num_stages // pp
         overlap = bool(args.overlap_moe_expert_parallel_comm)
+        apart = not overlap or args.delay_wgrad_compute
         schedule = INTERLEAVED if chunks > 1 else schedule
     dealt: dict[str, Any] = {}
     if TRAITS[args.pipeline_schedule].chunks_choice:
@@ -199,6 +199,7 @@ def _layout(found: Launched, num_stages: int) -> Layout:
         microbatch_group_size=args.microbatch_group_size_per_vp_stage if schedule == INTERLEAVED else None,
         zigzag=tuple(sorted(dealt.items())),
         overlap_pairs=overlap,
+        wgrad_apart=apart,
     )
 
 

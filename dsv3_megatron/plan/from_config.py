@@ -40,7 +40,7 @@ class Planned:
     notes: tuple[str, ...] = ()
 
 
-def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
+def from_config(cfg: DictConfig, load_imbalance: float | None) -> Planned:
     """For a configuration from `dsv3_megatron.conf.compose`; needs `dsv3_megatron.cpu.activate()`.
 
     Errors: RefusedArgument, from the trainer's own checks, Megatron's or the planner's.
@@ -52,14 +52,14 @@ def from_config(cfg: DictConfig, load_imbalance: float) -> Planned:
     return _planned(found, counts, load_imbalance, None if gb is None else gb * 1e9)
 
 
-def from_launch(found: Launched, load_imbalance: float) -> Planned:
+def from_launch(found: Launched, load_imbalance: float | None) -> Planned:
     """For a launch line or a script, from `launch.of_line` or `launch.of_script`."""
     tp = found.args.tensor_model_parallel_size
     return _planned(found, counts_of_sizes(sizes_of(found), tp), load_imbalance, None)
 
 
 def _planned(
-    found: Launched, counts: ParameterCounts, load_imbalance: float, host_available: float | None
+    found: Launched, counts: ParameterCounts, load_imbalance: float | None, host_available: float | None
 ) -> Planned:
     args, gpu = found.args, gpu_named(found.gpu)
     job = job_of(found, counts.padded_vocab_size, load_imbalance, gpu.nvlink_domain)

@@ -135,6 +135,7 @@ class Layout:
         zigzag: what its table is dealt by, as further arguments of `build_schedule`; else, and for what is not in it,
             `pipeline.nominal`.
         overlap_pairs: the all-to-all of a pair's forward runs beside the backward's computation, and vice versa.
+        wgrad_apart: in a pair weight gradients wait until their input gradient is sent (`--delay-wgrad-compute`).
     """
 
     num_gpus: int
@@ -147,6 +148,7 @@ class Layout:
     num_model_chunks: int = 1
     microbatch_group_size: int | None = None
     overlap_pairs: bool = True
+    wgrad_apart: bool = True
     zigzag: tuple[tuple[str, Any], ...] = ()
 
     @property

@@ -97,6 +97,10 @@ def launched(
     if not ours:  # before Megatron speaks of what these need
         refuse_attention(getattr(given, "multi_latent_attention", False))
         refuse_fsdp(given)
+        if getattr(getattr(given, "attention_backend", None), "name", "") == "local":
+            raise PlanError(
+                "attention_backend=local: Megatron takes it with --spec local alone; use --attention-backend unfused"
+            )
     machine, env = machine_of(gpu, env), dict(env or {})
     env.setdefault(MAX_CONNECTIONS, _connections(words, machine))
     env.setdefault("NVTE_CPU_OFFLOAD_V1", "1")  # Megatron asks for it with offloading; nothing else reads it
@@ -251,6 +255,8 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
         if other and its and other != its:
             notes.append(f"{name}={other}, in place of the line's {its}")
     ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
+    if not ours and (specs := _values(line.words, "--spec")):
+        notes.append(f"--spec {' '.join(specs)}: layers are planned by the line's sizes")
     line = replace(line, words=tuple(_without_files(line.words, line.trainer, ours)))
     if not ours and not any(
         w.partition("=")[0] in ("--vocab-size", "--padded-vocab-size") for w in line.words
@@ -311,7 +317,8 @@ def _words_of(launch: Launch, parser: ArgumentParser) -> tuple[list[str], list[s
         if step.kind == "unknown value":
             raise PlanError(f"--script: {step.option}: {step.why.replace('--set ', '')}")  # adopt's option
         if option == "--spec" and values[:1] != ["dsv3"]:
-            continue  # of another model's layers; the sizes say what they are
+            notes.append(f"--spec {' '.join(values)}: layers are planned by the script's sizes")
+            continue
         if action is not None and (action.choices is None or set(values) <= set(map(str, action.choices))):
             words += (
                 [option, *values] if not any(v.startswith("-") for v in values) else [f"{option}={values[0]}"]
@@ -333,6 +340,20 @@ def _is_dsv3(words: Sequence[str]) -> bool:
 def _size(machine: Machine, said: Mapping[str, str]) -> Machine:
     asked = Machine.of({name: said[name] for name in SIZES[1:] if name in said})
     return replace(machine, nodes=asked.nodes, gpus_per_node=asked.gpus_per_node)
+
+
+def _values(words: Sequence[str], option: str) -> list[str]:
+    """Of an option, as given last."""
+    found: list[str] = []
+    inside = False
+    for word in words:
+        name, sign, value = word.partition("=")
+        if word.startswith("--"):
+            inside = name == option
+            found = [value] if inside and sign else [] if inside else found
+        elif inside:
+            found.append(word)
+    return found
 
 
 def _without_files(words: Sequence[str], trainer: str, ours: bool) -> list[str]:

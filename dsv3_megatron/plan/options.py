@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.deepseek import DOLLARS_PER_GPU_HOUR
 from dsv3_megatron.plan.job import CROSS_ENTROPIES, GRAPHED, SOFTWARE_FLAGS, PlanError
 
@@ -21,7 +20,7 @@ class Options:
     Attributes:
         output: "table" or "json".
         tokens, price: of the cost table; dollars per GPU-hour.
-        load_imbalance: tokens of the fullest expert-parallel rank against the mean.
+        load_imbalance: tokens of the fullest expert-parallel rank against the mean; None: see `from_args.job_of`.
         pictures: folder for pictures and traces, None for none.
         measured: a timeline that `--profile-pipeline` wrote, laid over the predicted one.
         launch, script: a launch line, a shell script with one, None for a configuration.
@@ -36,7 +35,7 @@ class Options:
     output: str = "table"
     tokens: float | None = None
     price: float = DOLLARS_PER_GPU_HOUR
-    load_imbalance: float = LOAD_IMBALANCE
+    load_imbalance: float | None = None
     pictures: Path | None = None
     measured: Path | None = None
     launch: str | None = None

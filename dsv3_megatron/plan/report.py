@@ -95,11 +95,10 @@ def host_as_dict(host: HostMemory | None) -> dict[str, float]:
 
 def host_lines(host: HostMemory, available: float | None) -> str:
     """One line."""
-    there = "unknown: cluster.host_memory_gb" if available is None else f"{available / GIB:.0f} GiB"
     average = f", {host.average / GIB:.0f} for the average of the weights" if host.average else ""
     return (
         f"host memory of a machine: {host.save / GIB:.0f} GiB to save a checkpoint, {host.load / GIB:.0f} to load one"
-        f"{average}; it has {there}"
+        f"{average}" + ("" if available is None else f"; it has {available / GIB:.0f} GiB")
     )
 
 

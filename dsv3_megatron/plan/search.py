@@ -150,7 +150,7 @@ class Request:
         )
         return Space(**(vars(space) | {"tensor_model_parallel_size": sizes}))
 
-    def reference(self, load_imbalance: float) -> tuple[str, Plan] | None:
+    def reference(self, load_imbalance: float | None) -> tuple[str, Plan] | None:
         """The plan of the layout that was named, under DualPipe if no schedule was, else None."""
         from dsv3_megatron.plan.from_config import from_config
 

@@ -17,7 +17,8 @@ class Pair:
     """The four slots of an overlapped pair of a layer, in seconds: what computes, and what communicates beside it.
 
     R§3.2.1 and the published trace: attention(F) and attention(W) beside combine(B); mlp(B) beside dispatch(F);
-    mlp(W) and mlp(F) beside dispatch(B); attention(B) beside combine(F).
+    mlp(W) and mlp(F) beside dispatch(B); attention(B) beside combine(F). Weight gradients that do not wait (Megatron's
+    overlap without `--delay-wgrad-compute`) are in the slot of their input gradient.
     """
 
     compute: tuple[float, float, float, float]
@@ -36,11 +37,13 @@ def pair(layer: LayerTimes, beside: LayerTimes, job: Job, gpu: Gpu) -> Pair:
     layer, beside: the layer's times with its communication alone, and beside computation.
     """
     a = gpu.achieved
+    attention_w, mlp_w = layer.attention_w, layer.mlp_w
+    later = job.layout.wgrad_apart
     computing = (
-        layer.attention_f + layer.attention_w,
-        layer.mlp_b,
-        layer.mlp_w + layer.mlp_f,
-        layer.attention_b + layer.again,
+        layer.attention_f + attention_w * later,
+        layer.mlp_b + mlp_w * (not later),
+        layer.mlp_f + mlp_w * later,
+        layer.attention_b + attention_w * (not later) + layer.again,
     )
     communicating = beside.combine_b, beside.dispatch, beside.dispatch_b, beside.combine
     if job.communication_sms is None:

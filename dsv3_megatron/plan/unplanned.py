@@ -41,6 +41,7 @@ _PLANNED_AS = {
     "use_transformer_engine_op_fuser": False,
     "disable_jit_fuser": False,
     "deterministic_mode": False,
+    "empty_unused_memory_level": 0,
     "batch_invariant_mode": False,
 }
 

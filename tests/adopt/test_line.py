@@ -254,6 +254,23 @@ def test_tools_are_no_trainers() -> None:
     assert launch_of(["srun", "python", "-u", "pretrain_gpt.py", "--lr", "1"]) is not None
 
 
+def test_what_is_given_must_change_something(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "PP=1\nTP=${TP:-2}\nTP=$((TP * 2))\n"
+        "torchrun --nnodes ${NODES:-1} --nproc-per-node gpu pretrain_gpt.py --lr 1 --pp $PP --tp $TP\n"
+    )
+    for name, value, said in (
+        ("PP", "4", r"sets PP itself, so that PP=4 changes nothing"),
+        ("EP", "4", r"has no variable EP; leave EP=4 out"),
+        ("NODES", "many", r"train\.sh:4: --nnodes many: is no whole number"),
+    ):
+        with pytest.raises(RefusedArgument, match=said):
+            launches_of(script, [], {name: value})
+    for given in ({"TP": "4"}, {"NODES": "1"}, {"NODES": "2:4"}, {"PP": "1"}, {"NODES": "${SLURM_NNODES}"}):
+        launches_of(script, [], given)
+
+
 def test_no_trainer_is_an_error(tmp_path: Path) -> None:
     script = tmp_path / "script.sh"
     for text in ("echo hello\n", "python prepare.py --input x\n", "'"):

@@ -74,6 +74,17 @@ def test_more_expert_parallelism_takes_less_memory_and_more_communication() -> N
     assert planned(unpaired[1]).simulation.makespan > planned(unpaired[0]).simulation.makespan
 
 
+def test_weight_gradients_that_do_not_wait_hide_less() -> None:
+    """In the same slot as their input gradient; it shows where a slot's messages are longer than what computes."""
+    apart = on(ep=128)
+    together = replace(apart, layout=replace(apart.layout, wgrad_apart=False))
+    ops = Operators(apart, H800)
+    pairs = [pair(ops.moe_layer(), ops.moe_layer(beside=True), job, H800) for job in (apart, together)]
+    work = [sum(p.compute) for p in pairs]
+    assert work[0] == pytest.approx(work[1]) and pairs[1].compute[1] > pairs[0].compute[1]
+    assert planned(together).step_s > planned(apart).step_s
+
+
 def test_schedules_in_the_order_of_their_bubbles() -> None:
     plans = {name: planned(on(schedule=name)) for name in ("1f1b", "zb1p", "dualpipe")}
     assert plans["1f1b"].step_s > plans["zb1p"].step_s > plans["dualpipe"].step_s

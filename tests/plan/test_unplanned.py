@@ -7,6 +7,7 @@ import pytest
 from dsv3_megatron.plan import __main__ as command
 from dsv3_megatron.plan import search
 from dsv3_megatron.plan.__main__ import planned_of
+from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.confidence import confidence
 from dsv3_megatron.plan.options import parse
 from tests.plan.test_launch import CLUSTER, line
@@ -44,6 +45,7 @@ def test_what_is_not_planned_is_outside_of_what_was_compared(words: str, said: s
         ("--hybrid-layer-pattern MEME", "hybrid_layer_pattern=MEME"),
         ("--cpu-offloading-num-layers 2", "cpu_offloading_num_layers=2"),
         ("--fp8-recipe mxfp8", "h100 has no MXFP8"),
+        ("--attention-backend local", "use --attention-backend unfused"),
         ("--use-megatron-fsdp", "use_megatron_fsdp=true: the planner knows"),
     ],
 )
@@ -69,10 +71,19 @@ def test_both_moments_and_either_name_of_the_sms_count() -> None:
     assert planned("--moe-flex-dispatcher-num-sms", "8").job.communication_sms == 8
 
 
+def test_weight_gradients_wait_where_the_line_says_so() -> None:
+    words = line().replace("--delay-wgrad-compute", "")
+    found = planned_of(parse(["--launch", words, "gpu=h100", "load_imbalance=1"]))
+    assert not found.job.layout.wgrad_apart and planned().job.layout.wgrad_apart
+    assert "without delay_wgrad_compute" in str(confidence(found.job, found.gpu))
+
+
 def test_a_line_that_forces_an_even_load() -> None:
     words = ["--launch", line("--moe-router-force-load-balancing"), "gpu=h100"]
     assert planned_of(parse(words)).job.load_imbalance == 1
-    assert planned_of(parse([*words, "load_imbalance=1.2"])).job.load_imbalance == 1.2
+    for said in (LOAD_IMBALANCE, 1.2):
+        assert planned_of(parse([*words, f"load_imbalance={said}"])).job.load_imbalance == said
+    assert planned_of(parse(["--launch", line(), "gpu=h100"])).job.load_imbalance == LOAD_IMBALANCE
 
 
 def test_the_clusters_tokenizer_is_not_asked_for() -> None:
@@ -95,7 +106,9 @@ def test_the_clusters_tokenizer_is_not_asked_for() -> None:
 
 
 def test_the_spec_of_other_layers_is_not_looked_for() -> None:
-    assert planned("--spec", "their.layers", "spec_of_them").job == planned().job
+    found = planned("--spec", "their.layers", "spec_of_them")
+    assert found.job == planned().job
+    assert "--spec their.layers spec_of_them: layers are planned by the line's sizes" in found.notes
 
 
 def test_what_was_left_out_is_said_beside_json(capsys: pytest.CaptureFixture) -> None:
