@@ -24,6 +24,9 @@ OURS = Path(__file__).parent / "tasks"
 _NAME = re.compile(r"^[ \t-]*[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
 _MISSING = re.compile(r"^Unable to find '([^']+)'")
 _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
+_UNKNOWN_METRIC = (
+    None,
+)  # of a KeyError: the harness looks up how to aggregate a metric that it does not know
 
 
 def split_names(words: Sequence[str]) -> list[str]:
@@ -86,7 +89,9 @@ def _load(manager: Any, name: str, include: Path | None, option: str) -> dict[st
     try:
         try:
             return manager.load([name])
-        except KeyError:  # refers to a task in another folder
+        except KeyError as error:  # refers to a task in another folder
+            if error.args == _UNKNOWN_METRIC:
+                raise
             from lm_eval.tasks import TaskManager
 
             return TaskManager(include_path=_extra(include)).load([name])
@@ -109,7 +114,7 @@ def _load(manager: Any, name: str, include: Path | None, option: str) -> dict[st
                 "(--download), or set HF_HOME to where it is"
             ) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if error.args == (None,):  # the harness looks up how to aggregate a metric that it does not know
+        if error.args == _UNKNOWN_METRIC:
             reason = "a metric of its metric_list is none of the harness's"
         raise RefusedArgument(f"{option} {name}: cannot be loaded ({reason})") from error
 

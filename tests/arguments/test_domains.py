@@ -32,7 +32,7 @@ def by_enumeration(
     return most
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(1, 8),
     st.integers(1, 8),

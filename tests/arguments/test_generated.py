@@ -278,7 +278,7 @@ def test_wrong_configurations_end_in_one_line(monkeypatch: pytest.MonkeyPatch) -
     bad: list[tuple[Wrong, Any, list[str]]] = []
 
     @seed(13)
-    @settings(max_examples=3 * COUNT, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3 * COUNT, database=None, suppress_health_check=list(HealthCheck))
     @given(faults(), RIGHTS)
     def examine(wrong: Wrong, right: list[tuple[str, str]]) -> None:
         if wrong in seen or len(seen) == COUNT:

@@ -89,7 +89,7 @@ def expanded(scale: torch.Tensor, rows: int, columns: int, shape: tuple[int, int
     return scale.double().repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=140),
     st.booleans(),

@@ -117,7 +117,7 @@ def test_fp32_moments_are_bit_equal_to_torch(options):
             assert torch.equal(a.state[x]["exp_avg_sq"], b.state[y]["exp_avg_sq"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=st.integers(1, 600), cuts=st.sets(st.integers(1, 599)), seed=st.integers(0, 1000), bf16=st.booleans()
 )

@@ -61,7 +61,7 @@ def check_everything(name: str, num_ranks: int, num_microbatches: int) -> None:
         assert report.peak_weight_queue == (0,) * num_ranks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes())
 def test_every_built_schedule_is_valid(case):
     check_everything(*case)
@@ -235,7 +235,7 @@ def test_blocking_p2p_check_sees_a_missing_or_early_message():
         check_blocking(schedule, early)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_accepted_reordering_breaks_an_invariant(data):
     """Any two actions of a valid schedule swapped: either refused, or still complete and executable."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dsv3_megatron.sft.pack import pack
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 64), max_size=80), st.integers(0, 3))
 def test_every_sample_once_and_no_row_too_long(lengths: list[int], seed: int) -> None:
     rows = pack(lengths, 64, seed)

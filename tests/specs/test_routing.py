@@ -115,7 +115,7 @@ def test_bias_chooses_but_does_not_weigh_and_gets_no_gradient() -> None:
     assert scores.grad[0].tolist() == pytest.approx([0.1 / 0.09, 0, 0, -0.2 / 0.09], rel=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_sizes_match_loops(data) -> None:
     groups = data.draw(st.integers(1, 5))
@@ -224,7 +224,7 @@ def test_bias_moves_by_the_exact_sign(base) -> None:
     assert routing.updated_bias(torch.zeros(4), counts, 1.0).tolist() == [1, 1, 1, -1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 2**45), min_size=2, max_size=16))
 def test_bias_signs_match_python_integers(counts) -> None:
     mean_times_n = sum(counts)
