@@ -72,18 +72,22 @@ def launches_of(
     """Every start of a trainer, with where it stands; and what could not be decided on the way."""
     if not path.is_file():
         raise RefusedArgument(f"{path}: there is no such file")
+    is_model_file = path.suffix in (".yaml", ".yml")
     try:
-        if path.suffix in (".yaml", ".yml"):
+        if is_model_file:
             expander = Expander(dict(given), path, list(arguments))
             table = {name: expander.expand_text(value) for name, value in zoo.model_arguments(path).items()}
-            launch = launch_of(["pretrain_gpt.py", *zoo.words(table)])
-            _refuse_unknown(path, given, set(re.findall(r"\w+", path.read_text())))
-            return ([(str(path), launch)] if launch is not None else []), []
-        script = shell.read(path, arguments, given)
-    except RefusedArgument:
-        raise
+            launch, names = launch_of(["pretrain_gpt.py", *zoo.words(table)]), shell.names(path.read_text())
+        else:
+            script = shell.read(path, arguments, given)
+            names = script.names
     except (ValueError, OSError) as error:
         raise RefusedArgument(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    for name in given:
+        if name not in names:
+            raise RefusedArgument(f"{path}: has no variable {name}; leave {name}={given[name]} out")
+    if is_model_file:
+        return ([(str(path), launch)] if launch is not None else []), []
     _refuse_idle(path, arguments, given, script)
     launches = []
     for c in script.commands:
@@ -97,14 +101,8 @@ def launches_of(
     return list(found.values()), script.notes
 
 
-def _refuse_unknown(path: Path, given: dict[str, str], names: set[str]) -> None:
-    for name in given.keys() - names:
-        raise RefusedArgument(f"{path}: has no variable {name}; leave {name}={given[name]} out")
-
-
 def _refuse_idle(path: Path, arguments: Sequence[str], given: dict[str, str], script: shell.Script) -> None:
-    """Variables that would change nothing: the script has none of that name, or sets it whatever it was."""
-    _refuse_unknown(path, given, script.names)
+    """Variables that would change nothing: the script sets them whatever they were."""
     for name, value in given.items():
         if script.variables.get(name) == value:
             continue

@@ -18,7 +18,7 @@ from dsv3_megatron.adopt.strings import as_list, compare, matches
 from dsv3_megatron.adopt.syntax import statements
 from dsv3_megatron.adopt.tokens import Token, tokens
 
-__all__ = ["Command", "Script", "read"]
+__all__ = ["Command", "Script", "names", "read"]
 
 ROUNDS = 200  # of a loop
 DEPTH = 12  # of functions, sourced files and evals in each other
@@ -72,7 +72,9 @@ def read(path: Path, arguments: Sequence[str] = (), given: Mapping[str, str] | N
 _ASSIGNED = re.compile(r"(?:^|[\s;(])([A-Za-z_]\w*)\+?=")
 
 
-_NAME = re.compile(r"[A-Za-z_]\w*")
+def names(text: str) -> set[str]:
+    """Words that could be variables."""
+    return set(re.findall(r"[A-Za-z_]\w*", text))
 
 
 class _Break(Exception):
@@ -96,7 +98,7 @@ class _Reader(Expander):
 
     def run(self, text: str, first_line: int) -> None:
         self.assigned |= set(_ASSIGNED.findall(text))
-        self.script.names |= set(_NAME.findall(text))
+        self.script.names |= names(text)
         self._block(statements(tokens(text, first_line)))
 
     def _read_file(self, path: Path, arguments: list[str]) -> None:

@@ -115,14 +115,15 @@ def launch_of(words: Sequence[str]) -> Launch | None:
         at = modules[-1] + 1
     if at is None or not any(word.split("=")[0] in OF_TRAINERS for word in words[at:]):
         return None
-    before = _options(words[:at])[0]
+    before = options_of(words[:at])[0]
     nodes = _number(before, "--nnodes", "--num-nodes", "-N")
     ranks = _number(before, "--nproc_per_node", "--nproc-per-node", "--ntasks-per-node", "--gpus-per-node")
-    options, stray = _options(words[at + 1 :])
+    options, stray = options_of(words[at + 1 :])
     return Launch(words[at], options, nodes, ranks, tuple(stray))
 
 
-def _options(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def options_of(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Values by option, those given last; and words before any option."""
     options: dict[str, list[str]] = {}
     stray: list[str] = []
     name = ""

@@ -24,9 +24,8 @@ OURS = Path(__file__).parent / "tasks"
 _NAME = re.compile(r"^[ \t-]*[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s\"'\[#]+)", re.MULTILINE)
 _MISSING = re.compile(r"^Unable to find '([^']+)'")
 _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.MULTILINE)
-_UNKNOWN_METRIC = (
-    None,
-)  # of a KeyError: the harness looks up how to aggregate a metric that it does not know
+# Of a KeyError: the harness looks up how to aggregate a metric that it does not know.
+_UNKNOWN_METRIC = (None,)
 
 
 def split_names(words: Sequence[str]) -> list[str]:

@@ -44,6 +44,11 @@ def destinations(job: Job, domain: int) -> Destinations:
     )
 
 
+def most_imbalance(ranks: int, experts_per_rank: float, topk: int) -> float:
+    """Tokens of the fullest rank over the mean, at most: all send as many of their copies as they can to one rank."""
+    return ranks * min(topk, experts_per_rank) / topk
+
+
 @lru_cache(maxsize=4096)
 def _expected(experts: int, ep: int, domain: int, groups: int, chosen: int, topk: int) -> Destinations:
     domain_of_rank = [rank // domain for rank in range(ep)]

@@ -11,6 +11,7 @@ from dsv3_megatron.pipeline.traits import TRAITS
 from dsv3_megatron.plan import unplanned
 from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
+from dsv3_megatron.plan.destinations import most_imbalance
 from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
 from dsv3_megatron.plan.launch import VOCABULARY, Launched, refuse_attention, refuse_fsdp
@@ -116,11 +117,10 @@ def _refuse_spread(layout: Layout, args: Namespace) -> None:
 
 
 def _most_imbalance(args: Namespace) -> float:
-    """All tokens send as many of their copies as they can to the experts of one rank."""
     if not args.num_experts:
         return 1.0
     ep = args.expert_model_parallel_size
-    return ep * min(args.moe_router_topk, args.num_experts // ep) / args.moe_router_topk
+    return most_imbalance(ep, args.num_experts // ep, args.moe_router_topk)
 
 
 def sizes_of(found: Launched) -> ModelSizes:

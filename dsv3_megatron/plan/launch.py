@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dsv3_megatron.adopt.translate import Launch, translate
+from dsv3_megatron.adopt.translate import Launch, options_of, translate
 from dsv3_megatron.arguments.refusals.machine import wants_one_connection
 from dsv3_megatron.arguments.requirements import TE, USES, version_key
 from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS, imagined
@@ -254,13 +254,13 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
     for name, (other, its) in zip(SIZES[1:], sizes, strict=True):
         if other and its and other != its:
             notes.append(f"{name}={other}, in place of the line's {its}")
-    ours = line.trainer != "pretrain_gpt" or _is_dsv3(line.words)
-    if not ours and (specs := _values(line.words, "--spec")):
-        notes.append(f"--spec {' '.join(specs)}: layers are planned by the line's sizes")
+    options, _ = options_of(line.words)
+    spec = options.get("--spec", [])
+    ours = line.trainer != "pretrain_gpt" or spec[:1] == ["dsv3"]
+    if not ours and spec:
+        notes.append(f"--spec {' '.join(spec)}: layers are planned by the line's sizes")
     line = replace(line, words=tuple(_without_files(line.words, line.trainer, ours)))
-    if not ours and not any(
-        w.partition("=")[0] in ("--vocab-size", "--padded-vocab-size") for w in line.words
-    ):
+    if not ours and not {"--vocab-size", "--padded-vocab-size"} & options.keys():
         notes.append(f"the vocabulary is the tokenizer's: {VOCABULARY:,} words are planned; use --vocab-size")
         line = replace(line, words=(*line.words, "--vocab-size", str(VOCABULARY)))
     job, found = job_of(line, machine)
@@ -330,30 +330,9 @@ def _words_of(launch: Launch, parser: ArgumentParser) -> tuple[list[str], list[s
     return words, notes
 
 
-def _is_dsv3(words: Sequence[str]) -> bool:
-    return any(
-        word in ("--spec=dsv3",) or tuple(words[i : i + 2]) == ("--spec", "dsv3")
-        for i, word in enumerate(words)
-    )
-
-
 def _size(machine: Machine, said: Mapping[str, str]) -> Machine:
     asked = Machine.of({name: said[name] for name in SIZES[1:] if name in said})
     return replace(machine, nodes=asked.nodes, gpus_per_node=asked.gpus_per_node)
-
-
-def _values(words: Sequence[str], option: str) -> list[str]:
-    """Of an option, as given last."""
-    found: list[str] = []
-    inside = False
-    for word in words:
-        name, sign, value = word.partition("=")
-        if word.startswith("--"):
-            inside = name == option
-            found = [value] if inside and sign else [] if inside else found
-        elif inside:
-            found.append(word)
-    return found
 
 
 def _without_files(words: Sequence[str], trainer: str, ours: bool) -> list[str]:

@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _refuse(options: Options) -> None:
     """PlanError for what is said of one plan."""
-    for field in fields(options):
-        ours = field.name in ("output", "load_imbalance", "overrides")
-        if not ours and getattr(options, field.name) != getattr(Options(), field.name):
-            raise PlanError(
-                f"{field.name}: the search does not take it; give it to dsv3 plan, for one layout"
-            )
+    usual = Options()
+    for name in (field.name for field in fields(options)):
+        if name in ("output", "load_imbalance", "overrides"):
+            continue
+        if getattr(options, name) != getattr(usual, name):
+            raise PlanError(f"{name}: the search does not take it; give it to dsv3 plan, for one layout")
 
 
 def _any_layout(overrides: list[str]) -> str:

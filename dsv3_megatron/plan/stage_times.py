@@ -37,14 +37,12 @@ def pair(layer: LayerTimes, beside: LayerTimes, job: Job, gpu: Gpu) -> Pair:
     layer, beside: the layer's times with its communication alone, and beside computation.
     """
     a = gpu.achieved
-    attention_w, mlp_w = layer.attention_w, layer.mlp_w
-    later = job.layout.wgrad_apart
-    computing = (
-        layer.attention_f + attention_w * later,
-        layer.mlp_b + mlp_w * (not later),
-        layer.mlp_f + mlp_w * later,
-        layer.attention_b + attention_w * (not later) + layer.again,
-    )
+    attention_f, attention_b, mlp_f, mlp_b = layer.attention_f, layer.attention_b, layer.mlp_f, layer.mlp_b
+    if job.layout.wgrad_apart:
+        attention_f, mlp_f = attention_f + layer.attention_w, mlp_f + layer.mlp_w
+    else:
+        attention_b, mlp_b = attention_b + layer.attention_w, mlp_b + layer.mlp_w
+    computing = attention_f, mlp_b, mlp_f, attention_b + layer.again
     communicating = beside.combine_b, beside.dispatch, beside.dispatch_b, beside.combine
     if job.communication_sms is None:
         slower = gpu.sms / (gpu.sms - a.communication_sms)

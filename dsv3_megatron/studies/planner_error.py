@@ -78,11 +78,13 @@ class Judged:
     Attributes:
         time: of the step.
         memory: of the fullest rank at its peak, where it was published: its tensors, and all of the device's.
+        filled: the planned peak over the GPU's memory.
     """
 
     run: Run
     time: Row
     memory: tuple[Row, ...]
+    filled: float
 
     @property
     def domain(self) -> Domain:
@@ -107,7 +109,8 @@ def judged() -> list[Judged]:
             memory.append(Row(run.name, "GiB", run.peak_gib, allocated, "tensors"))
         if run.device_gib is not None:
             memory.append(Row(run.name, "GiB", run.device_gib, max(result.memory_gib), "device"))
-        found.append(Judged(run, time, tuple(memory)))
+        filled = max(result.memory_gib) * GIB / result.gpu.memory
+        found.append(Judged(run, time, tuple(memory), filled))
     return found
 
 
@@ -159,12 +162,10 @@ def anchored_table(rows: Sequence[Judged]) -> str:
 def errors_module(rows: Sequence[Judged]) -> str:
     """The text of `plan/errors.py`: `python -m dsv3_megatron.studies.planner_error errors`."""
     own = plan(TRAINING, H800, deepseek.COUNTS).step_s / deepseek.STEP_S - 1
-    compared = [(DEEPSEEK, domain_of(TRAINING, H800), own, TRAINING)]
+    compared = [(DEEPSEEK, Compared(domain_of(TRAINING, H800), 100 * own, **sizes_of(TRAINING)))]
     # What no other run is like says nothing of them, nor does a run of which too little is known.
     compared += [
-        (r.run.name, r.domain, r.time.error, r.run.job)
-        for r in rows
-        if r.run.job.software.fused_attention and r.run.half != "apart"
+        (r.run.name, r.compared) for r in rows if r.run.job.software.fused_attention and r.run.half != "apart"
     ]
     lines = [
         '"""Errors in percent, by published run: written by `python -m dsv3_megatron.studies.planner_error errors`."""',
@@ -184,11 +185,11 @@ def errors_module(rows: Sequence[Judged]) -> str:
         "",
         "TIME_PERCENT: dict[str, Compared] = {",
     ]
-    for name, domain, error, job in compared:
-        numbers = ", ".join(map(str, sizes_of(job).values()))
+    for name, run in compared:
+        sizes = ", ".join(map(str, run[2:]))
         lines += [
             f"    {json.dumps(name)}: Compared(",
-            f"        {_words(domain)}, {100 * error:.1f}, {numbers}",
+            f"        {_words(run.domain)}, {run.percent:.1f}, {sizes}",
             "    ),",
         ]
     lines += [
@@ -206,18 +207,13 @@ def errors_module(rows: Sequence[Judged]) -> str:
         "# Planned peaks above what the GPU has, of runs that ran: by so much they are too high, or by more.",
         "RAN_PERCENT: dict[str, float] = {",
     ]
-    lines += [f"    {json.dumps(name)}: {percent:.1f}," for name, percent in above_memory()]
+    lines += [f"    {json.dumps(name)}: {percent:.1f}," for name, percent in above_memory(rows)]
     return "\n".join([*lines, "}", ""])
 
 
-def above_memory() -> list[tuple[str, float]]:
+def above_memory(rows: Sequence[Judged]) -> list[tuple[str, float]]:
     """Published runs whose planned peak is more than their GPU has; by how many percent, upwards."""
-    shares = [
-        (run.name, max(p.memory_gib) * GIB / p.gpu.memory)
-        for run in RUNS
-        for p in [plan(run.job, GPUS[run.gpu], run.counts)]
-    ]
-    return [(name, math.ceil(1000 * (share - 1)) / 10) for name, share in shares if share > 1]
+    return [(row.run.name, math.ceil(1000 * (row.filled - 1)) / 10) for row in rows if row.filled > 1]
 
 
 def _words(domain: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from dsv3_megatron.plan.published.run import (
     MXFP8_BRIDGE,
     PAPER_STAGES,
     STAGES_16,
+    STAGES_32,
     Half,
     Run,
     megatron,
@@ -32,7 +33,7 @@ _GB200_PP4 = megatron(
     dispatcher="hybridep", communication_sms=32, software=Software(graphs=ATTN_ROUTER, cross_entropy="te"),
 )  # fmt: skip
 _GB200_PP8 = megatron(
-    num_gpus=256, pp=8, ep=32, batch=2048, layers=[1] + [2] * 30 + [0], precision=MXFP8, mtp=0,
+    num_gpus=256, pp=8, ep=32, batch=2048, layers=STAGES_32, precision=MXFP8, mtp=0,
     recompute={"mlp", "moe_act"}, dispatcher="hybridep", communication_sms=32,
     software=Software(te=(2, 9), router_padding=True, graphs=ATTN_ROUTER, cross_entropy="te"),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from dsv3_megatron.conf.argv import to_megatron_argv
 from dsv3_megatron.conf.check import world_size
 from dsv3_megatron.conf.serving import is_for_serving, serving_of
 from dsv3_megatron.metrics.flops import ModelSizes
+from dsv3_megatron.plan.destinations import most_imbalance
 from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.serve.job import ServingJob
@@ -138,7 +139,7 @@ def job_of(options: Options) -> ServingJob:
         absorbed_prefill=options.attention == "absorbed",
         cached=options.cached,
     )
-    fullest = job.num_gpus * min(job.topk, job.slots_per_gpu) / job.topk if job.topk else 1.0
+    fullest = most_imbalance(job.num_gpus, job.slots_per_gpu, job.topk) if job.topk else 1.0
     if job.imbalance > fullest:
         raise PlanError(
             f"imbalance={job.imbalance:g}: the fullest of {job.num_gpus} GPUs has at most {fullest:g} times the mean; "
