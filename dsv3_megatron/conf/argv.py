@@ -123,6 +123,9 @@ def _hint(name: str) -> str:
     option = "--" + name.replace("_", "-")
     if option in foreign_options():
         return f": {hint(option, parser())}"
+    for section, entries in SECTIONS.items():
+        if name in entries:
+            return f"; did you mean '{section}.{name}'?"
     return nearest(name, [*options(), "device", *groups()])
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dsv3_megatron.conf.errors import ConfigError
 from dsv3_megatron.conf.serving import is_for_serving, serving_of
@@ -16,8 +16,8 @@ def size(cfg: DictConfig, kind: str) -> int:
 
 
 def positive(cfg: DictConfig, name: str, default: int | None = None) -> int:
-    """The value of a setting that must be a positive whole number."""
-    value: Any = cfg.get(name)
+    """The value of a setting that must be a positive whole number; `cluster.nodes` is one of a section."""
+    value: Any = OmegaConf.select(cfg, name)
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -34,7 +34,7 @@ def model_parallel_size(cfg: DictConfig) -> int:
 
 def world_size(cfg: DictConfig) -> int:
     """Processes of the run: nodes × gpus_per_node."""
-    return positive(cfg.cluster, "nodes") * positive(cfg.cluster, "gpus_per_node")
+    return positive(cfg, "cluster.nodes") * positive(cfg, "cluster.gpus_per_node")
 
 
 def data_parallel_size(cfg: DictConfig) -> int:
@@ -75,7 +75,7 @@ def check(cfg: DictConfig) -> None:
         if batch % (micro * dp):
             raise ConfigError(
                 f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} × {dp} data-"
-                "parallel ranks"
+                f"parallel ranks: use a multiple of {micro * dp}"
             )
 
 

@@ -160,7 +160,7 @@ def _resolve_processes(cfg: DictConfig, started: int | None) -> None:
                 f"the layout needs {needed} processes or a multiple ({parallelism(cfg)}), but {started}"
                 f" started: use torchrun --nproc-per-node {needed}, or another layout"
             )
-        if wanted % positive(cluster, "nodes"):
+        if wanted % positive(cfg, "cluster.nodes"):
             raise ConfigError(f"cluster.nodes={cluster.nodes} does not divide {wanted} processes")
         cluster.gpus_per_node = wanted // cluster.nodes
     elif started not in (None, world_size(cfg)):

@@ -269,7 +269,8 @@ class Job:
         if self.global_batch_size % (self.micro_batch_size * self.layout.dp):
             raise PlanError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
-                f"{self.micro_batch_size} × {self.layout.dp} data-parallel ranks"
+                f"{self.micro_batch_size} × {self.layout.dp} data-parallel ranks: use a multiple of "
+                f"{self.micro_batch_size * self.layout.dp}"
             )
 
     @property

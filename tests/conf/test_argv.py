@@ -70,6 +70,7 @@ def test_any_megatron_argument_can_be_an_override() -> None:
     [
         ("trian_iters=5", "trian_iters=5: no such argument; did you mean 'train_iters'?"),
         ("modle=tiny", "did you mean 'model'?"),
+        ("nodes=8", "nodes=8: no such argument; did you mean 'cluster.nodes'?"),
         ("apply_rope_fusion=false", "the command line calls it no_rope_fusion"),
         ("lr=fast", "argument --lr: invalid float value: 'fast'"),
         ("bf16=yes_please", "bf16=yes_please: is a flag, use bf16=true or bf16=false"),

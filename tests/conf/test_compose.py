@@ -83,13 +83,17 @@ def test_a_layout_brings_cluster_and_precision_and_the_command_line_wins() -> No
         ("train_iters", "'train_iters' is no override: write NAME=VALUE"),
         ("lr=1e-3,1e-4", "asks for several values"),
         ("pipeline_model_parallel_layout=E(t|)*3L", "quote values with special characters"),
-        ("cluster.nodes=three", "nodes=three: a positive whole number is needed"),
+        ("cluster.nodes=three", "cluster.nodes=three: a positive whole number is needed"),
         (
             "pipeline_model_parallel_size=0",
             "pipeline_model_parallel_size=0: a positive whole number is needed",
         ),
         ("num_experts=7", "expert_model_parallel_size=2 does not divide num_experts=7"),
-        ("global_batch_size=6", "global_batch_size=6 is not a multiple of micro_batch_size=2 × 2"),
+        ("cluster.gpus_per_node=0", "cluster.gpus_per_node=0: a positive whole number is needed"),
+        (
+            "global_batch_size=6",
+            "global_batch_size=6 is not a multiple of micro_batch_size=2 × 2 data-parallel ranks: use a multiple of 4",
+        ),
         ("pipeline_model_parallel_size=5", "5 stages are too many for num_layers=4"),
         ("cluster.gpus_per_node=6", "cluster=laptop_cpu has 6 processes, which the layout's 4"),
         (
