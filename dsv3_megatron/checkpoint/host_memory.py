@@ -1,4 +1,5 @@
-"""Host memory of a machine while a checkpoint is saved and loaded, and for the average of the weights.
+"""Host memory of a machine while a checkpoint is saved and loaded, for the average of the weights, and for an offloaded
+optimizer.
 
 `--dist-ckpt-optim-fully-reshardable` turns the sharded optimizer state into whole tensors: fp32 weights and both
 moments, 12 bytes per parameter of a rank, in host memory. Without the memory-efficient form *every* rank gathers all of
@@ -15,6 +16,7 @@ from typing import Any
 
 GATHERED = 12  # bytes per parameter: fp32 weight, exp_avg, exp_avg_sq
 AVERAGE = 4  # bytes per parameter of the average of the weights
+OFFLOADED = 16  # of an offloaded parameter, in fp32: weight, gradient, both moments (Megatron `HybridDeviceOptimizer`)
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,23 @@ class HostMemory:
     Attributes:
         save, load: while a fully reshardable checkpoint is written or read.
         average: of `--ema-decay`, all the time; its copy while an asynchronous save is under way is in `save`.
+        optimizer: of `--optimizer-cpu-offload`, all the time.
     """
 
     save: float
     load: float
     average: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def always(self) -> float:
+        """While the job trains."""
+        return self.average + self.optimizer
 
     @property
     def peak(self) -> float:
         """The most that a job needs which saves and loads."""
-        return max(self.save, self.load) + self.average
+        return max(self.save, self.load) + self.always
 
 
 def host_memory(
@@ -46,6 +55,7 @@ def host_memory(
     memory_efficient: bool = False,
     average: bool = False,
     async_save: bool = False,
+    offloaded: float = 0,
 ) -> HostMemory:
     """Of a machine whose ranks all hold as much as the fullest one.
 
@@ -58,6 +68,7 @@ def host_memory(
         memory_efficient: `--distrib-optim-fully-reshardable-mem-efficient`.
         average: `--ema-decay`.
         async_save: `--async-save`: the average is copied for the background writer.
+        offloaded: parameters whose optimizer a rank has in host memory, of its shard.
     """
     everywhere = (experts + rest) * ranks_per_node
     # Experts of one machine's ranks can all be the first of their groups; of dense weights TP × CP ranks are.
@@ -68,20 +79,25 @@ def host_memory(
         save=gathered * (first if memory_efficient else everywhere) + copy,
         load=gathered * everywhere,
         average=AVERAGE * everywhere if average else 0,
+        optimizer=OFFLOADED * offloaded * ranks_per_node,
     )
 
 
-def of_job(args: Namespace, experts: float, rest: float, ranks_per_node: int) -> HostMemory:
+def of_job(args: Namespace, experts: float, rest: float, ranks_per_node: int, world_size: int) -> HostMemory:
     """`host_memory` as Megatron's validated arguments ask for it."""
+    stage = world_size // args.pipeline_model_parallel_size
+    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or 1)
+    shard = experts / max(1, stage // expert_ranks) + rest * args.tensor_model_parallel_size / stage
     return host_memory(
         experts,
         rest,
         ranks_per_node,
         dense_ranks_per_stage=args.tensor_model_parallel_size * args.context_parallel_size,
-        reshardable=args.dist_ckpt_optim_fully_reshardable,
+        reshardable=bool(args.save) and args.dist_ckpt_optim_fully_reshardable,
         memory_efficient=args.distrib_optim_fully_reshardable_mem_efficient,
         average=args.ema_decay is not None,
         async_save=args.async_save,
+        offloaded=shard * args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0,
     )
 
 
@@ -103,18 +119,28 @@ def of_this_machine(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
     return min(there, float(text)) if text.isdecimal() else there
 
 
-def problem(memory: HostMemory, available: float, memory_efficient: bool) -> tuple[str, str] | None:
-    """Why a machine with so many bytes is too small, and what to use; None where it is not."""
+def problem(memory: HostMemory, available: float, memory_efficient: bool) -> tuple[str, str, str] | None:
+    """The option that makes a machine with so many bytes too small, why, and what to use; None where it is not."""
+    checkpoint = "--dist-ckpt-optim-fully-reshardable"
     there = f"of host memory on a machine, which has {available / 1e9:.0f}"
-    if memory.load + memory.average > available:
+    if memory.always > available:
         return (
-            f"loading a checkpoint takes {(memory.load + memory.average) / 1e9:.0f} GB {there}: every rank holds the "
+            "--optimizer-cpu-offload" if memory.optimizer > memory.average else "--ema-decay",
+            f"training takes {memory.always / 1e9:.0f} GB {there}: {memory.average / 1e9:.0f} for the average of the "
+            f"weights, {memory.optimizer / 1e9:.0f} for the offloaded optimizer",
+            "no --ema-decay, a smaller --optimizer-offload-fraction, or machines with more memory",
+        )
+    if memory.load + memory.always > available:
+        return (
+            checkpoint,
+            f"loading a checkpoint takes {(memory.load + memory.always) / 1e9:.0f} GB {there}: every rank holds the "
             "whole optimizer state of its parameters",
             "more pipeline or expert-parallel ranks, or machines with more memory",
         )
-    if memory.save + memory.average > available:
+    if memory.save + memory.always > available:
         return (
-            f"saving a checkpoint takes {(memory.save + memory.average) / 1e9:.0f} GB {there}: every rank gathers the "
+            checkpoint,
+            f"saving a checkpoint takes {(memory.save + memory.always) / 1e9:.0f} GB {there}: every rank gathers the "
             "whole optimizer state of its parameters",
             "more pipeline or expert-parallel ranks, or no --async-save"
             if memory_efficient

@@ -51,7 +51,7 @@ def _check_memory(model: list[Any]) -> None:
     from megatron.training import get_args
 
     args = get_args()
-    if not (args.use_distributed_optimizer and args.save):
+    if not (args.use_distributed_optimizer and (args.save or args.optimizer_cpu_offload)):
         return
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     there = host_memory.of_this_machine()
@@ -59,10 +59,10 @@ def _check_memory(model: list[Any]) -> None:
     fullest = torch.tensor([*host_memory.parameters_held(model), -there], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(fullest, torch.distributed.ReduceOp.MAX)
     experts, rest, least = fullest.tolist()
-    memory = host_memory.of_job(args, experts, rest, per_node)
+    memory = host_memory.of_job(args, experts, rest, per_node, args.world_size)
     wrong = host_memory.problem(memory, -least, args.distrib_optim_fully_reshardable_mem_efficient)
     if wrong is not None:
-        raise RefusedArgument("--dist-ckpt-optim-fully-reshardable: {}. Use {}".format(*wrong))
+        raise RefusedArgument("{}: {}. Use {}".format(*wrong))
 
 
 @contextmanager

@@ -202,11 +202,11 @@ def _check_bidirectional(name: str, num_ranks: int, num_microbatches: int) -> No
 
 
 def _check_interleaved(num_ranks: int, num_microbatches: int, num_model_chunks: int, group_size: int) -> None:
-    """The conditions of Megatron's interleaved schedule."""
-    if num_ranks < 2 or num_model_chunks < 2:
+    """The conditions of Megatron's interleaved schedule, and of its schedule for one stage."""
+    if (num_ranks < 2 or num_model_chunks < 2) and num_ranks * num_model_chunks > 1:
         raise ValueError(
             f"num_ranks={num_ranks}, num_model_chunks={num_model_chunks}: {INTERLEAVED} needs at least 2 of "
-            "each; use 1f1b for one chunk per rank"
+            "each, or one stage in all; use 1f1b for one chunk per rank"
         )
     if not num_ranks <= group_size <= num_microbatches:
         raise ValueError(

@@ -44,7 +44,8 @@ def interleaved_overlap(
 
     Chunk c of rank r is stage c·num_ranks + r. Forwards go through groups of `microbatch_group_size`
     microbatches, chunk by chunk, backwards likewise from the last chunk. One forward more than in plain
-    interleaved 1F1B runs in the warm-up, so that the two halves of a pair are independent.
+    interleaved 1F1B runs in the warm-up, so that the two halves of a pair are independent. One rank with one
+    chunk is Megatron's schedule without a pipeline (`combined_1f1b_schedule_for_no_pipelining`).
     """
     order = [
         (microbatch, chunk)

@@ -7,6 +7,7 @@ fused modules on a GPU (`activations_te.py`), or the reference backend in plain 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dsv3_megatron.plan import activations_reference, activations_te
 from dsv3_megatron.plan.job import Job, Stage
@@ -22,12 +23,14 @@ class Footprint:
         deferred: between an input-only backward and its weight gradients.
         forward: most during the forward, what it keeps included.
         backward: most during a backward, from `kept` on; weight gradients that are put off included.
+        layer: of `kept`, the largest layer's.
     """
 
     kept: float
     deferred: float
     forward: float
     backward: float
+    layer: float = 0.0
 
 
 def blocks(job: Job, stage: Stage) -> list[Block]:
@@ -49,7 +52,9 @@ def footprint(job: Job, stage: Stage) -> Footprint:
         live -= block.size
         if job.delays_weight_gradients:
             live += block.deferred
-    return Footprint(kept, sum(block.deferred for block in row), forward, max(backward, live))
+    layers = row[: 2 * (stage.dense + stage.moe)]  # two blocks each: attention and MLP
+    layer = max((a.size + b.size for a, b in pairwise(layers)), default=0.0)
+    return Footprint(kept, sum(block.deferred for block in row), forward, max(backward, live), layer)
 
 
 def by_part(row: Sequence[Block]) -> dict[str, float]:

@@ -37,9 +37,11 @@ def blocks(job: Job, stage: Stage) -> list[Block]:
         row.append(_head(job, 1 + job.sizes.mtp_num_layers))
     if "full" in job.recompute:
         # Of a layer only its input is kept; one layer's own is there while it runs backward.
-        again = 2 * round(job.recomputed_layers(stage.dense + stage.moe))  # two blocks per layer
-        whole = again == 2 * (stage.dense + stage.moe)
-        row = [_only_input(job, block) if whole or i < again else block for i, block in enumerate(row)]
+        layers = stage.dense + stage.moe
+        again = 2 * round(job.recomputed_layers(layers))  # two blocks per layer
+        whole = again == 2 * layers
+        again_row = [_only_input(job, block) if whole or i < again else block for i, block in enumerate(row)]
+        row = _together(row, again_row, 2 * layers, 2 * job.recompute_together)
     return [_on_gpu(job, block) for block in row] if job.offload_modules else row
 
 
@@ -82,6 +84,20 @@ def _only_input(job: Job, block: Block) -> Block:
     )  # two blocks per layer
     kept = (Kept("layer", "input", size),)
     return Block(kept, block.deferred, block.forward + block.size, block.backward + 2 * block.size)
+
+
+def _together(row: list[Block], again: list[Block], end: int, size: int) -> list[Block]:
+    """So many blocks after one another, up to `end`, are computed again at once: of their inputs the first layer's is
+    kept, and what they keep themselves is there until they run backward."""
+    found = list(again)
+    for first in range(0, end, size) if size > 2 else ():
+        there = 0.0
+        for i in range(first, min(first + size, end)):
+            kept = again[i].kept if i < first + 2 else ()
+            layers_before = there if i % 2 == 0 else there - row[i - 1].size  # its own layer's is counted
+            found[i] = replace(again[i], kept=kept, backward=again[i].backward + layers_before)
+            there += row[i].size
+    return found
 
 
 def _block(job: Job, kept: Iterator[tuple[str, str, float]], *others: float) -> Block:

@@ -15,7 +15,7 @@ from dsv3_megatron.plan.hardware import Gpu
 from dsv3_megatron.plan.job import Job, PlanError
 from dsv3_megatron.plan.operators import Operators
 from dsv3_megatron.plan.options import parse
-from dsv3_megatron.plan.token_exchange import copies
+from dsv3_megatron.plan.token_exchange import copies, nvlink_domain
 
 USAGE = """usage: dsv3 dispatchers [output=table|json] [NAME=VALUE ...]
 
@@ -47,7 +47,7 @@ def figures(job: Job, gpu: Gpu, dispatcher: str) -> Figures:
     ops = Operators(job, gpu)
     size = job.sizes.hidden_size * job.tokens / job.layout.tp * job.load_imbalance
     to_experts = ops._dispatch_bytes
-    there, back = copies(job, gpu.nvlink_domain), copies(job, gpu.nvlink_domain, back=True)
+    there, back = copies(job, nvlink_domain(job, gpu)), copies(job, nvlink_domain(job, gpu), back=True)
     links = [2 * size * (to_experts * a + 2.0 * b) for a, b in zip(there, back, strict=True)]
     times = []
     for beside in (False, True):
@@ -59,7 +59,8 @@ def figures(job: Job, gpu: Gpu, dispatcher: str) -> Figures:
 def winners(job: Job, gpu: Gpu) -> list[tuple[int, dict[str, Figures]]]:
     """Figures of all three for every expert-parallel size that divides the experts, on whole nodes."""
     sizes = [1 << k for k in range(1, 12) if job.sizes.num_moe_experts % (1 << k) == 0]
-    whole = [ep for ep in sizes if ep <= gpu.nvlink_domain or ep % gpu.nvlink_domain == 0]
+    domain = nvlink_domain(job, gpu)
+    whole = [ep for ep in sizes if ep <= domain or ep % domain == 0]
     rows = []
     for ep in whole:
         if job.layout.num_gpus % (job.layout.pp * ep) == 0:
@@ -97,7 +98,7 @@ def table(job: Job, gpu: Gpu) -> str:
     for ep, found in winners(job, gpu):
         times = [found[name].seconds * 1e3 for name in DISPATCHERS]
         best = DISPATCHERS[times.index(min(times))]
-        nodes = max(1, ep // gpu.nvlink_domain)
+        nodes = max(1, ep // nvlink_domain(job, gpu))
         lines.append(f"{ep:>5}{nodes:>7}" + "".join(f"{ms:>14.2f}" for ms in times) + f"  {best}")
     return "\n".join(lines)
 

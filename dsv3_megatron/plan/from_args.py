@@ -12,7 +12,7 @@ from dsv3_megatron.plan import unplanned
 from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.destinations import most_imbalance
-from dsv3_megatron.plan.hardware import gpu_named
+from dsv3_megatron.plan.hardware import Gpu, gpu_named
 from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
 from dsv3_megatron.plan.launch import VOCABULARY, Launched, refuse_attention, refuse_fsdp
 
@@ -27,23 +27,24 @@ _GRAPHS = {
 _WHOLE_LAYER = ("attn", "mlp", "moe", "router", "preprocess", "shared_experts")
 
 
-def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float | None, domain: int) -> Job:
+def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float | None) -> Job:
     """The job of validated arguments.
 
     Args:
         padded_vocab_size: rows of the embedding that were counted.
         load_imbalance: tokens of the fullest expert-parallel rank against the mean; None for DeepSeek's, or 1 where the
-            router forces an even load.
-        domain: GPUs of an NVLink domain, as the hardware table has it.
+            router forces an even load or one rank has all experts.
 
     Raises:
         PlanError: what the planner does not know, by its argument.
     """
-    args, given = found.args, found.given
+    args, given, gpu = found.args, found.given, gpu_named(found.gpu)
     if load_imbalance is None:
-        load_imbalance = 1.0 if args.moe_router_force_load_balancing else LOAD_IMBALANCE
+        load_imbalance = (
+            1.0 if args.moe_router_force_load_balancing else min(LOAD_IMBALANCE, _most_imbalance(args))
+        )
     _refuse(args, load_imbalance)
-    unplanned.refuse(args, gpu_named(found.gpu))
+    unplanned.refuse(args, gpu)
     stages = tuple(_stages(found))
     layout = _layout(found, len(stages))
     _refuse_spread(layout, args)
@@ -60,6 +61,7 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float | None
         precision=_precision(args),
         recompute=_recompute(args),
         recompute_layers=_recomputed_layers(args),
+        recompute_together=_recomputed_together(args),
         distributed_optimizer=args.use_distributed_optimizer,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
@@ -73,14 +75,14 @@ def job_of(found: Launched, padded_vocab_size: int, load_imbalance: float | None
         load_imbalance=load_imbalance,
         balance_loss=bool(args.moe_aux_loss_coeff),
         shared_expert_overlap=bool(args.moe_shared_expert_overlap),
-        communication_sms=_communication_sms(args, dispatcher),
+        communication_sms=_communication_sms(args, dispatcher, gpu),
         whole_iteration_graph=args.cuda_graph_impl == "full_iteration",
         software=_software(args),
         offload_optimizer=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
         offload_modules=frozenset(args.offload_modules or ())
         if args.fine_grained_activation_offloading
         else frozenset(),
-        nvlink_domain=_domain(args, domain),
+        nvlink_domain=_domain(found, gpu),
         unplanned=unplanned.unplanned(args),
     )
 
@@ -96,7 +98,7 @@ def _refuse(args: Namespace, load_imbalance: float) -> None:
             f"offload_modules=fused_group_mlp: the planner knows {', '.join(OFFLOADED)}; use some of those"
         )
     most = _most_imbalance(args)
-    if load_imbalance > max(most, LOAD_IMBALANCE):
+    if load_imbalance > most:
         raise PlanError(
             f"load_imbalance={load_imbalance:g}: with expert_model_parallel_size={args.expert_model_parallel_size} the "
             f"fullest rank has at most {most:g} times the mean; use a number from 1 to {most:g}"
@@ -134,22 +136,33 @@ def sizes_of(found: Launched) -> ModelSizes:
     return ModelSizes.from_config(args, vocabulary, args.seq_length)
 
 
-def _domain(args: Namespace, of_table: int) -> int | None:
-    """`--nvlink-domain-size`, where it is another one than the hardware table's."""
-    said = getattr(args, "nvlink_domain_size", None)
-    return said if said and said != of_table else None
+def _domain(found: Launched, gpu: Gpu) -> int | None:
+    """Neighbouring ranks that share NVLink, where it is another number than the hardware table's: as
+    `--nvlink-domain-size` says, or the ranks of a machine, where no switch reaches beyond one."""
+    if found.per_node > gpu.node:
+        raise PlanError(
+            f"gpus_per_node={found.per_node}: a machine of {gpu.name} has {gpu.node}; use gpus_per_node={gpu.node} and "
+            "more nodes"
+        )
+    ranks = gpu.nvlink_domain if gpu.nvlink_domain > gpu.node else min(found.per_node, gpu.nvlink_domain)
+    domain = getattr(found.args, "nvlink_domain_size", None) or ranks
+    return domain if domain != gpu.nvlink_domain else None
 
 
-def _communication_sms(args: Namespace, dispatcher: str) -> int | None:
+def _communication_sms(args: Namespace, dispatcher: str, gpu: Gpu) -> int | None:
     """As `--communication-sms` says; else None, DeepSeek's own way, where a schedule of ours runs."""
-    said = getattr(args, "communication_sms", None)
-    if said is not None or args.pipeline_schedule != "1f1b":
-        return said
-    if dispatcher == "flex":
+    said, name = getattr(args, "communication_sms", None), "communication_sms"
+    if said is None and args.pipeline_schedule != "1f1b":
+        return None
+    if said is None and dispatcher == "flex":
         hybrid = args.moe_flex_dispatcher_backend == "hybridep"
-        older = args.moe_hybridep_num_sms if hybrid else args.moe_deepep_num_sms
-        return args.moe_flex_dispatcher_num_sms or older or (32 if hybrid else 20)
-    return 20
+        name = "moe_hybridep_num_sms" if hybrid else "moe_deepep_num_sms"
+        if args.moe_flex_dispatcher_num_sms:
+            name = "moe_flex_dispatcher_num_sms"
+        said = getattr(args, name) or (32 if hybrid else 20)
+    if said is not None and said >= gpu.sms:
+        raise PlanError(f"{name}={said}: {gpu.name} has {gpu.sms}, and computation needs some; use fewer")
+    return 20 if said is None else said
 
 
 def _software(args: Namespace) -> Software:
@@ -183,7 +196,7 @@ def _layout(found: Launched, num_stages: int) -> Layout:
         chunks = num_stages // pp
         overlap = bool(args.overlap_moe_expert_parallel_comm)
         apart = not overlap or args.delay_wgrad_compute
-        schedule = INTERLEAVED if chunks > 1 else schedule
+        schedule = INTERLEAVED if chunks > 1 or (overlap and pp == 1) else schedule
     dealt: dict[str, Any] = {}
     if TRAITS[args.pipeline_schedule].chunks_choice:
         chunks, dealt = num_stages // pp, given_options(args)
@@ -280,6 +293,11 @@ def _pattern(args: Namespace) -> list[Any]:
     frequency = args.moe_layer_freq
     if isinstance(frequency, int):
         return [layer % frequency == 0 for layer in range(args.num_layers)]
+    if len(frequency) != args.num_layers:
+        raise PlanError(
+            f"moe_layer_freq={''.join(map(str, frequency))} is of {len(frequency)} layers, but num_layers="
+            f"{args.num_layers}: give one number for each layer"
+        )
     return list(frequency)
 
 
@@ -318,3 +336,10 @@ def _recomputed_layers(args: Namespace) -> int | None:
     if args.recompute_granularity == "full" and args.recompute_method == "block":
         return args.recompute_num_layers
     return None
+
+
+def _recomputed_together(args: Namespace) -> int:
+    """`--recompute-method uniform`: layers of which one input is kept."""
+    if args.recompute_granularity == "full" and args.recompute_method == "uniform":
+        return args.recompute_num_layers or 1
+    return 1

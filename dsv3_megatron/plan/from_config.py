@@ -62,7 +62,7 @@ def _planned(
     found: Launched, counts: ParameterCounts, load_imbalance: float | None, host_available: float | None
 ) -> Planned:
     args, gpu = found.args, gpu_named(found.gpu)
-    job = job_of(found, counts.padded_vocab_size, load_imbalance, gpu.nvlink_domain)
+    job = job_of(found, counts.padded_vocab_size, load_imbalance)
     return Planned(
         job,
         gpu,
@@ -83,6 +83,7 @@ def _host(args: Namespace, per_node: int, job: Job, counts: ParameterCounts) -> 
         tuple(sorted({stage for stage, _ in schedule.stages_of(rank)})) for rank in range(schedule.num_ranks)
     ]
     held = max((held_by(job, counts, of_rank) for of_rank in stages), key=lambda h: h.experts + h.rest)
+    shard = held.experts / job.layout.expert_shards + held.rest / job.layout.dense_shards
     return host_memory(
         held.experts,
         held.rest,
@@ -92,6 +93,7 @@ def _host(args: Namespace, per_node: int, job: Job, counts: ParameterCounts) -> 
         memory_efficient=args.distrib_optim_fully_reshardable_mem_efficient,
         average=args.ema_decay is not None,
         async_save=args.async_save,
+        offloaded=shard * job.offload_optimizer,
     )
 
 

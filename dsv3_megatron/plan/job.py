@@ -206,6 +206,7 @@ class Job:
         global_batch_size, micro_batch_size: in samples.
         recompute: names of `--recompute-modules`; "full" for whole layers.
         recompute_layers: of whole layers, the first so many of each stage (`--recompute-method block`); None for all.
+        recompute_together: whole layers of which only the first one's input is kept (`--recompute-method uniform`).
         distributed_optimizer: optimizer states are sharded over the replicas (ZeRO-1).
         transformer_impl: "transformer_engine", or "local", the reference backend in plain PyTorch.
         dispatcher: "flex" (DeepEP, HybridEP) sends a token once to each NVLink domain, which forwards it;
@@ -227,7 +228,8 @@ class Job:
         offload_modules: whose inputs are in host memory (`--offload-modules`).
         hardware: what its GPUs can do that those of the table cannot (`whatif.py`).
         unplanned: what the arguments say and a plan leaves out, in words (`unplanned.py`).
-        nvlink_domain: neighbouring GPUs that share NVLink (`--nvlink-domain-size`); None: as the hardware table has it.
+        nvlink_domain: neighbouring GPUs that share NVLink (`--nvlink-domain-size`, or what a machine has of the job);
+            None: as the hardware table has it.
     """
 
     sizes: ModelSizes
@@ -238,6 +240,7 @@ class Job:
     precision: Precision = field(default_factory=Precision)
     recompute: frozenset[str] = frozenset()
     recompute_layers: int | None = None
+    recompute_together: int = 1
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True

@@ -7,6 +7,7 @@ known.
 """
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -94,6 +95,7 @@ def launched(
     refuse_sizes(vars(given))
     refuse_modules(getattr(given, "recompute_modules", None) or ())
     refuse_model(given)
+    _refuse_precision_and_batch(vars(given), world)
     if not ours:  # before Megatron speaks of what these need
         refuse_attention(getattr(given, "multi_latent_attention", False))
         refuse_fsdp(given)
@@ -132,7 +134,9 @@ _LEAST = {
     "moe_shared_expert_intermediate_size": 0, "num_experts": 1, "moe_router_topk": 1, "vocab_size": 1,
     "padded_vocab_size": 1, "seq_length": 1, "micro_batch_size": 1, "global_batch_size": 1, "mtp_num_layers": 0,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
-    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1,
+    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1, "nvlink_domain_size": 1,
+    "recompute_num_layers": 0, "communication_sms": 1, "moe_flex_dispatcher_num_sms": 1, "moe_deepep_num_sms": 1,
+    "moe_hybridep_num_sms": 1, "optimizer_offload_fraction": 0,
 }  # fmt: skip
 
 
@@ -142,10 +146,29 @@ def refuse_sizes(said: Mapping[Any, Any]) -> None:
         value = said.get(name)
         if isinstance(value, int | float) and value < low:
             raise PlanError(f"{name}={value}: a number of at least {low} is needed")
+    fraction, capacity = said.get("optimizer_offload_fraction"), said.get("moe_expert_capacity_factor")
+    if isinstance(fraction, int | float) and fraction > 1:
+        raise PlanError(f"optimizer_offload_fraction={fraction}: use a number from 0 to 1")
+    if isinstance(capacity, int | float) and capacity == 0:
+        raise PlanError("moe_expert_capacity_factor=0: an expert would take no token; use a number above 0")
     topk, experts = said.get("moe_router_topk"), said.get("num_experts")
     if isinstance(topk, int) and isinstance(experts, int) and topk > experts:
         raise PlanError(
             f"moe_router_topk={topk}: there are num_experts={experts}; use a number of at most {experts}"
+        )
+
+
+def _refuse_precision_and_batch(said: Mapping[str, Any], world: int) -> None:
+    """PlanError for what Megatron refuses with a bare assertion, or in the words of evaluation's options."""
+    if said.get("bf16") and said.get("fp16"):
+        raise PlanError("bf16 and fp16 are both given: leave one out")
+    batch, micro = said.get("global_batch_size"), said.get("micro_batch_size")
+    kinds = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    replicas = world // math.prod(said.get(kind) or 1 for kind in kinds)
+    if batch and micro and replicas and batch % (micro * replicas):
+        raise PlanError(
+            f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} × {replicas} data-parallel "
+            f"ranks: use a multiple of {micro * replicas}"
         )
 
 

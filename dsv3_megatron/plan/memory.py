@@ -112,7 +112,11 @@ def _walk(
     moments = []
     for action in schedule.ranks[rank]:
         peak = 0.0
-        for part in action.parts:
+        parts = action.parts
+        alone = schedule.num_stages == 1 and len(parts) == 2
+        if alone:  # layer by layer through the same layers: the forward fills what the backward has left
+            parts = parts[::-1]
+        for part in parts:
             size = footprints[part.stage]
             # What a pass needs is given with its own microbatch's `kept` in it.
             if part.kind is Kind.F:
@@ -122,7 +126,8 @@ def _walk(
                 during = (kept, deferred, 0.0)
                 deferred -= size.deferred
             else:
-                during = (kept, deferred, size.backward - size.kept)
+                beside = size.layer if alone else 0.0  # the forward is one layer ahead
+                during = (kept, deferred, size.backward - size.kept + beside)
                 kept -= size.kept
                 if part.kind is Kind.B_INPUT:
                     deferred += size.deferred

@@ -90,12 +90,14 @@ def host_as_dict(host: HostMemory | None) -> dict[str, float]:
         "host_save_gib": host.save / GIB,
         "host_load_gib": host.load / GIB,
         "host_average_gib": host.average / GIB,
+        "host_optimizer_gib": host.optimizer / GIB,
     }
 
 
 def host_lines(host: HostMemory, available: float | None) -> str:
     """One line."""
     average = f", {host.average / GIB:.0f} for the average of the weights" if host.average else ""
+    average += f", {host.optimizer / GIB:.0f} for the offloaded optimizer" if host.optimizer else ""
     return (
         f"host memory of a machine: {host.save / GIB:.0f} GiB to save a checkpoint, {host.load / GIB:.0f} to load one"
         f"{average}" + ("" if available is None else f"; it has {available / GIB:.0f} GiB")
@@ -106,7 +108,7 @@ def refuse_host_memory(host: HostMemory | None, available: float | None, memory_
     """Raise PlanError where checkpoints do not fit a machine."""
     found = None if host is None or available is None else problem(host, available, memory_efficient)
     if found is not None:
-        why, use = found
+        _, why, use = found
         raise PlanError(f"cluster.host_memory_gb={(available or 0) / 1e9:g}: {why}. Use {use}.")
 
 
@@ -137,7 +139,7 @@ def _changes(job: Job) -> list[tuple[str, Job]]:
         ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe]",
          replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj", "moe"})),
         ("recompute_granularity=full recompute_method=uniform recompute_num_layers=1",
-         replace(job, recompute=frozenset({"full"}))),
+         replace(job, recompute=frozenset({"full"}), recompute_layers=None, recompute_together=1)),
     ]  # fmt: skip
     ep = job.layout.ep * 2
     if job.sizes.num_moe_experts % ep == 0 and job.layout.num_gpus % (job.layout.pp * ep) == 0:

@@ -284,14 +284,15 @@ def _built(job: Job, machine: Machine, args: Namespace) -> list[Finding]:
 
 def _host_memory(job: Job, machine: Machine, args: Namespace, held: tuple[float, float]) -> list[Finding]:
     """Whether checkpoints fit the machines; where it is not said how large they are, what that takes."""
-    if not args.use_distributed_optimizer or not args.save:
+    if not args.use_distributed_optimizer or not (args.save or args.optimizer_cpu_offload):
         return []
-    memory = of_job(args, *held, job.per_node)
+    memory = of_job(args, *held, job.per_node, job.world_size)
     if job.host_memory is None:
-        takes = f"a machine needs {memory.peak / 1e9:.0f} GB for checkpoints; nobody says how much it has"
+        what = "checkpoints and what is offloaded" if memory.optimizer else "checkpoints"
+        takes = f"a machine needs {memory.peak / 1e9:.0f} GB for {what}; nobody says how much it has"
         return [Finding("info", "host memory", takes, "host_memory=GB before the line, to have it checked")]
     wrong = problem(memory, job.host_memory * 1e9, args.distrib_optim_fully_reshardable_mem_efficient)
-    return [] if wrong is None else [Finding("error", "--dist-ckpt-optim-fully-reshardable", *wrong)]
+    return [] if wrong is None else [Finding("error", *wrong)]
 
 
 def _forget_schedule() -> None:

@@ -48,7 +48,7 @@ def words(run: Run) -> list[str]:
 
 
 def _overlaps(job: Job) -> bool:
-    return job.layout.overlap_pairs and (job.layout.schedule == INTERLEAVED or job.layout.pp == 1)
+    return job.layout.overlap_pairs and job.layout.schedule == INTERLEAVED
 
 
 # Widths by which a model may differ from DeepSeek-V3.

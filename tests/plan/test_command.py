@@ -20,7 +20,14 @@ from dsv3_megatron.plan.step import plan
 PUBLISHED = ["model=v3_671b", "layout=pp16_ep64", "cluster=h800_2048"]
 PLAIN = [*PUBLISHED, "schedule=1f1b", "precision=bf16"]
 KEYS = {"step_s", "tokens_per_s_per_gpu", "gpu_hours_per_1t", "days_per_1t", "bubble_s", "memory_gib", "fits"}
-KEYS |= {"host_save_gib", "host_load_gib", "host_average_gib", "memory_margin_gib", "confidence"}
+KEYS |= {
+    "host_save_gib",
+    "host_load_gib",
+    "host_average_gib",
+    "host_optimizer_gib",
+    "memory_margin_gib",
+    "confidence",
+}
 
 
 def _json(capsys: pytest.CaptureFixture, words: list[str]) -> dict:

@@ -25,6 +25,15 @@ def test_the_average_is_there_all_the_time_and_copied_for_a_background_save() ->
     assert host_memory(0, 1e9, 4, reshardable=False).peak == 0
 
 
+def test_an_offloaded_optimizer_is_there_all_the_time_and_may_be_too_much_alone() -> None:
+    memory = host_memory(0, 1e9, 4, offloaded=0.5e9)
+    assert memory.optimizer == 16 * 4 * 0.5e9 and memory.peak == 12 * 4e9 + memory.optimizer
+    found = problem(memory, memory.optimizer - 1, False)
+    assert found is not None and found[0] == "--optimizer-cpu-offload"
+    assert "32 for the offloaded optimizer" in found[1] and "--optimizer-offload-fraction" in found[2]
+    assert problem(memory, memory.peak, False) is None
+
+
 @pytest.mark.parametrize(
     ("available", "efficient", "use"),
     [
@@ -39,11 +48,11 @@ def test_what_does_not_fit_says_what_to_use(available: float, efficient: bool, u
     if use is None or available >= 288 * GB:
         assert found is None
     else:
-        assert found is not None and use in found[1]
+        assert found is not None and use in found[2]
 
 
 def test_a_save_that_does_not_fit_is_offered_the_memory_efficient_form() -> None:
     memory = host_memory(0.0, 3e9, 8, average=True, async_save=True)
     available = memory.load + memory.average + 1
     found = problem(memory, available, False)
-    assert found is not None and "--distrib-optim-fully-reshardable-mem-efficient" in found[1]
+    assert found is not None and "--distrib-optim-fully-reshardable-mem-efficient" in found[2]

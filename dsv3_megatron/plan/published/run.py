@@ -121,7 +121,7 @@ def megatron(
             tp=tp,
             pp=pp,
             ep=ep,
-            schedule=INTERLEAVED if chunks > 1 else "1f1b",
+            schedule=INTERLEAVED if chunks > 1 or (overlap_pairs and pp == 1) else "1f1b",
             num_model_chunks=chunks,
             overlap_pairs=overlap_pairs,
         ),
