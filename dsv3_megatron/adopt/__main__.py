@@ -15,7 +15,7 @@ from pathlib import Path
 from dsv3_megatron.adopt import shell, zoo
 from dsv3_megatron.adopt.expand import Expander
 from dsv3_megatron.adopt.line import Adopted, adopt
-from dsv3_megatron.adopt.translate import Launch, Step, launch_of
+from dsv3_megatron.adopt.translate import HYDRA, Launch, Step, launch_of
 from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS
 from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 
@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     good = True
     for where, launch in launches:
+        if launch.program == HYDRA:
+            raise RefusedArgument(
+                f"{where}: starts {HYDRA}, which is this project's already; use it as it is"
+            )
         launch = _with_ranks(launch, options.ranks, options.ranks_per_node)
         adopted = adopt(launch, megatron_parser())
         print("\n".join(report(where, launch, adopted, notes)))
@@ -91,14 +95,27 @@ def launches_of(
     _refuse_idle(path, arguments, given, script)
     launches = []
     for c in script.commands:
+        where = f"{path if c.file == path.resolve() else c.file}:{c.line}"
         try:
-            launches.append((f"{path}:{c.line}", launch_of(c.words)))
+            launches.append((where, launch_of(c.words, script.slurm, c.env)))
         except ValueError as error:
-            raise RefusedArgument(f"{path}:{c.line}: {error}") from error
+            raise RefusedArgument(f"{where}: {error}") from error
     found = {str(launch): (where, launch) for where, launch in launches if launch is not None}
     if not found:
-        raise RefusedArgument(f"{path}: no command in it starts a Python program with options; {ASK}")
+        raise RefusedArgument(f"{path}: {_no_trainer(script)}")
     return list(found.values()), script.notes
+
+
+def _no_trainer(script: shell.Script) -> str:
+    """Why no trainer was found, and what to give."""
+    missing = [word for word, read in script.started.items() if not read]
+    if missing:
+        return f"starts another script, {missing[0]}, which is not beside it; give that one, or put it there"
+    also = [word for word, read in script.started.items() if read]
+    where = f"in it or in {', '.join(also)} starts" if also else "in it starts"
+    unknown = script.notes or any("${" in word for c in script.commands for word in c.words)
+    how = ASK if unknown else "give the script that starts pretrain_gpt.py or -m dsv3_megatron.train"
+    return f"no command {where} a Python program with a trainer's options; {how}"
 
 
 def _refuse_idle(path: Path, arguments: Sequence[str], given: dict[str, str], script: shell.Script) -> None:

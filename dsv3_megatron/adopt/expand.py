@@ -38,6 +38,7 @@ class Expander:
         """One word expanded: split at white space where it is not quoted."""
         fields: list[str] = []
         pending: str | None = None
+        nothing = False  # an array without items
         for text, mode in word.pieces:
             if mode == "literal":
                 pending = (pending or "") + text
@@ -49,6 +50,7 @@ class Expander:
                     items = [" ".join(items)] if mode == "quoted" else items
                 if mode == "bare":
                     items = [part for item in items for part in item.split()]
+                nothing = nothing or not items
                 for i, item in enumerate(items):
                     if i and pending is not None:
                         fields.append(pending)
@@ -72,7 +74,7 @@ class Expander:
             if value[-1:].isspace():
                 fields.append(pending)
                 pending = None
-        if pending is not None:
+        if pending is not None and not (nothing and pending == ""):  # "$@" of no arguments is no word
             fields.append(pending)
         return fields
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsv3_megatron.adopt.arithmetic import evaluate
 from dsv3_megatron.adopt.expand import Expander
+from dsv3_megatron.adopt.launcher import OF_STEP, allocation
 from dsv3_megatron.adopt.strings import as_list, compare, matches
 from dsv3_megatron.adopt.syntax import statements
 from dsv3_megatron.adopt.tokens import Token, tokens
@@ -22,6 +23,11 @@ __all__ = ["Command", "Script", "names", "read"]
 
 ROUNDS = 200  # of a loop
 DEPTH = 12  # of functions, sourced files and evals in each other
+# Commands that start a script which they are given.
+STARTERS = (
+    "bash", "sh", "sbatch", "srun", "salloc", "exec", "nohup", "time", "timeout", "env", "mpirun", "mpiexec", "pdsh",
+    "ssh", "sudo", "numactl", "singularity", "apptainer", "docker", "podman",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,14 @@ class Command:
     Attributes:
         words: its words, variables replaced.
         line: where it begins in its file.
+        env: variables of the environment that change how long a step takes.
+        file: in which it stands.
     """
 
     words: tuple[str, ...]
     line: int
+    env: dict[str, str] = field(default_factory=dict)
+    file: Path | None = None
 
 
 @dataclass
@@ -46,12 +56,18 @@ class Script:
         variables: at the end.
         notes: what could not be decided, for people.
         names: all words that could be variables, in all that was read.
+        exported: variables that commands get.
+        slurm: options of the allocation, from `#SBATCH` lines.
+        started: other scripts that it starts, and whether they were found and read.
     """
 
     commands: list[Command] = field(default_factory=list)
     variables: dict[str, str | list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    exported: set[str] = field(default_factory=set)
+    slurm: list[str] = field(default_factory=list)
+    started: dict[str, bool] = field(default_factory=dict)
 
 
 def read(path: Path, arguments: Sequence[str] = (), given: Mapping[str, str] | None = None) -> Script:
@@ -64,7 +80,7 @@ def read(path: Path, arguments: Sequence[str] = (), given: Mapping[str, str] | N
     Raises:
         ValueError: it is not text, or its quotes do not end.
     """
-    script = Script(variables=dict(given or {}))
+    script = Script(variables=dict(given or {}), exported=set(given or {}))
     _Reader(script, path.resolve(), list(arguments)).run(path.read_text(), 1)
     return script
 
@@ -89,20 +105,33 @@ class _Reader(Expander):
         folder: where files are that it names.
         functions: their texts.
         depth: of files, functions and evals in each other.
+        files: those that are being read, this one last.
     """
 
-    def __init__(self, script: Script, file: Path, arguments: list[str], depth: int = 0) -> None:
+    def __init__(
+        self,
+        script: Script,
+        file: Path,
+        arguments: list[str],
+        depth: int = 0,
+        files: tuple[Path, ...] | None = None,
+    ) -> None:
         super().__init__(script.variables, file, arguments)
         self.script, self.folder, self.depth = script, file.parent, depth
+        self.files = (file,) if files is None else files
         self.functions: dict[str, str] = {}
 
     def run(self, text: str, first_line: int) -> None:
         self.assigned |= set(_ASSIGNED.findall(text))
         self.script.names |= names(text)
+        self.script.slurm += allocation(text)
         self._block(statements(tokens(text, first_line)))
 
     def _read_file(self, path: Path, arguments: list[str]) -> None:
-        inner = _Reader(self.script, path, arguments, self.depth + 1)
+        path = path.resolve()
+        if self.files.count(path) > 1:  # it starts itself, again and again
+            return
+        inner = _Reader(self.script, path, arguments, self.depth + 1, (*self.files, path))
         inner.functions, inner.assigned = self.functions, self.assigned
         inner.run(path.read_text(), 1)
 
@@ -111,7 +140,11 @@ class _Reader(Expander):
         if self.depth >= DEPTH:
             return
         inner = _Reader(
-            self.script, self.file, self.arguments if arguments is None else arguments, self.depth + 1
+            self.script,
+            self.file,
+            self.arguments if arguments is None else arguments,
+            self.depth + 1,
+            self.files,
         )
         inner.functions, inner.assigned, inner.aliases = self.functions, self.assigned, dict(self.aliases)
         inner.run(text, line)
@@ -183,7 +216,7 @@ class _Reader(Expander):
             self._assign(variable, sign, value)
         handler: Callable | None = getattr(self, f"_run_{name}", None) if name.isidentifier() else None
         if name in ("export", "declare", "local", "readonly", "typeset"):
-            self._declare(words[1:])
+            self._declare(words[1:], name == "export" or "-x" in expanded)
         elif name in self.functions:
             self._inside(self.functions[name], line, expanded[1:])
         elif name in ("source", "."):
@@ -193,7 +226,9 @@ class _Reader(Expander):
         elif handler is not None:
             handler(expanded, line)
         else:
-            self.script.commands.append(Command(tuple(expanded), line))
+            self.script.commands.append(
+                Command(tuple(expanded), line, self._env([name for name, *_ in assigned]), self.file)
+            )
             self._nested(expanded, line)
             for document in documents:
                 # What is only written somewhere counts where it is a script.
@@ -219,17 +254,27 @@ class _Reader(Expander):
             if word == "-c" and words[i - 1].rpartition("/")[2] in ("bash", "sh"):
                 self._inside(words[i + 1], line)
                 return
-        for i, word in enumerate(words):
-            if word.endswith(".sh") and words[max(0, i - 1)].rpartition("/")[2] in (
-                "bash",
-                "sh",
-                "sbatch",
-                word,
-            ):
-                path = self.folder / word
-                if path.is_file() and self.depth < DEPTH:
-                    self._read_file(path, words[i + 1 :])
-                return
+        at = next((i for i, word in enumerate(words) if word.endswith(".sh")), None)
+        if at is None or (at and words[0].rpartition("/")[2] not in STARTERS):
+            return
+        path = self._script_at(words[at])
+        self.script.started[words[at]] = path is not None
+        if path is not None and self.depth < DEPTH:
+            self._read_file(path, words[at + 1 :])
+
+    def _script_at(self, word: str) -> Path | None:
+        """The file of a script that is started from this one's folder, the one above, here, or that lies beside it."""
+        places = (self.folder / word, self.folder.parent / word, Path(word), self.folder / Path(word).name)
+        return next((path for path in places if path.is_file()), None)
+
+    def _env(self, assigned: Sequence[str]) -> dict[str, str]:
+        """Of what commands get, that which a step's time may depend on."""
+        known = {name: self.variables.get(name) for name in sorted(self.script.exported.union(assigned))}
+        return {
+            name: value
+            for name, value in known.items()
+            if isinstance(value, str) and OF_STEP.fullmatch(name) is not None
+        }
 
     def _run_set(self, words: list[str], line: int) -> None:
         if "--" in words:
@@ -256,9 +301,11 @@ class _Reader(Expander):
                 f"line {line}: {words[0]} is not beside the script: what it sets is not known"
             )
 
-    def _declare(self, words: list[Token]) -> None:
+    def _declare(self, words: list[Token], exported: bool) -> None:
         for word in words:
             found = word.assignment()
+            if exported:
+                self.script.exported.add(found[0] if found else word.text)
             if found and any(other.text == "-n" for other in words):
                 value = found[2]
                 self.aliases[found[0]] = self.text(value) if isinstance(value, Token) else ""

@@ -114,7 +114,8 @@ class _Parser:
 
     def _test_words(self) -> list[Token]:
         """The words of one command in a condition; inside `[[ … ]]` operators are words."""
-        closing = {"[[": "]]", "[": "]", "((": "))"}.get(self._next().text)  # type: ignore[union-attr]
+        first = self._next()  # None behind a `!` that ends the script
+        closing = {"[[": "]]", "[": "]", "((": "))"}.get(first.text if first is not None else "")
         words: list[Token] = []
         while (token := self._next()) is not None:
             if token.operator and (closing is None or token.text == "\n"):

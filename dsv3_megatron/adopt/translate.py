@@ -2,9 +2,10 @@
 
 import re
 from argparse import Action, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dsv3_megatron.adopt.launcher import environment, size
 from dsv3_megatron.adopt.rules import RULES, Blocked
 from dsv3_megatron.arguments.foreign import foreign_options
 
@@ -66,6 +67,7 @@ _VALUES = {
 # One of these is among a trainer's options; tools for checkpoints and data have none.
 OF_TRAINERS = ("--micro-batch-size", "--global-batch-size", "--train-iters", "--train-samples", "--lr")
 SCORES = "--moe-router-score-function"
+HYDRA = "dsv3_megatron.train_hydra"  # takes overrides, no options
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Launch:
     Attributes:
         program: the Python file or module.
         options: what follows it, with values; in order, the last of a name counts.
-        nodes, ranks_per_node: of torchrun; None where not known.
-        stray: words that belong to no option.
+        nodes, ranks_per_node: of torchrun or Slurm; None where not known.
+        stray: words that belong to no option; the overrides of `dsv3_megatron.train_hydra`.
+        env: variables that are set for it.
     """
 
     program: str
@@ -84,6 +87,7 @@ class Launch:
     nodes: int | None = None
     ranks_per_node: int | None = None
     stray: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,23 +107,33 @@ class Step:
     why: str = ""
 
 
-def launch_of(words: Sequence[str]) -> Launch | None:
+def launch_of(
+    words: Sequence[str], slurm: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Launch | None:
     """A trainer's launch among the words of a command; None for another command.
+
+    Args:
+        slurm: options of the allocation in which it is started.
+        env: variables that are set before.
 
     Raises:
         ValueError: a number of nodes or ranks is none.
     """
-    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    if at is None and "-m" in words:
-        modules = [i for i, word in enumerate(words[:-1]) if word == "-m"]
-        at = modules[-1] + 1
-    if at is None or not any(word.split("=")[0] in OF_TRAINERS for word in words[at:]):
+    at = program_at(words)
+    if at is None:
         return None
-    before = options_of(words[:at])[0]
-    nodes = _number(before, "--nnodes", "--num-nodes", "-N")
-    ranks = _number(before, "--nproc_per_node", "--nproc-per-node", "--ntasks-per-node", "--gpus-per-node")
-    options, stray = options_of(words[at + 1 :])
-    return Launch(words[at], options, nodes, ranks, tuple(stray))
+    if words[at] != HYDRA and not any(word.split("=")[0] in OF_TRAINERS for word in words[at:]):
+        return None
+    nodes, ranks = size(words[:at], slurm)
+    options, stray = ({}, list(words[at + 1 :])) if words[at] == HYDRA else options_of(words[at + 1 :])
+    return Launch(words[at], options, nodes, ranks, tuple(stray), {**(env or {}), **environment(words[:at])})
+
+
+def program_at(words: Sequence[str]) -> int | None:
+    """Where the Python file or module stands that a command starts; None where there is none."""
+    files = (i for i, word in enumerate(words) if word.endswith(".py"))
+    modules = (i + 1 for i, word in reversed(list(enumerate(words[:-1]))) if word == "-m")
+    return next(files, next(modules, None))
 
 
 def options_of(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -142,20 +156,6 @@ def options_of(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 def _plain(value: str) -> str:
     """Without quotes that a script carries inside a variable."""
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-
-
-# What may stand for a number: one per device, a range, a variable that is not known.
-_OF_TORCHRUN = re.compile(r"gpu|cpu|auto|xpu|\d+[:-]\d+|.*\$.*")
-
-
-def _number(options: dict[str, list[str]], *names: str) -> int | None:
-    for name in names:
-        values = options.get(name)
-        if values and values[0].isdigit():
-            return int(values[0])
-        if values and not _OF_TORCHRUN.fullmatch(values[0]):
-            raise ValueError(f"{name} {values[0]}: is no whole number; use one, or leave {name} out")
-    return None
 
 
 def translate(launch: Launch, parser: ArgumentParser) -> list[Step]:

@@ -9,6 +9,7 @@ known.
 import contextlib
 import math
 import os
+import re
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -18,17 +19,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dsv3_megatron.adopt.translate import Launch, options_of, translate
+from dsv3_megatron.adopt.launcher import OF_STEP, environment, size, without_shell
+from dsv3_megatron.adopt.translate import HYDRA, Launch, options_of, program_at, translate
 from dsv3_megatron.arguments.refusals.machine import wants_one_connection
 from dsv3_megatron.arguments.requirements import TE, USES, version_key
 from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS, imagined
 from dsv3_megatron.errors import RefusedArgument, told
 from dsv3_megatron.plan.counting import quiet
+from dsv3_megatron.plan.environment import attention_of, not_planned
 from dsv3_megatron.plan.hardware import gpu_named
 from dsv3_megatron.plan.job import RECOMPUTE_MODULES, PlanError
 from dsv3_megatron.plan.options import SIZES
 from dsv3_megatron.plan.unplanned import refuse_model
-from dsv3_megatron.preflight.line import read
+from dsv3_megatron.preflight.line import NO_LINE, NO_TRAINER, SHELL, Line, read
 from dsv3_megatron.preflight.machine import GPUS, Machine
 from dsv3_megatron.preflight.start import with_packages_of
 
@@ -36,6 +39,10 @@ from dsv3_megatron.preflight.start import with_packages_of
 DEFAULT_GPU = "h100"
 # DeepSeek-V3's rows of the embedding, where the line leaves it to a tokenizer, which is on the cluster.
 VOCABULARY = 129_280
+_NO_TRAINER = (
+    "starts no trainer that can be planned; use pretrain_gpt.py with Megatron's arguments, -m dsv3_megatron.train or "
+    "-m dsv3_megatron.train_hydra"
+)
 _EXAMPLES = dict(zip(SIZES, ("gpu=h100", "nodes=16", "gpus_per_node=8"), strict=True))
 # Files, tokenizers and reports: nothing of a step depends on them, and they are on the cluster. Ramps: a plan is of one
 # step, at the full batch.
@@ -230,7 +237,8 @@ def _megatrons_own(words: Sequence[str], world: int, per_node: int) -> tuple[Nam
     from dsv3_megatron.arguments import add_arguments, megatron_parser
 
     words, loss = _without_te_loss(words)
-    _, unknown = megatron_parser().parse_known_args(list(words))
+    words = [word for word in words if word]  # an empty expansion is no option
+    _, unknown = megatron_parser().parse_known_args(words)
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(per_node)}
     with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", ["plan", *words]):
         args = arguments.parse_args(extra_args_provider=add_arguments, ignore_unknown_args=True)
@@ -265,7 +273,7 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
     for name in SIZES:
         if said.get(name) == "":
             raise PlanError(f"{name}=: a value is needed, such as {_EXAMPLES[name]}")
-    line, gpu = read([text]), said.get("gpu")
+    line, gpu = _read(text, said), said.get("gpu")
     if line.trainer == "hydra" and gpu is None:
         from dsv3_megatron.conf import compose
 
@@ -295,8 +303,43 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
     env = {
         name: value for name, value in job.env.items() if name == MAX_CONNECTIONS or name.startswith("NVTE_")
     }
-    result = launched(job.words, job.world_size, job.per_node, gpu or DEFAULT_GPU, env, ours)
+    words, attention = attention_of(env, job.words)
+    notes += [*attention, *not_planned(job.env)]
+    result = launched(words, job.world_size, job.per_node, gpu or DEFAULT_GPU, env, ours)
+    if attention and result.args.pipeline_schedule != "1f1b":
+        notes.append(
+            f"schedule={result.args.pipeline_schedule}: planned with DeepSeek's attention all the same"
+        )
     return replace(result, notes=(*notes, *result.notes))
+
+
+def _read(text: str, said: Mapping[str, str]) -> Line:
+    """The line's parts, without what is the shell's; its size also as Slurm says it."""
+    try:
+        words = shlex.split(re.sub(r"(\d>&\d)\s*(\|&?)\s*", r"\1 \2 ", text.replace("\\\n", " ")))
+    except ValueError:
+        return read([text])  # says what is wrong with it
+    words = without_shell(words)
+    if shells := [word for word in words if word in SHELL or word.endswith(";")]:
+        raise PlanError(
+            f"--launch: {shells[0]!r} joins commands or moves files; give the trainer's command alone, or all of it in "
+            "a file with --script"
+        )
+    try:
+        line = read(words if len(words) != 1 else [shlex.quote(words[0])])
+    except RefusedArgument as error:
+        message = (
+            str(error).replace(NO_LINE, f"--launch {text}: {_NO_TRAINER}").replace(NO_TRAINER, _NO_TRAINER)
+        )
+        raise PlanError(message) from error
+    before = words[: program_at(words) or 0]
+    per_node = said.get(SIZES[2], "")
+    try:
+        nodes, ranks = size(before, per_node=int(per_node) if per_node.isdecimal() else None)
+    except ValueError as error:
+        raise PlanError(f"--launch: {error}") from error
+    env = {**line.env, **environment(before)}
+    return replace(line, nodes=line.nodes or nodes, per_node=line.per_node or ranks, env=env)
 
 
 def of_script(path: Path, said: Mapping[str, str]) -> Launched:
@@ -318,14 +361,19 @@ def of_script(path: Path, said: Mapping[str, str]) -> Launched:
         places = ", ".join(where for where, _ in launches)
         raise PlanError(f"--script {path}: starts more than one trainer ({places}); plan one with --launch")
     _, launch = launches[0]
-    words, more = _words_of(launch, megatron_parser())
+    if launch.program == HYDRA:  # files are on the cluster: any name will do
+        words, more = [re.sub(r"\$\{(\d+)\}", r"/argument_\1", word) for word in launch.stray], list[str]()
+    else:
+        words, more = _words_of(launch, megatron_parser())
     nodes, ranks = (said.get(name) or number for name, number in zip(
         SIZES[1:], (launch.nodes, launch.ranks_per_node), strict=True))  # fmt: skip
     sizes = {
         name: str(value) for name, value in zip(SIZES[1:], (nodes, ranks), strict=True) if value is not None
     }
-    trainer = "dsv3_megatron.train" if launch.program == "dsv3_megatron.train" else "pretrain_gpt.py"
-    prefix = ["-m", trainer] if trainer == "dsv3_megatron.train" else [trainer]
+    prefix = (
+        ["-m", launch.program] if launch.program in ("dsv3_megatron.train", HYDRA) else ["pretrain_gpt.py"]
+    )
+    prefix = [*(f"{name}={value}" for name, value in launch.env.items() if OF_STEP.fullmatch(name)), *prefix]
     found = of_line(shlex.join([*prefix, *words]), {**sizes, **{k: v for k, v in said.items() if k == "gpu"}})
     return replace(found, notes=(*notes, *more, *found.notes))
 

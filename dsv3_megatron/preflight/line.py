@@ -26,7 +26,12 @@ _MODULES: dict[str, Trainer] = {
     "dsv3_megatron.train": "train",
     "dsv3_megatron.train_hydra": "hydra",
 }
-_SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>&1", "&>")
+SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>&1", "&>")
+NO_LINE = "preflight: there is no launch line. Use dsv3 preflight torchrun … -m dsv3_megatron.train …"
+NO_TRAINER = (
+    "starts no trainer of ours. Use -m dsv3_megatron.train, -m dsv3_megatron.train_hydra or "
+    "pretrain_gpt.py --spec dsv3"
+)
 _VERBS: dict[str, Trainer] = {"train": "train", "train-hydra": "hydra"}
 
 
@@ -62,7 +67,7 @@ def read(words: Sequence[str]) -> Line:
     words = (
         _split(words[0]) if len(words) == 1 else list(words) if any(word.strip() for word in words) else []
     )
-    shells = [word for word in words if word in _SHELL or word.endswith(";")]
+    shells = [word for word in words if word in SHELL or word.endswith(";")]
     if shells:
         raise RefusedArgument(
             f"launch line: {shells[0]!r} is the shell's, and what is checked is one command. Use dsv3 preflight for "
@@ -73,9 +78,7 @@ def read(words: Sequence[str]) -> Line:
         name, _, value = words.pop(0).partition("=")
         env[name] = value
     if not words:
-        raise RefusedArgument(
-            "preflight: there is no launch line. Use dsv3 preflight torchrun … -m dsv3_megatron.train …"
-        )
+        raise RefusedArgument(NO_LINE)
     if words[0].startswith("-") and words[0] not in ("-m", "-u"):
         return Line("train", tuple(words), env=env)
     if all("=" in word or word.startswith("~") for word in words):
@@ -153,10 +156,7 @@ def _program(words: list[str]) -> tuple[Trainer, list[str]]:
             return _VERBS[words[i + 1]], words[i + 2 :]
         if _name(word).startswith("pretrain_") and word.endswith(".py"):
             return "pretrain_gpt", words[i + 1 :]
-    raise RefusedArgument(
-        f"launch line {shlex.join(words[:6])} …: starts no trainer of ours. Use -m dsv3_megatron.train, "
-        "-m dsv3_megatron.train_hydra or pretrain_gpt.py --spec dsv3"
-    )
+    raise RefusedArgument(f"launch line {shlex.join(words[:6])} …: {NO_TRAINER}")
 
 
 def _name(word: str) -> str:

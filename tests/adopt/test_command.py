@@ -50,3 +50,8 @@ def test_wrong_words(words: list[str], named: str, capsys: pytest.CaptureFixture
     assert status(words) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {named}") and len(error.strip().splitlines()) == 1
+
+
+def test_a_script_of_ours_is_left_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status([str(SCRIPTS.parents[2] / "examples" / "pretrain_dsv3_hydra.sh")]) == 2
+    assert "starts dsv3_megatron.train_hydra, which is this project's already" in capsys.readouterr().err

@@ -65,6 +65,7 @@ CONSTRUCTS = {
     "case": """X=fp8; case $X in bf16) A=1;; fp8|fp16) A=2;; *) A=3;; esac; torchrun $A""",
     "for": """for i in 1 2 3; do A="$A --x$i"; done; torchrun $A""",
     "function": """f() { local B=$2; A="$1 $B"; }; f one two; torchrun $A $#""",
+    "arguments that are none": """A=(); torchrun --a "$@" "${A[@]}" x"$@" "" "${A[*]}" """,
     "append": """A="--a"; A+=" --b"; torchrun $A""",
     "eval": """A='--x "1 2"'; eval torchrun $A""",
     "string of a command": """C="torchrun --a 1"; C="$C --b '2 3'"; eval $C""",
@@ -128,6 +129,35 @@ def test_broken_scripts(text: str, tmp_path: Path) -> None:
         read(script)
     except ValueError as error:
         assert str(error)
+
+
+def test_scripts_that_are_started(tmp_path: Path) -> None:
+    """By their names, from the folder above too, with what the environment gives them; what is not there is said."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "inner.sh").write_text("torchrun --n $N\nexec ./jobs/inner.sh\n")
+    script = tmp_path / "jobs" / "outer.sh"
+    for start in (
+        "bash jobs/inner.sh",
+        "./inner.sh",
+        "exec srun --x=1 bash jobs/inner.sh",
+        "sbatch -N 2 inner.sh",
+    ):
+        script.write_text(f"#!/bin/bash\n#SBATCH --nodes=4 # of them\n\nexport N=3\n{start}\n#SBATCH -N 9\n")
+        found = read(script)
+        assert {c.words for c in found.commands if c.words[0] == "torchrun"} == {("torchrun", "--n", "3")}
+        assert found.slurm == ["--nodes=4"]
+    script.write_text("cp inner.sh /tmp\nbash /elsewhere/run.sh\n")
+    found = read(script)
+    assert found.started == {"/elsewhere/run.sh": False}
+    assert not [c for c in found.commands if c.words[0] == "torchrun"]
+
+
+def test_the_environment_of_a_command(tmp_path: Path) -> None:
+    """What is exported or set on its line, and of that what a step may depend on."""
+    script = tmp_path / "script.sh"
+    script.write_text("NVTE_A=1\nexport NVTE_B=2 X=3\nNVTE_C=4 torchrun x\nexport NVTE_A\ntorchrun y\n")
+    first, second = (c.env for c in read(script).commands)
+    assert first == {"NVTE_B": "2", "NVTE_C": "4"} and second == {"NVTE_A": "1", "NVTE_B": "2"}
 
 
 def test_it_ends(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from dsv3_megatron.plan import __main__ as command
 from dsv3_megatron.plan.__main__ import planned_of
 from dsv3_megatron.plan.confidence import confidence
+from dsv3_megatron.plan.environment import attention_of, not_planned
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.options import parse
 from dsv3_megatron.plan.published import RUNS
@@ -167,7 +168,23 @@ def test_a_script_with_variables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--launch", "torchrun train.py --bar"], "starts no trainer"),
+        (
+            ["--launch", "torchrun train.py --bar"],
+            "starts no trainer that can be planned; use pretrain_gpt.py with",
+        ),
+        (["--launch", "NVTE_FUSED_ATTN=1"], "starts no trainer that can be planned"),
+        (
+            ["--launch", line("&& echo done")],
+            "'&&' joins commands or moves files; give the trainer's command alone",
+        ),
+        (["--launch", line().replace("torchrun", "srun -N two", 1)], "--launch: -N two: is no whole number"),
+        (
+            ["--launch", f"NVTE_FUSED_ATTN=0 {line('--attention-backend fused')}"],
+            "NVTE_FUSED_ATTN=0: --attention",
+        ),
+        (["--launch", f"NVTE_UNFUSED_ATTN=0 {line('--attention-backend auto')}"], "auto sets it to 1"),
+        (["--launch", f"NVTE_FUSED_ATTN=no {line()}"], "NVTE_FUSED_ATTN=no: use NVTE_FUSED_ATTN=0 or"),
+        (["--launch", f"NVTE_FUSED_ATTN=0 NVTE_FLASH_ATTN=0 NVTE_UNFUSED_ATTN=0 {line()}"], "no attention"),
         (["--launch"], "--launch: needs a launch line"),
         (["--script", "/nowhere.sh"], "/nowhere.sh"),
         (["--launch", "x", "--script", "y"], "--launch with --script"),
@@ -254,6 +271,58 @@ def test_attention_that_is_not_fused_is_slower() -> None:
     job = planned_of(parse(["--launch", line("--attention-backend", "unfused"), "gpu=h100"])).job
     assert not job.software.fused_attention
     assert "attention that is not fused" in confidence(job, GPUS["h100"]).unlike
+
+
+UNFUSED = "NVTE_FUSED_ATTN=0 NVTE_FLASH_ATTN=0 NVTE_UNFUSED_ATTN=1"
+
+
+def test_switches_of_attention_choose_the_backend(tmp_path: Path) -> None:
+    """On the line, exported in a script, by srun; as the option that says the same."""
+    job = planned_of(parse(["--launch", line("--attention-backend", "unfused"), "gpu=h100"])).job
+    planned = planned_of(parse(["--launch", f"{UNFUSED} NCCL_ALGO=Ring {line()}", "gpu=h100"]))
+    assert planned.job == job != planned_of(parse(["--launch", line(), "gpu=h100"])).job
+    assert any("planned as --attention-backend unfused" in note for note in planned.notes)
+    assert "NCCL_ALGO=Ring: not planned" in planned.notes
+    script = tmp_path / "train.sh"
+    script.write_text(f'nvidia-smi topo -m\nexport {UNFUSED}\n{line()} "$@" 2>&1 | tee log\n')
+    planned = planned_of(parse(["--script", str(script), "gpu=h100"]))
+    assert planned.job == job and not any("left out" in note for note in planned.notes)
+
+
+def test_switches_alone() -> None:
+    for env, backend in (
+        ({"NVTE_FLASH_ATTN": "1"}, []),
+        ({"NVTE_DEBUG": "1"}, []),
+        ({"NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}, ["--attention-backend", "fused"]),
+        ({"NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}, ["--attention-backend", "flash"]),
+        ({"NVTE_FUSED_ATTN": "0", "NVTE_FLASH_ATTN": "0"}, ["--attention-backend", "unfused"]),
+    ):
+        words, notes = attention_of(env, ["--lr", "1"])
+        assert words == ["--lr", "1", *backend] and bool(notes) == bool(backend)
+        assert attention_of(
+            env, words := [*words, *([] if backend else ["--attention-backend", "auto"])]
+        ) == (words, [])
+        assert not_planned(env) == []
+    assert not_planned({"NVTE_NORM_FWD_USE_CUDNN": "1", "PATH": "x"}) == [
+        "NVTE_NORM_FWD_USE_CUDNN=1: not planned; use software.norm_quantises=true"
+    ]
+
+
+def test_slurm_says_the_size_and_the_shell_nothing() -> None:
+    """The same job as torchrun's."""
+    expected = planned_of(parse(["--launch", line(), "gpu=h100"]))
+    options = " ".join([*MODEL, *H100])
+    whole = f"srun -N 128 --ntasks-per-node=8 python -u pretrain_gpt.py {options} 2>&1|tee log &"
+    planned = planned_of(parse(["--launch", whole, "gpu=h100"]))
+    assert planned.job == expected.job and planned.notes == expected.notes
+
+
+@pytest.mark.parametrize("name", ["slurm_256gpu", "slurm_256gpu_hydra", "slurm_2048gpu"])
+def test_our_examples_are_planned(name: str) -> None:
+    script = Path(__file__).parents[2] / "examples" / f"{name}.sh"
+    layout = planned_of(parse(["--script", str(script), "gpu=h200"])).job.layout
+    expected = (2048, 16, 64) if "2048" in name else (256, 16, 16)
+    assert (layout.num_gpus, layout.pp, layout.ep) == expected
 
 
 def test_what_if_and_anchor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
