@@ -241,7 +241,7 @@ def _job(
     if cp > 1 and s.seq_length % (2 * cp):
         raise _Impossible("does not divide the sequence", f"{s.seq_length} tokens")
     if pp == 1 and schedule != "1f1b":
-        raise _Impossible("one pipeline rank has no schedule", "")
+        raise _Impossible("one pipeline rank has no schedule", "use schedule=1f1b with PP1")
     layout = Layout(num_gpus=num_gpus, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, num_model_chunks=chunks)
     if schedule == ZIGZAG and cap != 1.0:
         nominal = nominal_options(pp, chunks)["memory_cap"]
