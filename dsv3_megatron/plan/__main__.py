@@ -228,8 +228,8 @@ def _fitting(options: Options, planned: "Planned") -> "Proxy":
             return recipe
     peak = 0.0 if result is None else max(result.memory_gib)
     raise PlanError(
-        f"--proxy: its smallest job takes {peak:.1f} GiB of {planned.gpu.name}'s {planned.gpu.memory / 2**30:.1f}; spread "
-        "the experts or the tensors over more ranks, or recompute more"
+        f"--proxy: its smallest job takes {peak:.1f} GiB of {planned.gpu.name}'s {planned.gpu.memory / 2**30:.1f}; "
+        "spread the experts or the tensors over more ranks, or recompute more"
     )
 
 

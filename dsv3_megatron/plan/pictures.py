@@ -11,7 +11,6 @@ from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.memory import GIB
 from dsv3_megatron.plan.step import Plan
 
-
 _FILES = tuple(
     f"{name}{suffix}" for name in ("timeline", "memory", "memory_over_time") for suffix in (".svg", ".png")
 )

@@ -203,7 +203,12 @@ def test_the_recipe_is_planned_as_it_is_printed(name: str, capsys: pytest.Captur
 
 
 def test_a_job_without_a_proxy_is_refused(capsys: pytest.CaptureFixture) -> None:
-    words = [*CASES["fits in no three layers"].split(), "expert_model_parallel_size=1", "--proxy"]
+    words = [
+        *CASES["fits in no three layers"].split(),
+        "expert_model_parallel_size=1",
+        "cluster.host_memory_gb=20000",
+        "--proxy",
+    ]
     with pytest.raises(SystemExit):
         command.main(words)
     out, err = capsys.readouterr()
