@@ -144,7 +144,7 @@ def test_the_proxy_has_the_jobs_kernels() -> None:
 def _spread(run_gpu: str = "h800", routing: tuple[int, int] = (8, 4), **sizes: int) -> tuple[int, int]:
     """Nodes and expert-parallel ranks of DeepSeek's job, with other sizes."""
     groups, chosen = routing
-    layout = replace(deepseek.JOB.layout, **sizes)
+    layout = replace(deepseek.JOB.layout, **sizes)  # type: ignore[arg-type]
     job = replace(deepseek.JOB, layout=layout, moe_router_num_groups=groups, moe_router_group_topk=chosen)
     recipe = next(proxy.recipes(replace(job, global_batch_size=job.global_batch_size * 8), GPUS[run_gpu]))
     world = recipe.nodes * recipe.per_node
