@@ -3,19 +3,21 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_megatron.conf import compose
 from dsv3_megatron.dryrun.start import start_megatron
-from dsv3_megatron.errors import exits_cleanly
+from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.plan.job import PlanError
-from dsv3_megatron.plan.options import Options, parse
+from dsv3_megatron.plan.options import Options, beside_job, parse
 
 if TYPE_CHECKING:
     from dsv3_megatron.plan.from_config import Planned
     from dsv3_megatron.plan.hardware import Gpu
+    from dsv3_megatron.plan.proxy import Proxy
 
 USAGE = """usage: dsv3 plan [output=table|json] [NAME=VALUE ...]
        dsv3 plan --launch 'torchrun … LINE' [gpu=NAME nodes=N gpus_per_node=M]
@@ -67,6 +69,9 @@ def planned_of(options: Options) -> "Planned":
         job = replace(job, layout=replace(job.layout, overlap_pairs=overlap))
     if (attention := said.pop("fp8_attention", None)) is not None:
         job = replace(job, precision=replace(job.precision, fp8_attention=attention))
+    for name in ("fp8_attention", "norm_quantises"):
+        if options.software.get(name) and not job.precision.fp8:
+            raise PlanError(f"software.{name}=true: the job has no FP8 ({job.precision.name}); leave it out")
     return replace(planned, job=replace(job, software=replace(job.software, **said)))
 
 
@@ -85,9 +90,14 @@ def _launched(options: Options) -> "Planned":
 
 def run(options: Options) -> None:
     """Plan and print."""
+    if options.pictures is not None:
+        from dsv3_megatron.plan.pictures import make_place
+
+        make_place(options.pictures, options.measured)
     planned = planned_of(options)
     from dsv3_megatron.plan import report, whatif
-    from dsv3_megatron.plan.cost import cost_table
+    from dsv3_megatron.plan.cost import cost, cost_table
+    from dsv3_megatron.plan.deepseek import DOLLARS_PER_GPU_HOUR
     from dsv3_megatron.plan.step import plan
 
     report.refuse_host_memory(planned.host, planned.host_available, planned.memory_efficient)
@@ -100,14 +110,18 @@ def run(options: Options) -> None:
         gpu, anchored = _anchored(options.anchor, planned)
     result = plan(planned.job, gpu, planned.counts)
     changed = whatif.what_if(changes, planned.job, gpu, planned.counts)
+    price = DOLLARS_PER_GPU_HOUR if options.price is None else options.price
     if options.pictures is not None:
         from dsv3_megatron.plan.pictures import write_all
 
         for line in write_all(result, options.pictures, options.measured):
             print(line, file=sys.stderr)
     if options.output == "json":
-        told = {"whatif": {one.name: {"step_s": one.step_s, "reason": one.reason} for one in changed}}
-        more = anchored | (told if changed else {})
+        more: dict[str, object] = dict(anchored)
+        if changed:
+            more["whatif"] = {one.name: {"step_s": one.step_s, "reason": one.reason} for one in changed}
+        if options.tokens is not None:
+            more["cost"] = cost(result, options.tokens, price)
         for note in planned.notes:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps(report.as_dict(result) | report.host_as_dict(planned.host) | more))
@@ -129,7 +143,7 @@ def run(options: Options) -> None:
     if changed:
         print(f"\n{whatif.table(changed, result.step_s)}")
     if options.tokens is not None:
-        print(f"\n{cost_table(result, options.tokens, options.price)}")
+        print(f"\n{cost_table(result, options.tokens, price)}")
 
 
 def _anchored(path: Path, planned: "Planned") -> tuple["Gpu", dict[str, float]]:
@@ -140,29 +154,83 @@ def _anchored(path: Path, planned: "Planned") -> tuple["Gpu", dict[str, float]]:
     if isinstance(measured, anchor.Speeds):
         gpu, ratios = anchor.with_speeds(path, measured, gpu)
         return gpu, {f"anchored_{name}": ratio for name, ratio in ratios.items()}
-    small = planned if measured.words is None else planned_of(parse(measured.words))
-    if small.gpu != gpu:
-        raise PlanError(f"anchor={path}: measured on {small.gpu.name}, planned on {gpu.name}; use one GPU")
-    if measured.step_s is None:
-        speed = anchor.speed_of_timeline(path, small.job, gpu, small.counts, measured.timeline)
-    else:
-        speed = anchor.speed_of(small.job, gpu, small.counts, measured.step_s)
+    try:  # whatever is wrong with its job is wrong in this file
+        small = planned if measured.words is None else _measured_job(measured.words)
+        if small.gpu != gpu:
+            raise PlanError(f"measured on {small.gpu.name}, planned on {gpu.name}; use one GPU")
+        if measured.step_s is None:
+            speed = anchor.speed_of_timeline(path, small.job, gpu, small.counts, measured.timeline)
+        else:
+            speed = anchor.speed_of(small.job, gpu, small.counts, measured.step_s)
+    except RefusedArgument as error:
+        why = str(error).removeprefix(f"anchor={path}: ").removeprefix("anchor: ")
+        raise PlanError(f"anchor={path}: {why}") from error
     return anchor.scaled(gpu, speed), {"anchored_speed": speed}
+
+
+def _measured_job(words: Sequence[str]) -> "Planned":
+    """Of an anchor's own words, which describe a job and nothing else."""
+    options = parse(words)
+    if others := beside_job(options):
+        raise PlanError(
+            f"{', '.join(others)} among the words of the measured job, where it does nothing; leave it out"
+        )
+    return planned_of(options)
 
 
 def _recipe(options: Options, planned: "Planned") -> str:
     """What to measure, as words of this command and of the trainer."""
     from dsv3_megatron.plan import proxy
 
-    recipe = proxy.proxy(planned.job, planned.gpu)
+    recipe = _fitting(options, planned)
     if options.launch is not None or options.script is not None:
-        how = f"  the line, without {', '.join(proxy.LEFT_OUT)}, on one node and with\n  {proxy.options(recipe)}"
-        file = '{"launch": that line, "gpu": "' + planned.gpu.name + '", "step_s": its seconds}'
+        nodes = "one node" if recipe.nodes == 1 else f"{recipe.nodes} nodes"
+        how = (
+            f"  the line, without {', '.join(proxy.LEFT_OUT)}, on {nodes} and with\n  {proxy.options(recipe)}"
+        )
+        said = "".join(
+            f", {json.dumps(name)}: {json.dumps(value)}" for name, _, value in map(_pair, options.of_run)
+        )
+        file = '{"launch": that line, "gpu": "' + planned.gpu.name + f'"{said}, "step_s": its seconds}}'
     else:
         words = proxy.overrides(recipe, options.overrides)
         how = "  " + " ".join(map(shlex.quote, words))
-        file = json.dumps({"plan": words, "step_s": "its seconds"})
+        file = json.dumps({"plan": [*words, *options.of_run], "step_s": "its seconds"})
     return f"measure: {recipe.why}\n{how}\nthen: dsv3 plan … anchor=FILE, with FILE\n  {file}"
+
+
+def _pair(word: str) -> tuple[str, str, str]:
+    return word.partition("=")
+
+
+def _fitting(options: Options, planned: "Planned") -> "Proxy":
+    """The first recipe that can be planned, as it is printed, and fits.
+
+    Raises:
+        PlanError: there is none.
+    """
+    from dsv3_megatron.plan import proxy
+    from dsv3_megatron.plan.parameters import counts_of_sizes
+    from dsv3_megatron.plan.step import plan
+
+    result = None
+    for recipe in proxy.recipes(planned.job, planned.gpu):
+        job = proxy.small_job(planned.job, recipe)
+        result = plan(job, planned.gpu, counts_of_sizes(job.sizes, job.layout.tp))
+        if result.fits and options.launch is None and options.script is None:
+            words = [*proxy.overrides(recipe, options.overrides), *options.of_run]
+            try:
+                small = planned_of(parse(words))
+            except RefusedArgument as error:
+                raise PlanError(f"--proxy: the job that it would measure is refused: {error}") from error
+            result = plan(small.job, small.gpu, small.counts)
+        if result.fits:
+            return recipe
+    peak = 0.0 if result is None else max(result.memory_gib)
+    raise PlanError(
+        f"--proxy: its smallest job takes {peak:.1f} GiB of {planned.gpu.name}'s {planned.gpu.memory / 2**30:.1f}; "
+        "spread the experts or the tensors over more ranks, or recompute more"
+    )
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def read(path: Path) -> Measured | Speeds:
         return Measured(None, timeline=_timeline(path, path))
     if "steps" in said and "device" in said:
         return _speeds(path, said)
+    _refuse_keys(path, said)
     if isinstance(said.get("plan"), list):
         words = tuple(map(str, said["plan"]))
     elif isinstance(said.get("launch"), str):
@@ -102,6 +103,18 @@ def read(path: Path) -> Measured | Speeds:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
         raise PlanError(f"anchor={path}: step_s, positive seconds of a step, is not there; use {WANTED}")
     return Measured(words, float(seconds))
+
+
+def _refuse_keys(path: Path, said: dict[str, Any]) -> None:
+    """PlanError for a key that would do nothing; beside a launch line others describe its job (`options.py`)."""
+    for one, other in (("plan", "launch"), ("step_s", "timeline")):
+        if one in said and other in said:
+            raise PlanError(f"anchor={path}: {one} and {other} are both there; leave one of them out")
+    for key in said:
+        if "plan" in said and key not in ("plan", "step_s", "timeline"):
+            raise PlanError(
+                f"anchor={path}: {key} is no key beside plan; say it among its words, or leave it out"
+            )
 
 
 def _timeline(path: Path, file: Path) -> tuple[Event, ...]:

@@ -147,10 +147,25 @@ def search(
         if not result.fits:  # of a zigzag's memory only a bound was known before
             found.refuse("memory", f"{max(result.memory_gib):.0f} GiB of {gpu.memory / 2**30:.0f}")
             continue
+        if any(_same(result, other) for other, _ in found.best):
+            layout = result.job.layout
+            caps = "".join(f" {name} {value:g}" for name, value in layout.zigzag)
+            found.refuse("the same as another (its table is)", f"PP{layout.pp} {layout.schedule}{caps}")
+            continue
         found.best.append((result, candidate))
         found.best.sort(key=lambda entry: entry[0].step_s)
     found.best = found.best[:num_best]
     return found
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    """Zigzags with other options and one table: a cap that nothing reaches."""
+
+    def without_options(job: Job) -> Job:
+        return replace(job, layout=replace(job.layout, zigzag=()))
+
+    figures = one.step_s == other.step_s and one.memory_gib == other.memory_gib
+    return figures and without_options(one.job) == without_options(other.job)
 
 
 def whole_plan(job: Job, gpu: Gpu, counts: Mapping[int, ParameterCounts]) -> Plan:
@@ -241,7 +256,7 @@ def _job(
     if cp > 1 and s.seq_length % (2 * cp):
         raise _Impossible("does not divide the sequence", f"{s.seq_length} tokens")
     if pp == 1 and schedule != "1f1b":
-        raise _Impossible("one pipeline rank has no schedule", "")
+        raise _Impossible("one pipeline rank has no schedule", "use schedule=1f1b with PP1")
     layout = Layout(num_gpus=num_gpus, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, num_model_chunks=chunks)
     if schedule == ZIGZAG and cap != 1.0:
         nominal = nominal_options(pp, chunks)["memory_cap"]

@@ -73,7 +73,9 @@ class Confidence:
 
 def domain_of(job: Job, gpu: Gpu) -> Domain:
     """Of a job on a GPU."""
-    if job.dispatcher == "flex":
+    if not job.sizes.num_moe_layers:
+        dispatcher = "no experts"
+    elif job.dispatcher == "flex":
         dispatcher = "DeepSeek's own" if job.software.own_kernels else job.flex_backend
     else:
         dispatcher = str(job.dispatcher)

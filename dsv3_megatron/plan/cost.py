@@ -4,12 +4,24 @@ from dsv3_megatron.plan import deepseek
 from dsv3_megatron.plan.step import Plan
 
 
-def cost_table(plan: Plan, tokens: float, price: float) -> str:
+def cost(plan: Plan, tokens: float, price: float) -> dict[str, float]:
     """What training on `tokens` takes at `price` dollars per GPU-hour; restarts and idle nodes are not counted."""
-    hours, days = plan.gpu_hours(tokens), plan.days(tokens)
+    hours = plan.gpu_hours(tokens)
+    return {
+        "tokens": tokens,
+        "gpu_hours": hours,
+        "days": plan.days(tokens),
+        "dollars": hours * price,
+        "dollars_per_gpu_hour": price,
+    }
+
+
+def cost_table(plan: Plan, tokens: float, price: float) -> str:
+    """`cost` for people."""
+    of = cost(plan, tokens, price)
     return (
-        f"{tokens:.4g} tokens: {hours / 1e3:.0f}K GPU-hours, {days:.1f} days on {plan.job.layout.num_gpus} GPUs, "
-        f"${hours * price / 1e6:.3f}M at ${price:g} per GPU-hour"
+        f"{tokens:.4g} tokens: {of['gpu_hours'] / 1e3:.0f}K GPU-hours, {of['days']:.1f} days on "
+        f"{plan.job.layout.num_gpus} GPUs, ${of['dollars'] / 1e6:.3f}M at ${price:g} per GPU-hour"
     )
 
 

@@ -1,11 +1,10 @@
 """The planner's own NAME=VALUE options, apart from the trainer's overrides."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.plan.deepseek import DOLLARS_PER_GPU_HOUR
 from dsv3_megatron.plan.job import CROSS_ENTROPIES, GRAPHED, SOFTWARE_FLAGS, PlanError
 
 # Of a launch line's machines, where it does not say.
@@ -19,7 +18,7 @@ class Options:
 
     Attributes:
         output: "table" or "json".
-        tokens, price: of the cost table; dollars per GPU-hour.
+        tokens, price: of the cost; dollars per GPU-hour, None for DeepSeek's.
         load_imbalance: tokens of the fullest expert-parallel rank against the mean; None: see `from_args.job_of`.
         pictures: folder for pictures and traces, None for none.
         measured: a timeline that `--profile-pipeline` wrote, laid over the predicted one.
@@ -29,12 +28,13 @@ class Options:
         anchor: a file with one measured run (`anchor.py`).
         proxy: print the proxy to measure.
         software: of the run, what no argument says (`job.Software`).
+        of_run: the words of `load_imbalance` and `software`, as they were typed.
         overrides: everything else, for `dsv3_megatron.conf.compose`.
     """
 
     output: str = "table"
     tokens: float | None = None
-    price: float = DOLLARS_PER_GPU_HOUR
+    price: float | None = None
     load_imbalance: float | None = None
     pictures: Path | None = None
     measured: Path | None = None
@@ -45,10 +45,13 @@ class Options:
     anchor: Path | None = None
     proxy: bool = False
     software: dict[str, Any] = field(default_factory=dict)
+    of_run: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
 
 
 _LINES = ("--launch", "--script")
+# What describes the job, not what is done with its plan.
+OF_JOB = ("launch", "script", "said", "load_imbalance", "software", "of_run", "overrides")
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -66,7 +69,9 @@ def parse(argv: Sequence[str]) -> Options:
                     f"{name}: needs a {'launch line in quotes' if name == '--launch' else 'file'}"
                 )
             setattr(options, name[2:], value if name == "--launch" else Path(value))
-        elif text == "--proxy":
+        elif name == "--proxy":
+            if equals:
+                raise PlanError(f"{text}: --proxy takes no value; use --proxy")
             options.proxy = True
         elif name == "output":
             if value not in ("table", "json"):
@@ -76,10 +81,12 @@ def parse(argv: Sequence[str]) -> Options:
             setattr(options, name, number(name, value))
         elif name == "load_imbalance":
             options.load_imbalance = number(name, value, at_least=1.0)
+            options.of_run.append(text)
         elif name == "whatif":
-            options.whatif = tuple(part for part in value.strip("[]").split(",") if part)
+            options.whatif = names(value)
         elif name.startswith(SOFTWARE):
             options.software[name.removeprefix(SOFTWARE)] = software_of(name, value)
+            options.of_run.append(text)
         elif name in ("pictures", "measured", "anchor"):
             if not value:
                 raise PlanError(f"{text}: a value is needed, such as {name}=runs/{name}")
@@ -88,6 +95,20 @@ def parse(argv: Sequence[str]) -> Options:
             options.overrides.append(text)
     _check(options)
     return options
+
+
+def names(value: str) -> tuple[str, ...]:
+    """Of a list: "a,b", "[a, b]"."""
+    return tuple(part.strip() for part in value.strip().strip("[]").split(",") if part.strip())
+
+
+def beside_job(options: Options) -> list[str]:
+    """What is said of the plan itself, as it is typed: "pictures=", "--proxy", …"""
+    usual = Options()
+    said = [
+        field.name for field in fields(options) if getattr(options, field.name) != getattr(usual, field.name)
+    ]
+    return ["--proxy" if name == "proxy" else f"{name}=" for name in said if name not in OF_JOB]
 
 
 def software_of(name: str, value: str) -> Any:
@@ -119,7 +140,7 @@ def _loss(text: str) -> str:
 
 
 def _graphs(text: str) -> frozenset[str]:
-    parts = frozenset(part for part in text.strip("[]").split(",") if part)
+    parts = frozenset(names(text))
     if not parts <= set(GRAPHED):
         raise ValueError(text)
     return parts
@@ -129,14 +150,20 @@ def _check(options: Options) -> None:
     """What does not go together, and places that cannot be."""
     if options.measured is not None and options.pictures is None:
         raise PlanError(f"measured={options.measured}: give pictures=FOLDER for the picture of both")
+    if options.price is not None and options.tokens is None:
+        raise PlanError(
+            f"price={options.price:g} without tokens=: a price is of a token budget; give tokens=14.8e12"
+        )
     if options.proxy and options.output == "json":
         raise PlanError("--proxy with output=json: a recipe is words; leave one of them out")
+    if options.proxy and (others := [name for name in beside_job(options) if name != "--proxy"]):
+        raise PlanError(
+            f"--proxy with {', '.join(others)}: a recipe has no part in them; leave one of them out"
+        )
     for name in ("measured", "anchor"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
             raise PlanError(f"{name}={path}: there is no such file; give one that exists")
-    if options.pictures is not None:
-        _make_place(options.pictures)
     if options.launch is None and options.script is None:
         return
     if options.launch is not None and options.script is not None:
@@ -155,16 +182,6 @@ def _check(options: Options) -> None:
             )
         options.said[name] = value
     options.overrides = []
-
-
-def _make_place(folder: Path) -> None:
-    """The folder, or PlanError where none can be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(
-            f"pictures={folder}: no folder can be made there ({error.strerror}); use another place"
-        ) from error
 
 
 _SUCH = {"tokens": "14.8e12", "load_imbalance": "1.1", "best": "10"}

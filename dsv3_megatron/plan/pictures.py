@@ -11,10 +11,54 @@ from dsv3_megatron.plan.job import PlanError
 from dsv3_megatron.plan.memory import GIB
 from dsv3_megatron.plan.step import Plan
 
+_FILES = tuple(
+    f"{name}{suffix}" for name in ("timeline", "memory", "memory_over_time") for suffix in (".svg", ".png")
+)
+_FILES += ("timeline.json",)
+_OVERLAY = ("overlay.json", "overlay.png", "overlay.svg")
+
+
+def make_place(folder: Path, measured: Path | None = None) -> None:
+    """The folder; PlanError where it cannot be made, or one of its files not written. Each is opened to see it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(
+            f"pictures={folder}: no folder can be made there ({error.strerror}); use another place"
+        ) from error
+    for name in _FILES + (_OVERLAY if measured is not None else ()):
+        file = folder / name
+        existed = file.exists()
+        try:
+            if existed and not file.is_file():
+                raise PlanError(f"pictures={folder}: {name} is there and is no file; use another place")
+            with file.open("ab"):
+                pass
+            if not existed:
+                file.unlink()
+        except OSError as error:
+            raise _unwritten(folder, error) from error
+
+
+def _unwritten(folder: Path, error: OSError) -> PlanError:
+    return PlanError(
+        f"pictures={folder}: cannot be written to ({error.strerror or error}); use another place"
+    )
+
 
 def write_all(plan: Plan, folder: Path, measured: Path | None = None) -> list[str]:
-    """Every picture into `folder`; returns what was written, and the error against `measured` if given."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Every picture into `folder`; returns what was written, and the error against `measured` if given.
+
+    Errors: PlanError where they cannot be written.
+    """
+    make_place(folder, measured)
+    try:
+        return _write_all(plan, folder, measured)
+    except OSError as error:  # a full disk
+        raise _unwritten(folder, error) from error
+
+
+def _write_all(plan: Plan, folder: Path, measured: Path | None) -> list[str]:
     events = plan.simulation.events
     title = (
         f"{plan.job.layout.schedule} on {plan.job.layout.pp} pipeline ranks, predicted: {plan.step_s:.2f} s"

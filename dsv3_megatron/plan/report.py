@@ -127,22 +127,26 @@ def what_would_fit(plan: Plan, counts: ParameterCounts) -> list[str]:
 
 
 def _changes(job: Job) -> list[tuple[str, Job]]:
-    report = frozenset({"layernorm", "mla_up_proj", "moe_act"})
-    changes = [
-        ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm]",
-         replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj"})),
-        ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe_act]",
-         replace(job, recompute=job.recompute | report)),
-        ("the same with precision=fp8_dsv3",
-         replace(job, recompute=job.recompute | report,
-                 precision=replace(job.precision, fp8=True, fp8_caches=True, fp8_dispatch=True))),
-        ("recompute_granularity=selective recompute_modules=[mla_up_proj,layernorm,moe]",
-         replace(job, recompute=job.recompute | {"layernorm", "mla_up_proj", "moe"})),
-        ("recompute_granularity=full recompute_method=uniform recompute_num_layers=1",
-         replace(job, recompute=frozenset({"full"}), recompute_layers=None, recompute_together=1)),
-    ]  # fmt: skip
+    """In words and as jobs; only of modules that the model has."""
+    modules = ["mla_up_proj", "layernorm"]
+    choices = [modules, [*modules, "moe_act"], [*modules, "moe"]] if job.sizes.num_moe_layers else [modules]
+    words = [
+        "recompute_granularity=selective recompute_modules=[{}]".format(",".join(some)) for some in choices
+    ]
+    jobs = [replace(job, recompute=(job.recompute - {"full"}).union(some)) for some in choices]
+    changes = list(zip(words, jobs, strict=True))
+    at = min(1, len(choices) - 1)  # with SwiGLU's output computed again, as the recipe does
+    fp8 = replace(job.precision, fp8=True, fp8_caches=True, fp8_dispatch=True)
+    changes.insert(at + 1, (f"{words[at]} precision=fp8_dsv3", replace(jobs[at], precision=fp8)))
+    full = "recompute_granularity=full recompute_method=uniform recompute_num_layers=1"
+    whole = replace(job, recompute=frozenset({"full"}), recompute_layers=None, recompute_together=1)
+    changes.append((full, whole))
     ep = job.layout.ep * 2
-    if job.sizes.num_moe_experts % ep == 0 and job.layout.num_gpus % (job.layout.pp * ep) == 0:
+    if (
+        job.sizes.num_moe_layers
+        and job.sizes.num_moe_experts % ep == 0
+        and job.layout.num_gpus % (job.layout.pp * ep) == 0
+    ):
         changes.append((f"expert_model_parallel_size={ep}", replace(job, layout=replace(job.layout, ep=ep))))
     if job.micro_batch_size > 1:
         changes.append(("micro_batch_size=1", replace(job, micro_batch_size=1)))

@@ -13,7 +13,7 @@ from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.pipeline.build import ZIGZAG
 from dsv3_megatron.plan.candidates import SCHEDULES, Candidate, Found, Space, search
 from dsv3_megatron.plan.job import PlanError
-from dsv3_megatron.plan.options import Options, number, parse
+from dsv3_megatron.plan.options import Options, names, number, parse
 from dsv3_megatron.plan.step import Plan, plan
 
 USAGE = """usage: python -m dsv3_megatron.plan.search [best=10] [output=table|json] [NAME=VALUE ...]
@@ -71,7 +71,7 @@ def _refuse(options: Options) -> None:
     """PlanError for what is said of one plan."""
     usual = Options()
     for name in (field.name for field in fields(options)):
-        if name in ("output", "load_imbalance", "overrides"):
+        if name in ("output", "load_imbalance", "of_run", "overrides"):
             continue
         if getattr(options, name) != getattr(usual, name):
             raise PlanError(f"{name}: the search does not take it; give it to dsv3 plan, for one layout")
@@ -129,8 +129,8 @@ class Request:
         if "schedule" in self.given:
             fixed["schedule"] = tuple(s for s in SCHEDULES if s[0] == self.given["schedule"])
             if not fixed["schedule"]:
-                names = ", ".join(dict.fromkeys(name for name, _ in SCHEDULES))
-                raise PlanError(f"schedule={self.given['schedule']}: no such schedule; use one of {names}")
+                known = ", ".join(dict.fromkeys(name for name, _ in SCHEDULES))
+                raise PlanError(f"schedule={self.given['schedule']}: no such schedule; use one of {known}")
         if _CHUNKS in self.given:
             chunks = int(number(_CHUNKS, self.given[_CHUNKS]))
             among = fixed.get("schedule", SCHEDULES)
@@ -138,8 +138,7 @@ class Request:
             if (ZIGZAG, chunks) not in fixed["schedule"]:
                 raise PlanError(f"{_CHUNKS}={chunks}: use schedule=zigzag with 2 or 4, or leave it out")
         if "recompute_modules" in self.given:
-            modules = self.given["recompute_modules"].strip("[]").split(",")
-            fixed["recompute_modules"] = (tuple(m for m in modules if m),)
+            fixed["recompute_modules"] = (names(self.given["recompute_modules"]),)
         if "placement.last_stage_extra" in self.given:
             fixed["last_stage_extra"] = (int(self.given["placement.last_stage_extra"]),)
         space = Space(**fixed)
@@ -184,6 +183,7 @@ def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[st
 def _row(result: Plan, candidate: Candidate) -> str:
     layout, job = result.job.layout, result.job
     schedule = layout.schedule + (f" ×{layout.num_model_chunks}" if layout.num_model_chunks > 1 else "")
+    schedule += "".join(f" {name} {value:g}" for name, value in layout.zigzag)
     return (
         f"{result.step_s:7.2f} {result.tokens_per_s_per_gpu:6.0f} {result.bubble_s:6.2f} "
         f"{max(result.memory_gib):6.1f}  TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep} DP{layout.dp} "

@@ -56,6 +56,18 @@ def changed(name: str, job: Job, gpu: Gpu) -> tuple[Job, Gpu]:
     return job, gpu
 
 
+_OF_FP8 = tuple(name for name in REASONS if name != "communication_coprocessor")
+
+
+def reason_of(name: str, job: Job) -> str:
+    """The report's, or why the job has nothing of it."""
+    if name in _OF_FP8 and not job.precision.fp8:
+        return f"the job has no FP8 ({job.precision.name}): nothing changes"
+    if name == "communication_coprocessor" and job.layout.expert_ranks == 1:
+        return "the job has no dispatch or combine: nothing changes"
+    return REASONS[name]
+
+
 def what_if(asked: Sequence[str], job: Job, gpu: Gpu, counts: ParameterCounts) -> list[WhatIf]:
     """Each suggestion alone; after more than one, all of them together."""
     found = []
@@ -63,7 +75,7 @@ def what_if(asked: Sequence[str], job: Job, gpu: Gpu, counts: ParameterCounts) -
     for name in asked:
         one = changed(name, job, gpu)
         together = changed(name, *together)
-        found.append(WhatIf(name, plan(*one, counts).step_s, REASONS[name]))
+        found.append(WhatIf(name, plan(*one, counts).step_s, reason_of(name, job)))
     if len(asked) > 1:
         found.append(WhatIf("together", plan(*together, counts).step_s, "all of these"))
     return found

@@ -1,15 +1,18 @@
 """Anchors: a measured step, a timeline of --profile-pipeline, a report of the GPU tests; and what none of them is."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dsv3_megatron.pipeline.trace import write_trace
-from dsv3_megatron.plan import anchor, proxy
+from dsv3_megatron.plan import __main__ as command
+from dsv3_megatron.plan import anchor, deepseek, proxy
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.job import PlanError
+from dsv3_megatron.plan.parameters import counts_of_sizes
 from dsv3_megatron.plan.published import RUNS
 from dsv3_megatron.plan.step import Plan, plan
 
@@ -129,9 +132,84 @@ def test_what_is_no_anchor_is_refused(text: str, expected: str, tmp_path: Path) 
 def test_the_proxy_has_the_jobs_kernels() -> None:
     """On one node: its experts per rank, its microbatch, every kind of layer."""
     run = next(run for run in RUNS if run.name.startswith("256 GB200, MXFP8, PP4 VPP4 EP64, HybridEP"))
-    recipe = proxy.proxy(run.job, GPUS["gb200"])
+    recipe = next(proxy.recipes(run.job, GPUS["gb200"]))
     assert (recipe.dense, recipe.moe, recipe.ep, recipe.experts) == (1, 3, 4, 16)
+    assert (recipe.nodes, recipe.micro_batch) == (1, run.job.micro_batch_size)
     assert recipe.batch == 8 * 4
     words = proxy.overrides(recipe, ["model=v3_671b", "schedule=dualpipe", "cluster.nodes=256"])
     assert words[0] == "model=v3_671b" and "schedule=dualpipe" not in words and "cluster.nodes=1" in words
     assert "--num-experts 16 --expert-model-parallel-size 4" in proxy.options(recipe)
+
+
+def _spread(run_gpu: str = "h800", routing: tuple[int, int] = (8, 4), **sizes: int) -> tuple[int, int]:
+    """Nodes and expert-parallel ranks of DeepSeek's job, with other sizes."""
+    groups, chosen = routing
+    layout = replace(deepseek.JOB.layout, **sizes)  # type: ignore[arg-type]
+    job = replace(deepseek.JOB, layout=layout, moe_router_num_groups=groups, moe_router_group_topk=chosen)
+    recipe = next(proxy.recipes(replace(job, global_batch_size=job.global_batch_size * 8), GPUS[run_gpu]))
+    world = recipe.nodes * recipe.per_node
+    assert world % (layout.tp * layout.cp) == 0 == world % (recipe.ep * layout.etp)
+    assert recipe.experts == job.local_experts * recipe.ep >= job.sizes.moe_router_topk
+    return recipe.nodes, recipe.ep
+
+
+def test_a_proxy_has_as_many_nodes_as_its_sizes_need() -> None:
+    assert _spread() == (1, 8)
+    assert _spread(cp=32) == (4, 8)  # the group of a sequence is whole
+    assert _spread(tp=8, cp=4) == (4, 8)
+    assert _spread("gb200") == (1, 4)
+    assert _spread(ep=256, routing=(1, 1)) == (1, 8)
+    assert _spread(ep=256) == (2, 16)  # of 8 groups each has the 2 experts that the router takes of it
+    assert _spread("gb200", ep=256, routing=(1, 1)) == (2, 8)  # one expert per rank, 8 experts per token
+
+
+def test_a_proxy_shrinks_in_order() -> None:
+    job = replace(deepseek.JOB, micro_batch_size=4, global_batch_size=4 * deepseek.JOB.global_batch_size)
+    found = [(one.dense, one.moe, one.micro_batch, one.batch) for one in proxy.recipes(job, GPUS["h800"])]
+    assert found == [(1, 3, 4, 256), (1, 2, 4, 256), (1, 1, 4, 256), (1, 1, 2, 128), (1, 1, 1, 64)]
+    sizes = replace(job.sizes, num_moe_layers=0, num_moe_experts=0)
+    dense = next(proxy.recipes(replace(job, sizes=sizes), GPUS["h800"]))
+    assert (dense.dense, dense.moe) == (4, 0) and "expert" not in " ".join(proxy.overrides(dense, ()))
+    assert "expert" not in proxy.options(dense) + dense.why
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_proxy_of_a_published_run_fits(run) -> None:
+    """The job of the recipe, by arithmetic: one of them fits, and is a job (its batch, its stages)."""
+    for recipe in proxy.recipes(run.job, GPUS[run.gpu]):
+        job = proxy.small_job(run.job, recipe)
+        counts = counts_of_sizes(job.sizes, job.layout.tp)
+        assert job.num_microbatches == 8 and job.local_experts == run.job.local_experts
+        if plan(job, GPUS[run.gpu], counts).fits:
+            return
+    pytest.fail("none fits")
+
+
+CASES = {
+    "fits in no three layers": "model=v3_671b layout=pp8_ep8 cluster=h100_1024",
+    "a sequence over four nodes": "model=v3_671b layout=pp16_ep64_cp32 cluster=h800_2048",
+    "tensors and a sequence": "model=v3_671b layout=pp16_ep64 cluster=h800_2048 tensor_model_parallel_size=8 "
+    "context_parallel_size=4 sequence_parallel=true expert_tensor_parallel_size=1",
+    "a zigzag": "model=v3_671b layout=pp16_ep64 cluster=h800_2048 schedule=zigzag pipeline_zigzag_chunks=2",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_recipe_is_planned_as_it_is_printed(name: str, capsys: pytest.CaptureFixture) -> None:
+    command.main([*CASES[name].split(), "--proxy"])
+    typed = shlex.split(capsys.readouterr().out.splitlines()[1])
+    command.main([*typed, "output=json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"]
+
+
+def test_a_job_without_a_proxy_is_refused(capsys: pytest.CaptureFixture) -> None:
+    words = [
+        *CASES["fits in no three layers"].split(),
+        "expert_model_parallel_size=1",
+        "cluster.host_memory_gb=20000",
+        "--proxy",
+    ]
+    with pytest.raises(SystemExit):
+        command.main(words)
+    out, err = capsys.readouterr()
+    assert not out and "--proxy: its smallest job takes" in err and "of h100's 79.6" in err

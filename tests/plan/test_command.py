@@ -109,6 +109,7 @@ def test_pictures(tmp_path: Path) -> None:
     for name in ("timeline", "memory", "memory_over_time"):
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in tmp_path.iterdir()} == set(pictures._FILES)  # which are probed before
     events = read_trace(tmp_path / "timeline.json")["predicted"]
     assert {event.rank for event in events} == {0, 1, 2, 3}
     assert max(e.end for e in events) == pytest.approx(result.simulation.makespan, rel=1e-6)

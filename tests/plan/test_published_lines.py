@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_megatron.plan import __main__ as command
-from dsv3_megatron.plan import step
+from dsv3_megatron.plan import proxy, step
 from dsv3_megatron.plan.__main__ import planned_of
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.options import parse
@@ -125,3 +125,32 @@ def test_the_generator_writes_what_is_documented() -> None:
     text = DOC.read_text()
     assert f'V3="{published_lines.V3}"' in text
     assert all(published_lines.line(run) in text for run in RUNS)
+
+
+def _without(launch: str) -> str:
+    """The line less what the recipe leaves out, on no said number of nodes."""
+    kept: list[str] = []
+    skipping = False
+    for word in shlex.split(launch):
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] in (*proxy.LEFT_OUT, "--nnodes")
+        if not skipping:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_proxy_of_a_line_is_planned(name: str, capsys: pytest.CaptureFixture) -> None:
+    """As it is printed: the line with its words, which fits on its nodes."""
+    words = lines()[name][1:]
+    command.main([*words, "--proxy"])
+    why, _, recipe, *_ = capsys.readouterr().out.splitlines()
+    nodes = re.search(r"(\d+) nodes of", why)
+    typed = [
+        words[0],
+        f"{_without(words[1])} {recipe.strip()}",
+        *words[2:],
+        f"nodes={nodes[1] if nodes else 1}",
+    ]
+    command.main([*typed, "output=json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"]

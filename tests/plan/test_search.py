@@ -11,6 +11,7 @@ from dsv3_megatron.plan.candidates import SCHEDULES, Space, busiest_rank, least_
 from dsv3_megatron.plan.compare import with_layout
 from dsv3_megatron.plan.hardware import GPUS
 from dsv3_megatron.plan.memory import plan_memory
+from dsv3_megatron.plan.search import _row
 from dsv3_megatron.plan.step import plan, schedule_of
 
 H800 = GPUS["h800"]
@@ -82,3 +83,32 @@ def test_ten_thousand_candidates_in_a_minute() -> None:
     assert seconds / found.num_candidates * 10_000 < 60
     reasons = found.refused
     assert reasons["memory"][0] > 1000 and "GiB of" in reasons["memory"][1]
+
+
+def test_no_row_stands_twice() -> None:
+    """Two caps that nothing reaches deal one table; one that is reached, another, which its row names."""
+    space = Space(
+        tensor_model_parallel_size=(1,),
+        context_parallel_size=(1,),
+        pipeline_model_parallel_size=(8,),
+        expert_model_parallel_size=(64,),
+        micro_batch_size=(1,),
+        schedule=(("zigzag", 2),),
+        zigzag_caps=(1.0, 4.0, 5.0),
+        recompute_modules=(("layernorm", "mla_up_proj"),),
+        last_stage_extra=(3,),
+    )
+    job = replace(JOB, global_batch_size=4096)
+    found = search(job, replace(H800, memory=1e15), COUNTS, space, num_best=10)
+    rows = [_row(*entry) for entry in found.best]
+    assert found.num_simulated == 3 and len(rows) == len(set(rows)) == 2
+    assert sum("memory_cap" in row for row in rows) == 1
+    assert found.refused["the same as another (its table is)"][0] == 1
+
+
+def test_every_refusal_has_its_example() -> None:
+    space = Space(pipeline_model_parallel_size=(1,), schedule=(("dualpipe", 1),), micro_batch_size=(1,))
+    found = search(JOB, H800, COUNTS, space, num_best=1)
+    example = found.refused["one pipeline rank has no schedule"][1]
+    assert example.endswith("use schedule=1f1b with PP1")
+    assert not [text for _, text in found.refused.values() if text.rstrip().endswith(":")]
