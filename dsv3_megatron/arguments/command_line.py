@@ -5,6 +5,7 @@ import itertools
 import re
 from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 from dsv3_megatron.arguments.errors import RefusedArgument
@@ -123,6 +124,13 @@ def parse_given(parser: ArgumentParser, argv: Sequence[str], known_only: bool = 
     finally:
         for action, default in defaults:
             action.default = default
+
+
+def choices_of(action: Action) -> list[Any] | None:
+    """What may be given; None for anything. Of enums their names, which are what the command line takes."""
+    if action.choices is None:
+        return None
+    return [choice.name if isinstance(choice, Enum) else choice for choice in action.choices]
 
 
 def words_for(parser: ArgumentParser, dest: str, value: Any) -> list[str]:

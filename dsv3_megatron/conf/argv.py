@@ -83,6 +83,8 @@ def to_command(cfg: DictConfig) -> str:
 
 
 def _argument(name: str, value: Any) -> list[str]:
+    from dsv3_megatron.arguments.command_line import choices_of
+
     if name not in options():
         raise ConfigError(f"{name}={value}: no such argument{_hint(name)}")
     option, action = options()[name]
@@ -97,10 +99,10 @@ def _argument(name: str, value: Any) -> list[str]:
             return [option]
         return [f"--no-{option[2:]}"] if isinstance(action, argparse.BooleanOptionalAction) else []
     values = value if isinstance(value, list) else [value]
-    if action.choices is not None:
+    if (known := choices_of(action)) is not None:
         for item in values:
-            if item not in action.choices:
-                choices = [str(choice) for choice in action.choices]
+            if item not in known:
+                choices = [str(choice) for choice in known]
                 raise ConfigError(
                     f"{name}={item}: not possible{nearest(str(item), choices)}"
                     f" Available: {', '.join(choices)}"

@@ -21,6 +21,7 @@ from unittest import mock
 
 from dsv3_megatron.adopt.launcher import OF_STEP, environment, size, without_shell
 from dsv3_megatron.adopt.translate import HYDRA, Launch, options_of, program_at, translate
+from dsv3_megatron.arguments.command_line import choices_of
 from dsv3_megatron.arguments.refusals.machine import wants_one_connection
 from dsv3_megatron.arguments.requirements import TE, USES, version_key
 from dsv3_megatron.arguments.surroundings import MAX_CONNECTIONS, imagined
@@ -306,10 +307,6 @@ def of_line(text: str, said: Mapping[str, str]) -> Launched:
     words, attention = attention_of(env, job.words)
     notes += [*attention, *not_planned(job.env)]
     result = launched(words, job.world_size, job.per_node, gpu or DEFAULT_GPU, env, ours)
-    if attention and result.args.pipeline_schedule != "1f1b":
-        notes.append(
-            f"schedule={result.args.pipeline_schedule}: planned with DeepSeek's attention all the same"
-        )
     return replace(result, notes=(*notes, *result.notes))
 
 
@@ -390,7 +387,8 @@ def _words_of(launch: Launch, parser: ArgumentParser) -> tuple[list[str], list[s
         if option == "--spec" and values[:1] != ["dsv3"]:
             notes.append(f"--spec {' '.join(values)}: layers are planned by the script's sizes")
             continue
-        if action is not None and (action.choices is None or set(values) <= set(map(str, action.choices))):
+        choices = None if action is None else choices_of(action)
+        if action is not None and (choices is None or set(values) <= set(map(str, choices))):
             words += (
                 [option, *values] if not any(v.startswith("-") for v in values) else [f"{option}={values[0]}"]
             )

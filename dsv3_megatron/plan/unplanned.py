@@ -75,6 +75,9 @@ def unplanned(args: Namespace) -> tuple[str, ...]:
         said = _word(getattr(args, name, planned))
         if said != planned and (name != "moe_grouped_gemm" or args.num_experts):
             found.append(f"{name}={said}, planned as {'left out' if planned is None else planned}")
+    backend = getattr(args.attention_backend, "name", "auto")
+    if args.pipeline_schedule != "1f1b" and backend == "unfused":
+        found.append("attention_backend=unfused, planned as DeepSeek's kernels with a schedule of ours")
     if args.moe_expert_capacity_factor is not None and not args.moe_pad_expert_input_to_capacity:
         found.append(
             f"moe_expert_capacity_factor={args.moe_expert_capacity_factor:g} without "

@@ -3,9 +3,10 @@
 import shlex
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dsv3_megatron.arguments import complete
+from dsv3_megatron.arguments.command_line import choices_of
 from dsv3_megatron.arguments.surroundings import Surroundings
 from dsv3_megatron.conf import ConfigError, compose, groups, to_argv, to_command
 from dsv3_megatron.conf.argv import options, parser, to_megatron_argv
@@ -59,6 +60,19 @@ def test_kinds_of_arguments(override: str, words: list[str]) -> None:
     assert argv == without + words or (words and sorted(argv) == sorted(without + words))
 
 
+def test_every_choice_of_every_argument_can_be_given() -> None:
+    """Enums by name, as on the command line."""
+    enums = set()
+    for name, (_, action) in options().items():
+        for choice, value in zip(action.choices or (), choices_of(action) or (), strict=True):
+            enums.update([name] if value is not choice else [])
+            several = action.nargs not in (None, "?")
+            words = to_megatron_argv(DictConfig({name: [value] if several else value}))
+            found = getattr(parser().parse_args(words), action.dest)
+            assert (found[0] if several else found) == choice
+    assert "attention_backend" in enums
+
+
 def test_any_megatron_argument_can_be_an_override() -> None:
     args = read_back(["train_iters=50", "global_batch_size=32", "exit_interval=7", "log_throughput=true"])
     assert (args.train_iters, args.global_batch_size, args.exit_interval) == (50, 32, 7)
@@ -75,6 +89,7 @@ def test_any_megatron_argument_can_be_an_override() -> None:
         ("lr=fast", "argument --lr: invalid float value: 'fast'"),
         ("bf16=yes_please", "bf16=yes_please: is a flag, use bf16=true or bf16=false"),
         ("train_iters=[1,2]", "train_iters=[1, 2]: takes one value"),
+        ("attention_backend=fussed", "attention_backend=fussed: not possible; did you mean 'fused'?"),
         ("optimizer=adamm", "optimizer=adamm: not possible; did you mean 'adam'?"),
         ("device=gpu", "device=gpu: use device=cuda or device=cpu"),
     ],

@@ -130,3 +130,12 @@ def test_the_recipe_of_a_proxy_is_no_json(capsys: pytest.CaptureFixture) -> None
         command.main([*CLUSTER, "cluster=h800_2048", "--proxy", "output=json"])
     out, err = capsys.readouterr()
     assert not out and "--proxy with output=json" in err
+
+
+def test_a_schedule_of_ours_is_planned_with_deepseeks_attention() -> None:
+    """As is said where another one is asked for; Megatron's own schedule is planned with it."""
+    words = [*CLUSTER, "cluster=h800_2048", "attention_backend=unfused"]
+    ours, megatrons = (planned_of(parse([*words, f"schedule={name}"])) for name in ("dualpipe", "1f1b"))
+    assert any(said.startswith("attention_backend=unfused") for said in ours.job.unplanned)
+    assert not confidence(ours.job, ours.gpu).domain
+    assert not megatrons.job.unplanned and not megatrons.job.software.fused_attention
