@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-__all__ = ["OF_STEP", "allocation", "environment", "size", "without_shell"]
+__all__ = ["OF_STEP", "TORCHRUN", "allocation", "environment", "size", "without_shell"]
 
 TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 SLURM = ("srun", "sbatch", "salloc")

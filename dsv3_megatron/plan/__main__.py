@@ -189,7 +189,8 @@ def _recipe(options: Options, planned: "Planned") -> str:
             f"  the line, without {', '.join(proxy.LEFT_OUT)}, on {nodes} and with\n  {proxy.options(recipe)}"
         )
         said = "".join(
-            f", {json.dumps(name)}: {json.dumps(value)}" for name, _, value in map(_pair, options.of_run)
+            f", {json.dumps(name)}: {json.dumps(value)}"
+            for name, _, value in (word.partition("=") for word in options.of_run)
         )
         file = '{"launch": that line, "gpu": "' + planned.gpu.name + f'"{said}, "step_s": its seconds}}'
     else:
@@ -197,10 +198,6 @@ def _recipe(options: Options, planned: "Planned") -> str:
         how = "  " + " ".join(map(shlex.quote, words))
         file = json.dumps({"plan": [*words, *options.of_run], "step_s": "its seconds"})
     return f"measure: {recipe.why}\n{how}\nthen: dsv3 plan … anchor=FILE, with FILE\n  {file}"
-
-
-def _pair(word: str) -> tuple[str, str, str]:
-    return word.partition("=")
 
 
 def _fitting(options: Options, planned: "Planned") -> "Proxy":

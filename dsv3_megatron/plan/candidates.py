@@ -149,8 +149,8 @@ def search(
             continue
         if any(_same(result, other) for other, _ in found.best):
             layout = result.job.layout
-            caps = "".join(f" {name} {value:g}" for name, value in layout.zigzag)
-            found.refuse("the same as another (its table is)", f"PP{layout.pp} {layout.schedule}{caps}")
+            example = f"PP{layout.pp} {layout.schedule}{layout.dealt_by}"
+            found.refuse("the same as another (its table is)", example)
             continue
         found.best.append((result, candidate))
         found.best.sort(key=lambda entry: entry[0].step_s)

@@ -13,7 +13,7 @@ from dsv3_megatron.plan.activations_te import OFFLOADED
 from dsv3_megatron.plan.calibrated import LOAD_IMBALANCE
 from dsv3_megatron.plan.destinations import most_imbalance
 from dsv3_megatron.plan.hardware import Gpu, gpu_named
-from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage
+from dsv3_megatron.plan.job import Job, Layout, PlanError, Precision, Software, Stage, megatrons_schedule
 from dsv3_megatron.plan.launch import VOCABULARY, Launched, refuse_attention, refuse_fsdp
 
 # Megatron's parts of a layer that are CUDA graphs, and ours; the router's graph has the shared expert in it.
@@ -196,7 +196,7 @@ def _layout(found: Launched, num_stages: int) -> Layout:
         chunks = num_stages // pp
         overlap = bool(args.overlap_moe_expert_parallel_comm)
         apart = not overlap or args.delay_wgrad_compute
-        schedule = INTERLEAVED if chunks > 1 or (overlap and pp == 1) else schedule
+        schedule = megatrons_schedule(pp, chunks, overlap)
     dealt: dict[str, Any] = {}
     if TRAITS[args.pipeline_schedule].chunks_choice:
         chunks, dealt = num_stages // pp, given_options(args)

@@ -122,6 +122,20 @@ class Precision:
         return (self.recipe or "fp8") if self.fp8 else "bf16" if self.compute == 2 else "fp32"
 
 
+def refuse_batch(batch: int, micro_batch: int, replicas: int) -> None:
+    """PlanError for a global batch that is no whole number of microbatches on each data-parallel rank."""
+    if batch % (micro_batch * replicas):
+        raise PlanError(
+            f"global_batch_size={batch} is not a multiple of micro_batch_size={micro_batch} × {replicas} data-parallel "
+            f"ranks: use a multiple of {micro_batch * replicas}"
+        )
+
+
+def megatrons_schedule(pp: int, num_model_chunks: int, overlap: bool) -> str:
+    """The table of Megatron's own schedule; one stage has pairs too, a microbatch's forward beside the one before."""
+    return INTERLEAVED if num_model_chunks > 1 or (overlap and pp == 1) else "1f1b"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Ranks and pipeline of a job; sizes as Megatron's arguments.
@@ -150,6 +164,11 @@ class Layout:
     overlap_pairs: bool = True
     wgrad_apart: bool = True
     zigzag: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def dealt_by(self) -> str:
+        """What a zigzag's table is dealt by, for tables: " memory_cap 20"."""
+        return "".join(f" {name} {value:g}" for name, value in self.zigzag)
 
     @property
     def num_stages(self) -> int:
@@ -269,12 +288,7 @@ class Job:
                 f"pipeline_model_parallel_layout has {len(self.stages)} stages, but schedule={self.layout.schedule} on "
                 f"pipeline_model_parallel_size={self.layout.pp} has {self.layout.num_stages}: give that many"
             )
-        if self.global_batch_size % (self.micro_batch_size * self.layout.dp):
-            raise PlanError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
-                f"{self.micro_batch_size} × {self.layout.dp} data-parallel ranks: use a multiple of "
-                f"{self.micro_batch_size * self.layout.dp}"
-            )
+        refuse_batch(self.global_batch_size, self.micro_batch_size, self.layout.dp)
 
     @property
     def delays_weight_gradients(self) -> bool:

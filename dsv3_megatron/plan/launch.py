@@ -29,10 +29,10 @@ from dsv3_megatron.errors import RefusedArgument, told
 from dsv3_megatron.plan.counting import quiet
 from dsv3_megatron.plan.environment import attention_of, not_planned
 from dsv3_megatron.plan.hardware import gpu_named
-from dsv3_megatron.plan.job import RECOMPUTE_MODULES, PlanError
+from dsv3_megatron.plan.job import RECOMPUTE_MODULES, PlanError, refuse_batch
 from dsv3_megatron.plan.options import SIZES
 from dsv3_megatron.plan.unplanned import refuse_model
-from dsv3_megatron.preflight.line import NO_LINE, NO_TRAINER, SHELL, Line, read
+from dsv3_megatron.preflight.line import SHELL, Line, NoTrainer, read
 from dsv3_megatron.preflight.machine import GPUS, Machine
 from dsv3_megatron.preflight.start import with_packages_of
 
@@ -173,11 +173,8 @@ def _refuse_precision_and_batch(said: Mapping[str, Any], world: int) -> None:
     batch, micro = said.get("global_batch_size"), said.get("micro_batch_size")
     kinds = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     replicas = world // math.prod(said.get(kind) or 1 for kind in kinds)
-    if batch and micro and replicas and batch % (micro * replicas):
-        raise PlanError(
-            f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} × {replicas} data-parallel "
-            f"ranks: use a multiple of {micro * replicas}"
-        )
+    if batch and micro and replicas:
+        refuse_batch(batch, micro, replicas)
 
 
 def refuse_attention(latent: bool) -> None:
@@ -324,11 +321,8 @@ def _read(text: str, said: Mapping[str, str]) -> Line:
         )
     try:
         line = read(words if len(words) != 1 else [shlex.quote(words[0])])
-    except RefusedArgument as error:
-        message = (
-            str(error).replace(NO_LINE, f"--launch {text}: {_NO_TRAINER}").replace(NO_TRAINER, _NO_TRAINER)
-        )
-        raise PlanError(message) from error
+    except NoTrainer as error:
+        raise PlanError(f"--launch {text}: {_NO_TRAINER}") from error
     before = words[: program_at(words) or 0]
     per_node = said.get(SIZES[2], "")
     try:

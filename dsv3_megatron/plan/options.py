@@ -102,13 +102,17 @@ def names(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.strip().strip("[]").split(",") if part.strip())
 
 
-def beside_job(options: Options) -> list[str]:
-    """What is said of the plan itself, as it is typed: "pictures=", "--proxy", …"""
+def given(options: Options) -> list[str]:
+    """Fields that are not as they are without a word."""
     usual = Options()
-    said = [
+    return [
         field.name for field in fields(options) if getattr(options, field.name) != getattr(usual, field.name)
     ]
-    return ["--proxy" if name == "proxy" else f"{name}=" for name in said if name not in OF_JOB]
+
+
+def beside_job(options: Options) -> list[str]:
+    """What is said of the plan itself, as it is typed: "pictures=", "--proxy", …"""
+    return ["--proxy" if name == "proxy" else f"{name}=" for name in given(options) if name not in OF_JOB]
 
 
 def software_of(name: str, value: str) -> Any:

@@ -51,8 +51,8 @@ def write_all(plan: Plan, folder: Path, measured: Path | None = None) -> list[st
 
     Errors: PlanError where they cannot be written.
     """
-    make_place(folder, measured)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return _write_all(plan, folder, measured)
     except OSError as error:  # a full disk
         raise _unwritten(folder, error) from error

@@ -8,8 +8,9 @@ its microbatch and three MoE layers, or what of them fits.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan.hardware import Gpu
-from dsv3_megatron.plan.job import Job, PlanError, Stage
+from dsv3_megatron.plan.job import Job, PlanError, Stage, megatrons_schedule
 
 _MOE_LAYERS = 3
 
@@ -101,7 +102,9 @@ def _routes(job: Job, experts: int) -> bool:
 
 
 def small_job(job: Job, recipe: Proxy) -> Job:
-    """What the recipe says, of a job."""
+    """What the recipe says, of a job; with Megatron's schedule, whatever the job's is."""
+    layout = job.layout
+    overlap = layout.overlap_pairs and layout.schedule in ("1f1b", INTERLEAVED)
     return replace(
         job,
         sizes=replace(
@@ -112,11 +115,11 @@ def small_job(job: Job, recipe: Proxy) -> Job:
             mtp_num_layers=0,
         ),
         layout=replace(
-            job.layout,
+            layout,
             num_gpus=recipe.nodes * recipe.per_node,
             pp=1,
             ep=recipe.ep,
-            schedule="1f1b",
+            schedule=megatrons_schedule(1, 1, overlap),
             num_model_chunks=1,
             microbatch_group_size=None,
             zigzag=(),

@@ -96,11 +96,11 @@ def host_as_dict(host: HostMemory | None) -> dict[str, float]:
 
 def host_lines(host: HostMemory, available: float | None) -> str:
     """One line."""
-    average = f", {host.average / GIB:.0f} for the average of the weights" if host.average else ""
-    average += f", {host.optimizer / GIB:.0f} for the offloaded optimizer" if host.optimizer else ""
+    always = f", {host.average / GIB:.0f} for the average of the weights" if host.average else ""
+    always += f", {host.optimizer / GIB:.0f} for the offloaded optimizer" if host.optimizer else ""
     return (
         f"host memory of a machine: {host.save / GIB:.0f} GiB to save a checkpoint, {host.load / GIB:.0f} to load one"
-        f"{average}" + ("" if available is None else f"; it has {available / GIB:.0f} GiB")
+        f"{always}" + ("" if available is None else f"; it has {available / GIB:.0f} GiB")
     )
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from dsv3_megatron.conf import compose
@@ -13,7 +13,7 @@ from dsv3_megatron.errors import RefusedArgument, exits_cleanly
 from dsv3_megatron.pipeline.build import ZIGZAG
 from dsv3_megatron.plan.candidates import SCHEDULES, Candidate, Found, Space, search
 from dsv3_megatron.plan.job import PlanError
-from dsv3_megatron.plan.options import Options, names, number, parse
+from dsv3_megatron.plan.options import Options, given, names, number, parse
 from dsv3_megatron.plan.step import Plan, plan
 
 USAGE = """usage: python -m dsv3_megatron.plan.search [best=10] [output=table|json] [NAME=VALUE ...]
@@ -69,11 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _refuse(options: Options) -> None:
     """PlanError for what is said of one plan."""
-    usual = Options()
-    for name in (field.name for field in fields(options)):
-        if name in ("output", "load_imbalance", "of_run", "overrides"):
-            continue
-        if getattr(options, name) != getattr(usual, name):
+    for name in given(options):
+        if name not in ("output", "load_imbalance", "of_run", "overrides"):
             raise PlanError(f"{name}: the search does not take it; give it to dsv3 plan, for one layout")
 
 
@@ -183,7 +180,7 @@ def refused_by_trainer(found: Found, request: Request, num_best: int) -> list[st
 def _row(result: Plan, candidate: Candidate) -> str:
     layout, job = result.job.layout, result.job
     schedule = layout.schedule + (f" ×{layout.num_model_chunks}" if layout.num_model_chunks > 1 else "")
-    schedule += "".join(f" {name} {value:g}" for name, value in layout.zigzag)
+    schedule += layout.dealt_by
     return (
         f"{result.step_s:7.2f} {result.tokens_per_s_per_gpu:6.0f} {result.bubble_s:6.2f} "
         f"{max(result.memory_gib):6.1f}  TP{layout.tp} CP{layout.cp} PP{layout.pp} EP{layout.ep} DP{layout.dp} "

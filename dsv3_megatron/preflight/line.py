@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
 
+from dsv3_megatron.adopt.launcher import TORCHRUN
 from dsv3_megatron.errors import RefusedArgument
 from dsv3_megatron.preflight.machine import USAGE
 
@@ -21,18 +22,16 @@ Trainer = Literal["train", "hydra", "pretrain_gpt"]
 
 _ASSIGNMENT = re.compile(r"^[A-Z_][A-Z0-9_]*=")
 _IN_SMALL = re.compile(r"^[a-z_][a-z0-9_]*=")
-_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _MODULES: dict[str, Trainer] = {
     "dsv3_megatron.train": "train",
     "dsv3_megatron.train_hydra": "hydra",
 }
 SHELL = ("&&", "||", "|", ";", "&", ">", ">>", "<", "2>&1", "&>")
-NO_LINE = "preflight: there is no launch line. Use dsv3 preflight torchrun … -m dsv3_megatron.train …"
-NO_TRAINER = (
-    "starts no trainer of ours. Use -m dsv3_megatron.train, -m dsv3_megatron.train_hydra or "
-    "pretrain_gpt.py --spec dsv3"
-)
 _VERBS: dict[str, Trainer] = {"train": "train", "train-hydra": "hydra"}
+
+
+class NoTrainer(RefusedArgument):
+    """A line that starts none of ours."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def read(words: Sequence[str]) -> Line:
         words: as the shell split them, or the whole line as one word.
 
     Raises:
-        RefusedArgument: no trainer of ours is in it, or more than one command.
+        RefusedArgument: more than one command; `NoTrainer`: none of ours.
     """
     words = (
         _split(words[0]) if len(words) == 1 else list(words) if any(word.strip() for word in words) else []
@@ -78,7 +77,9 @@ def read(words: Sequence[str]) -> Line:
         name, _, value = words.pop(0).partition("=")
         env[name] = value
     if not words:
-        raise RefusedArgument(NO_LINE)
+        raise NoTrainer(
+            "preflight: there is no launch line. Use dsv3 preflight torchrun … -m dsv3_megatron.train …"
+        )
     if words[0].startswith("-") and words[0] not in ("-m", "-u"):
         return Line("train", tuple(words), env=env)
     if all("=" in word or word.startswith("~") for word in words):
@@ -90,7 +91,7 @@ def read(words: Sequence[str]) -> Line:
         if near:
             raise RefusedArgument(f"{words[0]}: no such name. Use {near[0]}={env[name]}")
         notes.append(f"{words.pop(0)}: taken for a variable of the job; names of ours are {', '.join(USAGE)}")
-    at = next((i for i, word in enumerate(words) if _name(word) in _LAUNCHERS), None)
+    at = next((i for i, word in enumerate(words) if _name(word) in TORCHRUN), None)
     if at is None:
         trainer, rest = _program(words)
         return Line(trainer, tuple(rest), env=env, notes=tuple(notes))
@@ -156,7 +157,10 @@ def _program(words: list[str]) -> tuple[Trainer, list[str]]:
             return _VERBS[words[i + 1]], words[i + 2 :]
         if _name(word).startswith("pretrain_") and word.endswith(".py"):
             return "pretrain_gpt", words[i + 1 :]
-    raise RefusedArgument(f"launch line {shlex.join(words[:6])} …: {NO_TRAINER}")
+    raise NoTrainer(
+        f"launch line {shlex.join(words[:6])} …: starts no trainer of ours. Use -m dsv3_megatron.train, "
+        "-m dsv3_megatron.train_hydra or pretrain_gpt.py --spec dsv3"
+    )
 
 
 def _name(word: str) -> str:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dsv3_megatron.pipeline.build import INTERLEAVED
 from dsv3_megatron.plan import deepseek
-from dsv3_megatron.plan.job import Job, Layout, Precision, Software, Stage
+from dsv3_megatron.plan.job import Job, Layout, Precision, Software, Stage, megatrons_schedule
 from dsv3_megatron.plan.parameters import ParameterCounts, counts_of_sizes
 
 # "fitted": a constant was fitted on it. "judge": none was, but the form of the model was settled with it in view.
@@ -121,7 +120,7 @@ def megatron(
             tp=tp,
             pp=pp,
             ep=ep,
-            schedule=INTERLEAVED if chunks > 1 or (overlap_pairs and pp == 1) else "1f1b",
+            schedule=megatrons_schedule(pp, chunks, overlap_pairs),
             num_model_chunks=chunks,
             overlap_pairs=overlap_pairs,
         ),
